@@ -1,0 +1,122 @@
+"""Records of probe steps, their history, and hooks for loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gen_optim.control import ProbeStatus
+
+__all__ = ["History", "ProbeRecord"]
+
+
+@dataclass(frozen=True)
+class ProbeRecord:
+    """What a probe step saw and decided, in plain numbers, enough to replay the decision.
+
+    Learning rates are those of the first unfrozen parameter group. Under ``maximize=True`` the losses are those that
+    are minimised: the negatives of what the closure returned.
+
+    Attributes:
+        step: Number of the step, counted from 1.
+        multiples: Where the loss was evaluated, in multiples of ``lr_before``.
+        losses: The losses there, in the same order.
+        slope: ``−g′(0)`` along the direction per unit of learning rate; NaN where none was fitted.
+        curvature: ``g″(0)``; NaN where none was fitted.
+        optimal_lr: The learning rate of the lowest loss: of the parabola, or of the start's search; None where there
+            is none.
+        lr_before: The learning rate α before the step, without a scheduler's factor.
+        lr_after: The learning rate α chosen, without a scheduler's factor.
+        factor: The scheduler's factor: the step taken is at ``lr_after · factor``.
+        status: Why.
+    """
+
+    step: int
+    multiples: tuple[float, ...]
+    losses: tuple[float, ...]
+    slope: float
+    curvature: float
+    optimal_lr: float | None
+    lr_before: float
+    lr_after: float
+    factor: float
+    status: ProbeStatus
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as a dictionary of plain numbers, lists and strings.
+
+        Example:
+            >>> import json
+            >>> line = json.dumps(optimizer.last_probe.to_dict())  # doctest: +SKIP
+        """
+        return asdict(self) | {
+            "multiples": list(self.multiples),
+            "losses": list(self.losses),
+            "status": self.status.value,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ProbeRecord:
+        """The record that :meth:`to_dict` made ``values`` of.
+
+        Raises:
+            TypeError: If a field is missing or unknown.
+            ValueError: If the status is unknown.
+        """
+        return cls(
+            **values
+            | {
+                "multiples": tuple(values["multiples"]),
+                "losses": tuple(values["losses"]),
+                "status": ProbeStatus(values["status"]),
+            }
+        )
+
+
+class History:
+    """Collects the records of an optimizer's probe steps.
+
+    It is a probe hook: register it, train, and read it.
+
+    Example:
+        >>> history = History()
+        >>> handle = optimizer.register_probe_hook(history)  # doctest: +SKIP
+        >>> history.column("lr_after")  # after training; one number a probe step
+        array([], dtype=float64)
+    """
+
+    def __init__(self) -> None:
+        self.records: list[ProbeRecord] = []
+
+    def __call__(self, optimizer: object, record: ProbeRecord) -> None:
+        """Append ``record``; the signature of a probe hook."""
+        self.records.append(record)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[ProbeRecord]:
+        return iter(self.records)
+
+    def __getitem__(self, index: int) -> ProbeRecord:
+        return self.records[index]
+
+    def column(self, name: str) -> npt.NDArray[np.float64]:
+        """One numeric field over all records, shape ``(len(self),)``; NaN where it is None.
+
+        Args:
+            name: ``step``, ``slope``, ``curvature``, ``optimal_lr``, ``lr_before``, ``lr_after`` or ``factor``.
+
+        Raises:
+            AttributeError: If records have no such field.
+        """
+        values = [getattr(record, name) for record in self.records]
+        return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """All records as plain dictionaries, in order."""
+        return [record.to_dict() for record in self.records]

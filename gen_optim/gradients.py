@@ -1,0 +1,99 @@
+"""Whose gradients a step uses: those of the closure, of the caller, or its own.
+
+A closure may run backward itself, or only return the loss. In the latter case gradients that the caller has computed
+since the last step are used, and where there are none the loss is differentiated here. Looking at every parameter
+would cost more than a lazy step may, so one gradient stands for all: the first one, of a parameter that is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gen_optim.evaluating import Loss
+
+__all__ = ["GradientMark", "complete_gradients", "mark_used"]
+
+_USED = "_gen_used_version"
+"""Set on a gradient when a step has used it. The mark goes where the tensor goes: ids are recycled."""
+
+
+@dataclass(frozen=True)
+class GradientMark:
+    """The gradient that stands for all, as it was before the closure was called.
+
+    Attributes:
+        gradient: The gradient; None if there is none.
+        version: Its version then.
+        is_fresh: Whether it has changed since the last step.
+    """
+
+    gradient: Tensor | None
+    version: int
+    is_fresh: bool
+
+    @classmethod
+    def of(cls, groups: Sequence[dict[str, Any]]) -> GradientMark:
+        """Look at the gradients of an optimizer's parameter groups."""
+        gradient = _first_gradient(groups)
+        if gradient is None:
+            return cls(None, 0, False)
+        return cls(gradient, gradient._version, getattr(gradient, _USED, None) != gradient._version)
+
+
+def mark_used(groups: Sequence[dict[str, Any]]) -> None:
+    """Note that a step has used the present gradients."""
+    gradient = _first_gradient(groups)
+    if gradient is not None:
+        setattr(gradient, _USED, gradient._version)
+
+
+def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: GradientMark) -> None:
+    """Differentiate ``loss`` unless there are gradients to use; for closures that ran no backward of their own.
+
+    Args:
+        groups: The optimizer's parameter groups.
+        loss: What the closure returned.
+        before: The gradients before it was called.
+
+    Raises:
+        TypeError: If there is nothing to use, and the loss has no graph either.
+    """
+    gradient = _first_gradient(groups)
+    if gradient is not None:
+        if gradient is not before.gradient:
+            return  # the closure has assigned it
+        if gradient._version == before.version:
+            if before.is_fresh:
+                return  # the caller's
+        elif any(bool(each.any()) for each in _gradients(groups)):
+            return  # the closure has written into it; only zeros would mean that it has zeroed it
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        raise TypeError(
+            "closure must either call backward() or return a loss that has a graph, but it did not call backward(), "
+            f"no gradients were computed since the last step, and it returned {_describe(loss)}. "
+            "Return the tensor itself, neither .item() nor .detach()."
+        )
+    for parameter in _parameters(groups):
+        parameter.grad = None
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _describe(loss: Loss) -> str:
+    return "a tensor that does not require grad" if isinstance(loss, Tensor) else "a plain number"
+
+
+def _parameters(groups: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
+    for group in groups:
+        yield from group["params"]
+
+
+def _gradients(groups: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
+    return (each.grad for each in _parameters(groups) if each.requires_grad and each.grad is not None)
+
+
+def _first_gradient(groups: Sequence[dict[str, Any]]) -> Tensor | None:
+    return next(_gradients(groups), None)

@@ -1,0 +1,64 @@
+"""The kept θ and θ_after, and writing any multiple of the step between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Move"]
+
+
+class Move:
+    """The base optimizer's step from θ to θ_after, of which any multiple can be written.
+
+    Made before the base optimizer steps, it copies θ; :meth:`arrive` copies θ_after. From then on every point is
+    computed from the two copies, and none by undoing another, so that nothing drifts however often it is called.
+
+    Args:
+        groups: The parameters that move, one sequence a parameter group.
+
+    Example:
+        >>> weight = torch.tensor([1.0])
+        >>> move = Move([[weight]])
+        >>> _ = weight.sub_(0.5)  # the base optimizer's step
+        >>> move.arrive()
+        >>> move.write(-1.0)
+        >>> weight
+        tensor([1.5000])
+    """
+
+    @torch.no_grad()
+    def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        self._groups = groups
+        self._before = [[parameter.clone() for parameter in group] for group in groups]
+        self._after: list[list[Tensor]] = []
+
+    @torch.no_grad()
+    def arrive(self) -> None:
+        """Copy θ_after: where the parameters are now."""
+        self._after = [[parameter.clone() for parameter in group] for group in self._groups]
+
+    def write(self, multiple: float) -> None:
+        """Write ``torch.lerp(θ, θ_after, multiple)``; multiples 0 and 1 are θ and θ_after themselves."""
+        self._write([multiple] * len(self._groups))
+
+    def settle(self, multiples: Sequence[float]) -> None:
+        """Write for good, one multiple a group; an interrupt in the middle is raised only when all is written."""
+        try:
+            self._write(multiples)
+        except BaseException:
+            self._write(multiples)
+            raise
+
+    @torch.no_grad()
+    def _write(self, multiples: Sequence[float]) -> None:
+        for group, before, after, multiple in zip(self._groups, self._before, self._after, multiples, strict=True):
+            for parameter, start, end in zip(group, before, after, strict=True):
+                if multiple == 0.0:
+                    parameter.copy_(start)
+                elif multiple == 1.0:
+                    parameter.copy_(end)
+                else:
+                    torch.lerp(start, end, multiple, out=parameter)

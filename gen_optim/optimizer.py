@@ -1,0 +1,351 @@
+"""GeNOptimizer: the lifecycle of a step, and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gen_optim.checking import check_wrappable
+from gen_optim.control import ControlState, Decision, make_rule
+from gen_optim.diagnostics import ProbeRecord
+from gen_optim.evaluating import Evaluator, Loss, losses_to_floats
+from gen_optim.gradients import GradientMark, complete_gradients, mark_used
+from gen_optim.measuring import Measurement, measure_start, probe_around
+from gen_optim.moving import Move
+from gen_optim.scheduling import Group, LearningRates
+from gen_optim.wrapping import OptimizerWrapper
+
+__all__ = ["GeNOptimizer"]
+
+Closure = Callable[[], Any]
+ProbeHook = Callable[["GeNOptimizer", ProbeRecord], None]
+
+_MODES = ("approximate",)
+_SEARCHED_LR = 1.0
+"""The learning rate of the base optimizer's step along which a start is searched. It is large because the direction is
+read off as a difference of parameters, whose rounding would drown that of a small step."""
+
+
+class GeNOptimizer(OptimizerWrapper):
+    r"""Finds the learning rate of any optimizer while training, by the generalized Newton's method.
+
+    The base optimizer proposes a step from θ to θ − αω. Along it the loss is modelled as a parabola,
+
+    .. math:: L(\theta - \alpha\omega) \approx L(\theta) - \text{slope}\,\alpha + \tfrac12\,\text{curvature}\,\alpha^2,
+
+    whose lowest point, slope / curvature, is where the learning rate is led (Bu and Xu, "Gradient descent with
+    generalized Newton's method", ICLR 2025, arXiv:2407.02772).
+
+    A probe step, one in ``period``:
+
+    1. The closure is called once, with gradients.
+    2. θ is copied, the base optimizer steps once, θ_after is copied.
+    3. The loss is evaluated at multiples of that step, without gradients, on the same dropout masks.
+    4. The losses are read, all at once.
+    5. A parabola is fitted and judged, and the learning rate chosen.
+    6. The multiple of the step that the learning rate and the scheduler's factor call for is written.
+    7. Gradients, buffers, grad mode and random streams are as after 1, whatever happened. After an exception in a
+       probe the step is taken at the last learning rate, and the exception raised again.
+
+    Every other step is lazy: the base optimizer's step at the last learning rate, and nothing else.
+
+    The wrapper shares ``param_groups``, ``state`` and ``defaults`` with the base optimizer. Learning-rate schedulers
+    attach to it as to any optimizer, and their factor multiplies what GeN chooses. Writing ``param_groups[i]["lr"]``
+    by hand sets the learning rate there.
+
+    Args:
+        base_optim: The optimizer that proposes the direction; its update must be proportional to its learning rate.
+            The learning rates given to its groups count only by their ratios (with ``rule="published"``, also as the
+            start); a group at 0 is frozen.
+        closure: Called by :meth:`step` where that is given none; for frameworks that call ``step()`` bare.
+        probe: Likewise for the ``probe`` of :meth:`step`.
+        mode: How slope and curvature are measured. ``"approximate"``: from the losses at −α, 0 and +α.
+        rule: How the learning rate is chosen from them. ``"safeguarded"``: as published, with a start taken from the
+            loss, a burn-in, and fallbacks where the parabola says nothing. ``"published"``: as published; the options
+            below it does not use are named.
+        period: A probe step every ``period`` steps.
+        smoothing: Weight of the present learning rate when it is averaged with the optimum, in [0, 1).
+        max_change: Factor by which an optimum may count above or below the present learning rate.
+        lr_min: Lower limit of the learning rate of the first unfrozen group.
+        lr_max: Upper limit of the learning rate of the first unfrozen group.
+        start_fraction: Fraction of the first direction's best learning rate at which training begins. Not used by
+            ``rule="published"``.
+        burn_in: Number of probe steps at the beginning that follow each other at every step. Not used by
+            ``rule="published"``.
+        explosion: A loss above the first one, and above the moving average of losses by this many times their mean
+            absolute deviation, has exploded, and the learning rate is cut. Not used by ``rule="published"``.
+        tolerance: Relative rounding error of a loss, in machine epsilons of its dtype. A slope or curvature that this
+            alone can produce is taken as unknown. Not used by ``rule="published"``.
+
+    Raises:
+        TypeError: If ``base_optim`` is no optimizer, another GeNOptimizer, or one that requires a closure; if
+            ``closure`` or ``probe`` cannot be called.
+        ValueError: If the base optimizer's update is not proportional to its learning rate, or an option is out of
+            range.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = GeNOptimizer(torch.optim.AdamW(model.parameters()))
+        >>> inputs, targets = torch.randn(8, 3), torch.randn(8, 1)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = torch.nn.functional.mse_loss(model(inputs), targets)
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+        >>> optimizer.last_probe.status
+        <ProbeStatus.STARTED: 'started'>
+
+    Attributes:
+        base_optim: The wrapped optimizer.
+        closure: The closure for ``step()``; may be set at any time.
+        probe: The probe for ``step()``; may be set at any time.
+        last_probe: What the last probe step saw and decided; None before the first and after loading.
+    """
+
+    closure: Closure | None
+    probe: Closure | None
+    last_probe: ProbeRecord | None
+
+    def __init__(
+        self,
+        base_optim: Optimizer,
+        closure: Closure | None = None,
+        *,
+        probe: Closure | None = None,
+        mode: str = "approximate",
+        rule: str = "safeguarded",
+        period: int = 8,
+        smoothing: float = 0.9,
+        max_change: float = 2.0,
+        lr_min: float = 0.0,
+        lr_max: float = math.inf,
+        start_fraction: float = 0.03,
+        burn_in: int = 50,
+        explosion: float = 10.0,
+        tolerance: float = 8.0,
+    ) -> None:
+        if isinstance(base_optim, GeNOptimizer):
+            raise TypeError("base_optim must be the optimizer to wrap, got another GeNOptimizer; wrap its base_optim")
+        check_wrappable(base_optim)
+        if mode not in _MODES:
+            raise ValueError(f"mode must be one of {', '.join(map(repr, _MODES))}, got {mode!r}")
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance must be at least 0, got {tolerance!r}")
+        self._rule = make_rule(
+            rule,
+            period=period,
+            smoothing=smoothing,
+            max_change=max_change,
+            lr_min=lr_min,
+            lr_max=lr_max,
+            start_fraction=start_fraction,
+            burn_in=burn_in,
+            explosion=explosion,
+        )
+        super().__init__(base_optim)
+        self._set_up()
+        self.mode, self.rule, self._tolerance = mode, rule, tolerance
+        self.closure = _check_callable("closure", closure)
+        self.probe = _check_callable("probe", probe)
+        self._recall()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group: at its own ``lr`` over the present one, or at ratio 1 if it brings none."""
+        brings_lr = "lr" in param_group
+        state = self._recall()
+        self.base_optim.add_param_group(param_group)
+        self._rates.join(self.param_groups[-1], state.lr, brings_lr=brings_lr)
+
+    # --- what it tells -------------------------------------------------------------------------------------------
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether a probe runs right now: a closure can skip its logging and metrics then."""
+        return self._evaluator.is_probing
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rates that the last step used, one a parameter group, the scheduler's factor included."""
+        return self._rates.last_lr(self.param_groups)
+
+    def register_probe_hook(self, hook: ProbeHook) -> RemovableHandle:
+        """Have ``hook(optimizer, record)`` called after each probe step.
+
+        Returns:
+            A handle whose ``remove()`` takes the hook away again.
+        """
+        handle = RemovableHandle(self._probe_hooks)
+        self._probe_hooks[handle.id] = hook
+        return handle
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Closure | None = None, *, probe: Closure | None = None) -> Loss | None:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Evaluates the loss and returns it. It is called once with gradients enabled. It may zero the
+                gradients and call ``backward()``, or leave that to the optimizer. On probe steps it is called again
+                without gradients, where ``backward()`` does nothing.
+            probe: Evaluates the loss without gradients, for loops that have called ``backward()`` themselves; called
+                on probe steps alone, for the loss at 0 too. Next to a ``closure`` it is what gets probed.
+
+        Returns:
+            The loss where the step began; None where it was not evaluated.
+
+        Raises:
+            TypeError: If ``closure`` or ``probe`` cannot be called, or returns no loss.
+            ValueError: If somebody wrote a learning rate that is negative or not finite.
+        """
+        if closure is None and probe is None and self._rates.all_zero(self.param_groups):
+            # Asked for nothing but the base optimizer's state, as distributed checkpoints do before they load.
+            self.step_base()
+            return None
+        closure = _check_callable("closure", closure) or self.closure
+        probe = _check_callable("probe", probe) or self.probe
+        probed = closure if probe is None else probe
+        state = self._recall()
+        is_frozen = not any(self._rates.shares(self.param_groups, state.lr))
+        if probed is None or is_frozen or not self._rule.is_probe_due(state):
+            return self._lazy_step(state, closure)
+        return self._probe_step(state, closure, probed)
+
+    def _lazy_step(self, state: ControlState, closure: Closure | None) -> Loss | None:
+        loss = None if closure is None else self._call(closure)
+        rates = self._rates_in_force(state)
+        with self._rates.in_force(self.param_groups, rates):
+            self.step_base()
+        self._remember(self._rule.skip(state), rates)
+        return loss
+
+    def _probe_step(self, state: ControlState, closure: Closure | None, probed: Closure) -> Loss | None:
+        groups = self.param_groups
+        with self._evaluator.session([parameter for group in groups for parameter in group["params"]]) as session:
+            loss = None if closure is None else session.first(lambda: self._call(closure))
+            measure, lr = probe_around, state.lr
+            if self._rule.needs_start(state):
+                measure = measure_start
+                # A loss that is not finite asks for the base optimizer's own step, bit for bit.
+                lr = _SEARCHED_LR if loss is None or math.isfinite(self._read([loss])[0]) else state.lr
+
+            is_moving = [share > 0.0 for share in self._rates.shares(groups, state.lr)]
+            move = Move([_movable(group) for group in compress(groups, is_moving)])
+            with self._rates.in_force(groups, self._rates.shares(groups, lr)):
+                self.step_base()
+            move.arrive()
+
+            def evaluate(multiple: float) -> Loss:
+                move.write(multiple)
+                return session.probe(probed, "closure" if probed is closure else "probe")
+
+            after = self._rule.skip(state)
+            try:
+                with session.probing():
+                    here = loss if loss is not None and probed is closure else evaluate(0.0)
+                    measurement = measure(evaluate, self._read, lr=lr, here=here, tolerance=self._tolerance)
+                decision = self._rule.decide(state, measurement.loss, measurement.found)
+                after = decision.state
+            finally:
+                # After an exception in a probe this is the lazy step, to which the base's moments belong.
+                factors = list(compress(self._rates.factors(groups), is_moving))
+                move.settle([after.lr * factor / lr for factor in factors])
+                self._remember(after, self._rates_in_force(after))
+        self._report(state, measurement, decision, factors[0])
+        return here if loss is None else loss
+
+    def _report(self, before: ControlState, measurement: Measurement, decision: Decision, factor: float) -> None:
+        record = ProbeRecord(
+            step=decision.state.step,
+            multiples=tuple(lr / before.lr for lr in measurement.learning_rates),
+            losses=measurement.losses,
+            slope=measurement.parabola.slope,
+            curvature=measurement.parabola.curvature,
+            optimal_lr=measurement.optimal_lr,
+            lr_before=before.lr,
+            lr_after=decision.state.lr,
+            factor=factor,
+            status=decision.status,
+        )
+        self.last_probe = record
+        for hook in self._probe_hooks.values():
+            hook(self, record)
+
+    def _call(self, closure: Closure) -> Loss:
+        before = GradientMark.of(self.param_groups)
+        loss, went_backward = self._evaluator.call(closure)
+        if not went_backward:
+            complete_gradients(self.param_groups, loss, before)
+        return loss
+
+    def _read(self, losses: Sequence[Loss]) -> list[float]:
+        """Losses as numbers, to be minimised."""
+        sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
+        return [sign * loss for loss in losses_to_floats(losses)]
+
+    # --- what it remembers ---------------------------------------------------------------------------------------
+
+    def _recall(self) -> ControlState:
+        """Read the state from the parameter groups, and take in what others have written there."""
+        groups = self.param_groups
+        if not ControlState.is_in(groups[0]):
+            # Constructed just now, or loaded from a checkpoint of the bare base optimizer.
+            state = ControlState(lr=self._rates.begin(groups))
+        else:
+            state = ControlState.load(groups[0])
+            lr = self._rates.refresh(groups, state.lr, self.defaults.get("lr"))
+            if lr is None:
+                return state
+            state = self._rule.restart_averages(state, lr)
+        groups[0].update(state.dump())
+        return state
+
+    def _remember(self, state: ControlState, used: Sequence[float]) -> None:
+        # In a group and in plain numbers: distributed checkpoints drop what stands elsewhere, and refuse enums.
+        self.param_groups[0].update(state.dump())
+        mark_used(self.param_groups)
+        self._rates.settle(self.param_groups, state.lr, used)
+
+    def _rates_in_force(self, state: ControlState) -> list[float]:
+        groups = self.param_groups
+        return [
+            share * factor
+            for share, factor in zip(self._rates.shares(groups, state.lr), self._rates.factors(groups), strict=True)
+        ]
+
+    def _after_loading(self) -> None:
+        self.last_probe = None
+        self._recall()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles keep: not the closures, the records and their hooks."""
+        return super().__getstate__() | {name: self.__dict__[name] for name in ("mode", "rule", "_rule", "_tolerance")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what was kept, and set up the rest."""
+        super().__setstate__(state)
+        if "_rates" not in self.__dict__:
+            self._set_up()
+
+    def _set_up(self) -> None:
+        self.closure = self.probe = self.last_probe = None
+        self._evaluator = Evaluator()
+        self._rates = LearningRates(self, self.base_optim)
+        self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
+
+
+def _check_callable(name: str, value: Closure | None) -> Closure | None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a callable that returns the loss, or None, got {type(value).__name__}")
+    return value
+
+
+def _movable(group: Group) -> list[Tensor]:
+    """The parameters of a group that a step can change."""
+    return [each for each in group["params"] if each.requires_grad or each.grad is not None]

@@ -1,0 +1,204 @@
+"""The scheduler's factor, the learning rates in force, and those that somebody wrote by hand.
+
+The groups of an optimizer share one learning rate α, each at its own ratio; a scheduler multiplies that by a factor.
+``param_groups[i]["lr"]`` has two writers besides the user: this package where no scheduler is attached, and the
+scheduler where one is, because it computes its next value from the one it wrote. What has to be remembered of a group
+stands in the group itself, as plain numbers, so that every kind of checkpoint carries it.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR
+
+__all__ = ["Group", "LearningRates"]
+
+Group = dict[str, Any]
+
+_RATIO = "gen_ratio"
+"""The group's learning rate over α; 0 where the group is frozen."""
+_WRITTEN = "gen_written_lr"
+"""What stood in ``group["lr"]`` when this package last wrote or saw it; another value comes from a hand."""
+_USED = "gen_last_lr"
+"""The learning rate of the last step."""
+_SCHEDULED = "gen_scheduled"
+"""Whether a scheduler has been noticed."""
+_CYCLE_MAX = "gen_cycle_max_lr"
+"""The ``max_lr`` of a CyclicLR, which only the scheduler itself knows; 0 where there is none."""
+
+
+class LearningRates:
+    """Reads and writes the learning rates of an optimizer's groups.
+
+    Args:
+        owners: The optimizers to which a scheduler may be attached.
+    """
+
+    def __init__(self, *owners: Optimizer) -> None:
+        self._owners = owners
+        self._read_before: dict[int, tuple[weakref.ref[Tensor], int, float]] = {}
+
+    def all_zero(self, groups: Sequence[Group]) -> bool:
+        """Whether every ``group["lr"]`` is 0."""
+        return all(self._read(group["lr"]) == 0.0 for group in groups)
+
+    def begin(self, groups: Sequence[Group]) -> float:
+        """Take over groups of which nothing is remembered.
+
+        Returns:
+            α, the learning rate of the first unfrozen group without a scheduler's factor; 0 if all are frozen.
+
+        Raises:
+            ValueError: If a learning rate is negative or not finite.
+        """
+        for group in groups:
+            self._enter(group, ratio=0.0)
+        return self._share(groups, [self._read(group.get("initial_lr", group["lr"])) for group in groups])
+
+    def join(self, group: Group, lr: float, *, brings_lr: bool) -> None:
+        """Let a group that was added later take part: at its own learning rate, or at ratio 1 if it brings none."""
+        if not brings_lr:
+            # A default that is a tensor is shared by all groups that took it.
+            group["lr"] = group["lr"].clone().fill_(lr) if isinstance(group["lr"], Tensor) else lr
+        own = self._read(group["lr"])
+        self._enter(group, ratio=own / lr if lr else float(own > 0.0))
+
+    def refresh(self, groups: Sequence[Group], lr: float, default_lr: Any) -> float | None:
+        """Take in what others did to the groups since the last step.
+
+        Args:
+            groups: The optimizer's parameter groups.
+            lr: The learning rate α.
+            default_lr: The learning rate that the base optimizer gives to a group that brings none.
+
+        Returns:
+            The new α where a hand has written a learning rate, else None.
+
+        Raises:
+            ValueError: If a learning rate is negative or not finite.
+        """
+        for group in groups:
+            if _RATIO not in group:
+                self.join(group, lr, brings_lr=group["lr"] is not default_lr and group["lr"] != default_lr)
+        chosen = [self._chosen(group, index, lr) for index, group in enumerate(groups)]
+        if chosen == self.shares(groups, lr):
+            return None
+        chosen_lr = self._share(groups, chosen) or lr
+        for group in groups:
+            group[_WRITTEN] = self._read(group["lr"])
+        return chosen_lr
+
+    def shares(self, groups: Sequence[Group], lr: float) -> list[float]:
+        """Each group's part of α, without a scheduler's factor; 0 for frozen groups."""
+        return [lr * group[_RATIO] for group in groups]
+
+    def factors(self, groups: Sequence[Group]) -> list[float]:
+        """Each group's factor from its scheduler; 1 without one."""
+        return [self._factor(group) for group in groups]
+
+    @contextmanager
+    def in_force(self, groups: Sequence[Group], rates: Sequence[float]) -> Iterator[None]:
+        """Let the base optimizer step at ``rates``; what stood in the groups comes back afterwards."""
+        stood = [self._read(group["lr"]) for group in groups]
+        try:
+            for group, rate in zip(groups, rates, strict=True):
+                self._write(group, rate)
+            yield
+        finally:
+            for group, rate in zip(groups, stood, strict=True):
+                self._write(group, rate)
+
+    def settle(self, groups: Sequence[Group], lr: float, used: Sequence[float]) -> None:
+        """Write α to the groups that no scheduler writes, and note what the step used."""
+        for group, share, rate in zip(groups, self.shares(groups, lr), used, strict=True):
+            if not group[_SCHEDULED]:
+                self._write(group, share)
+            group[_WRITTEN] = self._read(group["lr"])
+            # Without a scheduler the two agree even where the lr is a tensor that cannot hold every float.
+            group[_USED] = group[_WRITTEN] if rate == share and not group[_SCHEDULED] else rate
+
+    def last_lr(self, groups: Sequence[Group]) -> list[float]:
+        """The learning rates that the last step used."""
+        return [group.get(_USED, self._read(group["lr"])) for group in groups]
+
+    def _enter(self, group: Group, *, ratio: float) -> None:
+        lr = self._read(group["lr"])
+        group.update({_RATIO: ratio, _WRITTEN: lr, _USED: lr, _SCHEDULED: False, _CYCLE_MAX: 0.0})
+
+    def _share(self, groups: Sequence[Group], rates: Sequence[float]) -> float:
+        """Set the ratios to those of ``rates`` and return α, the first that is not 0."""
+        for index, rate in enumerate(rates):
+            if not 0.0 <= rate < math.inf:
+                raise ValueError(f"param_groups[{index}]['lr'] must be a finite number of at least 0, got {rate}")
+        lr = next((rate for rate in rates if rate > 0.0), 0.0)
+        for group, rate in zip(groups, rates, strict=True):
+            group[_RATIO] = rate / lr if lr else 0.0
+        return lr
+
+    def _chosen(self, group: Group, index: int, lr: float) -> float:
+        """The learning rate that holds for a group now, without a factor: GeN's own or one written by hand."""
+        share: float = lr * group[_RATIO]
+        if "initial_lr" not in group:
+            stands = self._read(group["lr"])
+            return share if stands == group[_WRITTEN] else stands
+        if group[_SCHEDULED]:
+            return share
+        group[_SCHEDULED] = True
+        group[_CYCLE_MAX] = _cycle_max_lr(self._owners, index)
+        initial = self._read(group["initial_lr"])
+        # A scheduler took the lr that it found for its initial one: a hand may have written that just before. Those
+        # with a max_lr were told their own.
+        told = group[_CYCLE_MAX] > 0.0 or "max_lr" in group
+        return share if told or initial == group[_WRITTEN] else initial
+
+    def _factor(self, group: Group) -> float:
+        if not group[_SCHEDULED]:
+            return 1.0
+        nominal = self._read(group.get("max_lr", 0.0)) or group[_CYCLE_MAX] or self._read(group["initial_lr"])
+        return self._read(group["lr"]) / nominal if nominal else 1.0
+
+    def _read(self, number: Any) -> float:
+        """A learning rate as a float. A tensor is read only after it was written, since reading synchronises."""
+        if not isinstance(number, Tensor):
+            return float(number)
+        known = self._read_before.get(id(number))
+        if known is None or known[0]() is not number or known[1] != number._version:
+            return self._remember(number, float(number))
+        return known[2]
+
+    def _remember(self, number: Tensor, value: float) -> float:
+        self._read_before[id(number)] = (weakref.ref(number), number._version, value)
+        return value
+
+    def _write(self, group: Group, rate: float) -> None:
+        """Set ``group["lr"]``; a tensor stays the same tensor."""
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            group["lr"] = rate
+        elif self._read(lr) != (rounded := torch.tensor(rate, dtype=lr.dtype).item()):
+            with torch.no_grad():
+                lr.fill_(rate)
+            self._remember(lr, rounded)
+
+
+def _cycle_max_lr(owners: Sequence[Optimizer], index: int) -> float:
+    """The ``max_lr`` of a CyclicLR attached to one of ``owners``, 0 if there is none.
+
+    Its ``initial_lr`` is its lowest value, and it leaves no other trace in the group: the scheduler itself has to be
+    asked, and all that is known of it is that it refers to the optimizer.
+    """
+    for referrer in gc.get_referrers(*owners):
+        attributes = referrer if isinstance(referrer, dict) else getattr(referrer, "__dict__", {})
+        is_cyclic = isinstance(referrer, CyclicLR) or ("max_lrs" in attributes and "total_size" in attributes)
+        if is_cyclic and any(attributes.get("optimizer") is owner for owner in owners):
+            return float(attributes["max_lrs"][index])
+    return 0.0

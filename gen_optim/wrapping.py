@@ -1,0 +1,126 @@
+"""An optimizer that shares everything with the one it wraps."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+__all__ = ["OptimizerWrapper", "without_global_hooks"]
+
+
+class OptimizerWrapper(Optimizer):
+    """A ``torch.optim.Optimizer`` around another: same groups, state and defaults, hooks of its own.
+
+    Everything is read through the base optimizer each time, which may be loaded or given groups directly.
+
+    Args:
+        base_optim: The optimizer to wrap.
+    """
+
+    base_optim: Optimizer
+
+    def __init__(self, base_optim: Optimizer) -> None:
+        # Not the parent's __init__, which would empty the shared groups; what it sets up besides them, hooks and a
+        # step that calls them, it also sets up after unpickling.
+        super().__setstate__({"base_optim": base_optim})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        return self.base_optim.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base_optim.param_groups = value
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The base optimizer's state."""
+        return self.base_optim.state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.base_optim.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults."""
+        return self.base_optim.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base_optim.defaults = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters, as the base optimizer does."""
+        self.base_optim.zero_grad(set_to_none=set_to_none)
+
+    def step_base(self) -> None:
+        """Step the base optimizer, once."""
+        with without_global_hooks():
+            self.base_optim.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dictionary."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base_optim.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dictionary of the base optimizer's; nothing of it is shared afterwards.
+
+        Raises:
+            ValueError: If its groups do not match this optimizer's.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        # torch's own loading keeps the tensors it is given, and two optimizers would go on writing into one state.
+        self.base_optim.load_state_dict(copy.deepcopy(state_dict))
+        self._after_loading()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _after_loading(self) -> None:
+        """What a subclass has to take in before the hooks of loading run."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles keep: the base optimizer; not the hooks, nor the ``step`` that schedulers attach."""
+        return {"base_optim": self.base_optim}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what was kept; what is shared goes to the base optimizer, since ``__dict__`` would hide it."""
+        shared = ("state", "param_groups", "defaults")
+        super().__setstate__({name: value for name, value in state.items() if name not in shared})
+        for name in shared:
+            if name in state:
+                setattr(self, name, state[name])
+
+
+@contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """Keep torch's global optimizer hooks still: they belong to the outer of two optimizers, once a step."""
+    tables: tuple[dict[int, Any], ...] = (
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
+    kept = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
