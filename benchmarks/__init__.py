@@ -1,0 +1,1 @@
+"""Measurements of gen_optim on real data: ``python -m benchmarks``."""

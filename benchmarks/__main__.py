@@ -1,0 +1,71 @@
+"""The command line: ``python -m benchmarks [JOB] [options]``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks import main_job
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to run from the command line.
+
+    Attributes:
+        name: The subcommand.
+        summary: One line for ``--help``.
+        add_options: Gives a parser the job's options.
+        run: Does it.
+    """
+
+    name: str
+    summary: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+# The first is what runs when none is named.
+JOBS = (
+    Job(
+        "digits",
+        "train on handwritten digits from learning rates far too small, usual and far too large, "
+        "bare and wrapped in GeNOptimizer",
+        main_job.add_options,
+        main_job.run,
+    ),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser: the first job's options, and a subcommand for each job."""
+    default = JOBS[0]
+    program = "python -m benchmarks"
+    top = argparse.ArgumentParser(
+        prog=program,
+        usage="%(prog)s [JOB] [options]",
+        description=f"Measures gen_optim. Without a job named: {default.name}.",
+    )
+    default.add_options(top)
+    top.set_defaults(run=default.run)
+    subparsers = top.add_subparsers(title="jobs", metavar="JOB", prog=program)
+    for job in JOBS:
+        below = subparsers.add_parser(job.name, help=job.summary, description=job.summary)
+        job.add_options(below)
+        below.set_defaults(run=job.run)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads the command line and runs the job.
+
+    Args:
+        arguments: What follows ``python -m benchmarks``; the process's own if None.
+    """
+    options = parser().parse_args(arguments)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

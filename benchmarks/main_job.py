@@ -1,0 +1,143 @@
+"""The main job: does GeN find a learning rate that the bare optimizer needs to be told?
+
+AdamW and SGD, each from a learning rate that is far too small, a usual one and one that is far too
+large, each bare and wrapped: twelve runs that differ in nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.report import LEGEND, table
+from benchmarks.training import Result, Spec, single_thread, train
+
+LEARNING_RATES = {
+    "AdamW": (1e-6, 1e-3, 1.0),
+    "SGD": (1e-4, 1e-1, 1e2),
+}
+QUICK_STEPS = 40
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Gives a parser the options of this job."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        metavar="DIR",
+        help="where to write the table and the picture (default: benchmarks/results)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=_positive,
+        default=600,
+        metavar="N",
+        help="steps of each run, over which the learning rate goes to zero (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="images in a batch (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="decides split, initial weights and batches, alike in all runs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"at most {QUICK_STEPS} steps a run, to see that all works; the files end in -quick",
+    )
+    parser.add_argument("--no-picture", action="store_true", help="only the table")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains, prints the table, and writes it and the picture."""
+    steps = min(options.steps, QUICK_STEPS) if options.quick else options.steps
+    stem = "digits-quick" if options.quick else "digits"
+    # Before the training, so that a folder that cannot be made costs no time.
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    plan = specs(steps=steps, batch_size=options.batch_size, seed=options.seed)
+    results = train_all(plan)
+    print(f"\n{table(results)}\n\n{LEGEND}\n")
+
+    written = options.output / f"{stem}.md"
+    written.write_text(_page(results, None if options.no_picture else f"{stem}.png"), "utf-8")
+    print(f"table:   {written}")
+    if not options.no_picture:
+        from benchmarks.pictures import draw
+
+        picture = options.output / f"{stem}.png"
+        draw(results, picture)
+        print(f"picture: {picture}")
+
+
+def specs(*, steps: int, batch_size: int, seed: int) -> list[Spec]:
+    """Returns the twelve runs, in the order of the table.
+
+    Args:
+        steps: Steps of each run.
+        batch_size: Images in a batch.
+        seed: The same for all.
+    """
+    return [
+        Spec(
+            base=base,
+            gen=gen,
+            learning_rate=learning_rate,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        for base, learning_rates in LEARNING_RATES.items()
+        for gen in (False, True)
+        for learning_rate in learning_rates
+    ]
+
+
+def train_all(plan: list[Spec]) -> list[Result]:
+    """Trains one run after the other under one progress bar.
+
+    Args:
+        plan: The runs.
+    """
+    results = []
+    total = sum(spec.steps for spec in plan)
+    with single_thread(), tqdm(total=total, unit="step", mininterval=0.5) as bar:
+        for spec in plan:
+            bar.set_description(f"{spec.name} from {spec.learning_rate:g}", refresh=False)
+            results.append(train(spec, on_step=bar.update))
+    return results
+
+
+def _page(results: list[Result], picture: str | None) -> str:
+    """The table as a page of its own, with what is needed to get it again."""
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    parts = [
+        "# Digits: bare and wrapped, from three learning rates",
+        f"`{command}`, torch {torch.__version__}, one CPU thread",
+        table(results),
+        LEGEND,
+    ]
+    if picture is not None:
+        parts.append(f"![Loss and learning rate over steps]({picture})")
+    return "\n\n".join(parts) + "\n"
+
+
+def _positive(text: str) -> int:
+    """Reads a whole number above zero, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, but is {text!r}")
+    return int(text)

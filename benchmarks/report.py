@@ -1,0 +1,60 @@
+"""Results as a table that reads well in a terminal and in Markdown."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from benchmarks.training import Result
+
+_HEADINGS = (
+    "optimizer",
+    "initial learning rate",
+    "final training loss",
+    "validation accuracy",
+    "learning rate found",
+    "median in force",
+    "seconds",
+    "extra forward passes",
+)
+
+LEGEND = (
+    "Training loss: over the whole training set. Learning rate found: the last one in force, schedule divided out.\n"
+    "Median in force: of the learning rates of all steps, the schedule included. Seconds: of the steps alone.\n"
+    "Extra forward passes: those that only served to choose a learning rate."
+)
+
+
+def table(results: Sequence[Result]) -> str:
+    """Returns a Markdown table, padded so that its columns line up as plain text.
+
+    Args:
+        results: The rows, in order.
+    """
+    rows = [_HEADINGS, *map(_cells, results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    # The first column is text and reads from the left; the others are numbers.
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (rows[0], rules, *rows[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(result: Result) -> tuple[str, ...]:
+    found = result.learning_rate_found
+    return (
+        result.spec.name,
+        f"{result.spec.learning_rate:g}",
+        _loss(result.training_losses[-1]),
+        f"{100 * result.validation_accuracy:.1f} %",
+        "-" if found is None else f"{found:.2g}",
+        f"{statistics.median(result.learning_rates):.2g}",
+        f"{result.seconds:.2f}",
+        str(result.extra_forwards),
+    )
+
+
+def _loss(loss: float) -> str:
+    if not math.isfinite(loss):
+        return f"diverged ({loss})"
+    return f"{loss:.4f}" if loss < 1000 else f"{loss:.2e}"
