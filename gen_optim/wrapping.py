@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 __all__ = ["OptimizerWrapper", "without_global_hooks"]
 
@@ -112,10 +112,7 @@ class OptimizerWrapper(Optimizer):
 @contextmanager
 def without_global_hooks() -> Iterator[None]:
     """Keep torch's global optimizer hooks still: they belong to the outer of two optimizers, once a step."""
-    tables: tuple[dict[int, Any], ...] = (
-        torch_optimizer._global_optimizer_pre_hooks,
-        torch_optimizer._global_optimizer_post_hooks,
-    )
+    tables: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
     kept = [dict(table) for table in tables]
     try:
         for table in tables:

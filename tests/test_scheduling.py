@@ -1,0 +1,293 @@
+"""Schedulers, learning rates written by hand, and what checkpoints of either kind do with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
+
+from gen_optim import GeNOptimizer, ProbeStatus
+from tests.training import Training, gen_adamw, gen_sgd, mlp, parameters_of, regression_data, same
+
+SCHEDULERS: dict[str, Callable[[Optimizer], lr_scheduler.LRScheduler]] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "LambdaLR above 1": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 1.0 + 0.1 * epoch),
+    "LambdaLR per group": lambda o: lr_scheduler.LambdaLR(o, [lambda epoch: 0.9**epoch, lambda epoch: 0.7**epoch]),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.95),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, step_size=3, gamma=0.5),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 5], gamma=0.3),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, factor=0.3, total_iters=4),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=9),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, gamma=0.8),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=9, power=2.0),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=9),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=4),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 3), lr_scheduler.CosineAnnealingLR(o, 6)], milestones=[3]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.5, 1.0, 3), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, base_lr=[0.01, 0.02], max_lr=[0.1, 0.4], step_size_up=3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=[0.1, 0.4], total_steps=12),
+}
+NOMINAL = {"CyclicLR": [0.1, 0.4], "OneCycleLR": [0.1, 0.4]}
+"""The learning rates that a factor of 1 stands for, where they are not those given to the optimizer."""
+
+
+def two_groups(lr: float = 0.05) -> tuple[nn.Module, SGD]:
+    model = mlp()
+    groups = [{"params": model[0].parameters()}, {"params": model[4].parameters(), "lr": lr / 2}]
+    return model, SGD(groups, lr=lr, momentum=0.9)
+
+
+def test_every_scheduler_of_torch_is_in_the_list() -> None:
+    named = {name.split()[0] for name in SCHEDULERS} | {"ReduceLROnPlateau", "LRScheduler"}
+    assert named == {name for name in lr_scheduler.__all__ if name != "SWALR"}
+
+
+@pytest.mark.parametrize("owner", ["wrapper", "base"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_factor_multiplies_what_gen_chooses_per_group(name: str, owner: str) -> None:
+    model, base = two_groups()
+    optimizer = GeNOptimizer(base, burn_in=2, period=3)
+    scheduler = SCHEDULERS[name](optimizer if owner == "wrapper" else base)
+    _, twin = two_groups()
+    twin_scheduler = SCHEDULERS[name](twin)
+    training = Training(model, optimizer, *regression_data())
+    nominal = NOMINAL.get(name, [0.05, 0.025])
+    for _ in range(9):
+        factors = [group["lr"] / most for group, most in zip(twin.param_groups, nominal, strict=True)]
+        training.train(1)
+        # What stands in the groups is the scheduler's own, to the bit: it computes its next value from it.
+        assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in twin.param_groups]
+        alpha = optimizer.param_groups[0]["gen_lr"]
+        assert optimizer.get_last_lr() == pytest.approx([alpha * factors[0], alpha / 2 * factors[1]], rel=1e-12)
+        assert optimizer.last_probe.factor == pytest.approx(factors[0]) or optimizer.last_probe.step < training.calls
+        scheduler.step()
+        twin.step()
+        twin_scheduler.step()
+    assert 0.0 < alpha != 0.05
+
+
+def test_a_step_is_the_lerp_at_the_factor() -> None:
+    """On a probe step each group lands at α · factor / α_probed of the base's step."""
+    model, base = two_groups()
+    optimizer = GeNOptimizer(base, rule="published", period=1)
+    scheduler = lr_scheduler.LambdaLR(optimizer, [lambda epoch: 0.5**epoch, lambda epoch: 0.25**epoch])
+    training = Training(model, optimizer, *regression_data())
+    training.train(1, scheduler)
+    bare_model = copy.deepcopy(model)
+    bare = SGD([{"params": bare_model[0].parameters()}, {"params": bare_model[4].parameters()}], lr=0.1, momentum=0.9)
+    bare.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    alpha = optimizer.last_probe.lr_after
+    for group, share in zip(bare.param_groups, [alpha, alpha / 2], strict=True):
+        group["lr"] = share
+    before = parameters_of(bare_model)
+    Training(bare_model, bare, training.inputs, training.targets).train(1)
+    training.train(1)
+    moved = optimizer.last_probe.lr_after / alpha
+    multiples = [moved * 0.5, moved * 0.5, moved * 0.25, moved * 0.25]
+    expected = [torch.lerp(a, b, s) for a, b, s in zip(before, parameters_of(bare_model), multiples, strict=True)]
+    assert same(parameters_of(model), expected)
+
+
+def test_a_lazy_step_under_a_scheduler_is_the_base_optimizers_at_that_learning_rate() -> None:
+    training = Training.of(lambda p: gen_sgd(p, rule="published", period=100))
+    scheduler = lr_scheduler.ExponentialLR(training.optimizer, 0.7)
+    training.train(3, scheduler)
+    bare_model = copy.deepcopy(training.model)
+    bare = SGD(bare_model.parameters(), lr=0.1, momentum=0.9)
+    bare.load_state_dict(copy.deepcopy(training.optimizer.state_dict()))
+    training.train(1)
+    bare.param_groups[0]["lr"] = training.optimizer.get_last_lr()[0]
+    Training(bare_model, bare, training.inputs, training.targets).train(1)
+    assert same(parameters_of(training.model), parameters_of(bare_model))
+
+
+def test_a_factor_of_zero_moves_nothing_and_does_not_blind_the_probes() -> None:
+    training = Training.of(gen_adamw)
+    warm_up = lr_scheduler.LambdaLR(training.optimizer, lambda epoch: min(epoch / 5, 1.0))
+    before = parameters_of(training.model)
+    training.train(1, warm_up)
+    record = training.optimizer.last_probe
+    assert same(parameters_of(training.model), before)
+    assert record.status is ProbeStatus.STARTED
+    assert record.factor == 0.0 < record.lr_after
+    assert training.optimizer.get_last_lr() == [0.0]
+    losses = training.train(40, warm_up)
+    assert losses[-1] < losses[0]
+
+
+def test_a_factor_of_zero_beside_a_closure_of_the_constructor_remembers_nothing() -> None:
+    training = Training.of(gen_adamw)
+    training.optimizer.closure = training.closure
+    lr_scheduler.LambdaLR(training.optimizer, lambda epoch: 0.0)
+    training.optimizer.step()
+    assert training.calls == 0
+    assert training.optimizer.param_groups[0]["gen_step"] == 0
+
+
+def test_attaching_in_the_middle_starts_at_a_factor_of_one() -> None:
+    training = Training.of(gen_adamw)
+    training.train(10)
+    alpha = training.optimizer.param_groups[0]["lr"]
+    scheduler = lr_scheduler.LinearLR(training.optimizer, 1.0, 0.0, 10)
+    training.train(1, scheduler)
+    assert training.optimizer.last_probe.lr_before == alpha
+    assert training.optimizer.last_probe.factor == 1.0
+    training.train(1, scheduler)
+    assert training.optimizer.last_probe.factor == pytest.approx(0.9)
+
+
+def test_tensor_learning_rates_under_a_scheduler_stay_the_same_tensor() -> None:
+    model = mlp()
+    optimizer = GeNOptimizer(AdamW(model.parameters(), lr=torch.tensor(0.01)))
+    held = optimizer.param_groups[0]["lr"]
+    scheduler = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 10)
+    Training(model, optimizer, *regression_data()).train(5, scheduler)
+    assert optimizer.param_groups[0]["lr"] is held
+    assert held.item() == pytest.approx(0.005)
+    assert optimizer.get_last_lr()[0] == pytest.approx(0.6 * optimizer.last_probe.lr_after)
+
+
+# --- by hand --------------------------------------------------------------------------------------------------------
+
+
+def test_writing_a_learning_rate_sets_it_without_a_new_start_or_burn_in() -> None:
+    training = Training.of(lambda p: gen_adamw(p, burn_in=3, period=4))
+    training.train(5)
+    optimizer = training.optimizer
+    record = optimizer.last_probe
+    optimizer.param_groups[0]["lr"] = 0.02
+    training.train(1)  # lazy
+    assert optimizer.last_probe is record
+    assert optimizer.get_last_lr() == [0.02]
+    training.train(4)
+    assert optimizer.last_probe is not record
+    assert optimizer.last_probe.lr_before == 0.02
+    assert optimizer.last_probe.status is not ProbeStatus.STARTED
+    assert optimizer.param_groups[0]["gen_loss_count"] == 1
+
+
+def test_writing_one_group_changes_the_ratio_and_zero_freezes() -> None:
+    model, base = two_groups()
+    optimizer = GeNOptimizer(base)
+    training = Training(model, optimizer, *regression_data())
+    training.train(3)
+    optimizer.param_groups[1]["lr"] = 3.0 * optimizer.param_groups[0]["lr"]
+    training.train(3)
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(3.0 * optimizer.param_groups[0]["lr"], rel=1e-12)
+    optimizer.param_groups[0]["lr"] = 0.0
+    alpha = optimizer.param_groups[1]["lr"]
+    frozen = parameters_of(model[0])
+    training.train(1)
+    assert same(parameters_of(model[0]), frozen)
+    assert optimizer.last_probe.lr_before == alpha  # of the first unfrozen group
+    training.train(3)
+    assert optimizer.param_groups[0]["lr"] == 0.0
+
+
+def test_a_hand_written_value_survives_a_failing_closure() -> None:
+    model, base = two_groups()
+    optimizer = GeNOptimizer(base)
+    training = Training(model, optimizer, *regression_data())
+    training.train(3)
+    second = optimizer.param_groups[1]["lr"]
+    optimizer.param_groups[0]["lr"] = 0.5
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+    training.train(1)
+    assert optimizer.last_probe.lr_before == 0.5
+    assert optimizer.param_groups[1]["lr"] / optimizer.param_groups[0]["lr"] == pytest.approx(second / 0.5)
+
+
+def test_a_value_written_just_before_a_scheduler_is_attached_counts() -> None:
+    training = Training.of(gen_adamw)
+    training.train(5)
+    training.optimizer.param_groups[0]["lr"] = 0.5
+    lr_scheduler.LinearLR(training.optimizer, 0.5, 1.0, 5)
+    training.train(1)
+    assert training.optimizer.last_probe.lr_before == 0.5
+    assert training.optimizer.last_probe.factor == pytest.approx(0.5)
+
+
+def test_a_tensor_learning_rate_may_be_filled_or_replaced() -> None:
+    model = mlp()
+    optimizer = GeNOptimizer(AdamW(model.parameters(), lr=torch.tensor(0.01)))
+    training = Training(model, optimizer, *regression_data())
+    training.train(3)
+    optimizer.param_groups[0]["lr"].fill_(0.25)
+    training.train(1)
+    assert optimizer.last_probe.lr_before == 0.25
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.125)
+    training.train(1)
+    assert optimizer.last_probe.lr_before == 0.125
+
+
+def test_reduce_on_plateau_counts_as_a_hand() -> None:
+    training = Training.of(lambda p: gen_adamw(p, burn_in=1, period=100))
+    training.train(2)
+    lr = training.optimizer.param_groups[0]["lr"]
+    plateau = lr_scheduler.ReduceLROnPlateau(training.optimizer, factor=0.25, patience=0)
+    plateau.step(1.0)
+    plateau.step(1.0)
+    training.train(1)
+    assert training.optimizer.get_last_lr() == [0.25 * lr]
+    assert training.optimizer.param_groups[0]["gen_lr"] == 0.25 * lr
+
+
+@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf")])
+def test_an_impossible_learning_rate_is_refused(lr: float) -> None:
+    training = Training.of(gen_sgd)
+    training.optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['lr'\] must be a finite number of at least 0"):
+        training.train(1)
+
+
+def test_without_a_scheduler_the_groups_show_what_is_in_force() -> None:
+    training = Training.of(gen_adamw)
+    assert training.optimizer.get_last_lr() == [1e-3]
+    for _ in range(60):
+        training.train(1)
+        assert training.optimizer.get_last_lr() == [group["lr"] for group in training.optimizer.param_groups]
+
+
+def test_all_zero_and_no_closure_is_a_plain_base_step_that_remembers_nothing() -> None:
+    """What torch.distributed.checkpoint does to create state before it loads."""
+    model, base = two_groups()
+    optimizer = GeNOptimizer(base)
+    optimizer.closure = lambda: pytest.fail("called")
+    remembered = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(closure=None)
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        group["lr"] = lr
+    optimizer.zero_grad()
+    assert optimizer.state_dict()["param_groups"] == remembered
+    assert len(optimizer.state) == 4
+    optimizer.closure = None
+    Training(model, optimizer, *regression_data()).train(1)
+    assert optimizer.last_probe.status is ProbeStatus.STARTED
+
+
+def test_lr_of_a_group_without_reading_it_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learning rate on a device is read once after each write: reading it synchronises."""
+    model = mlp()
+    optimizer = GeNOptimizer(AdamW(model.parameters(), lr=torch.tensor(0.01)), burn_in=1, period=100)
+    training = Training(model, optimizer, *regression_data())
+    training.train(2)
+    reads: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: reads.append(self) or self.item())
+    optimizer.step(training.closure)
+    assert not any(read is optimizer.param_groups[0]["lr"] for read in reads)

@@ -1,0 +1,84 @@
+"""Small models, data and closures that the tests of the optimizer train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gen_optim import GeNOptimizer
+
+
+def regression_data(size: int = 16, features: int = 4, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    inputs = torch.randn(size, features, generator=generator, dtype=torch.float64)
+    targets = torch.sin(inputs.sum(dim=1, keepdim=True)) + 0.1 * torch.randn(size, 1, generator=generator).double()
+    return inputs.to(dtype), targets.to(dtype)
+
+
+def mlp(
+    *, seed: int = 0, dtype: torch.dtype = torch.float32, dropout: float = 0.0, norm: bool = False
+) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = [nn.Linear(4, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(dropout)]
+        return nn.Sequential(*layers, nn.Linear(8, 1)).to(dtype)
+
+
+def parameters_of(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@dataclass
+class Training:
+    """A model, its data and an optimizer; counts what happens in its closure."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    inputs: Tensor
+    targets: Tensor
+    calls: int = 0
+    probes: int = 0
+    before_return: Callable[[Training], Any] = field(default=lambda training: None)
+
+    @classmethod
+    def of(cls, make: Callable[[list[Tensor]], torch.optim.Optimizer], model: nn.Module | None = None) -> Training:
+        model = mlp() if model is None else model
+        inputs, targets = regression_data(dtype=next(model.parameters()).dtype)
+        return cls(model, make(list(model.parameters())), inputs, targets)
+
+    def loss(self) -> Tensor:
+        self.calls += 1
+        self.probes += getattr(self.optimizer, "is_probing", False)
+        loss = nn.functional.mse_loss(self.model(self.inputs), self.targets)
+        self.before_return(self)
+        return loss
+
+    def closure(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        return loss
+
+    def train(self, steps: int, scheduler: Any = None) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            losses.append(torch.as_tensor(self.optimizer.step(self.closure)).item())
+            if scheduler is not None:
+                scheduler.step()
+        return losses
+
+
+def gen_adamw(parameters: Any, lr: float = 1e-3, **options: Any) -> GeNOptimizer:
+    return GeNOptimizer(torch.optim.AdamW(parameters, lr=lr), **options)
+
+
+def gen_sgd(parameters: Any, lr: float = 0.1, **options: Any) -> GeNOptimizer:
+    return GeNOptimizer(torch.optim.SGD(parameters, lr=lr, momentum=0.9), **options)
