@@ -330,6 +330,26 @@ def test_a_loss_that_differentiates_inside_is_probed() -> None:
     assert optimizer.last_probe.status is ProbeStatus.FITTED
 
 
+def test_accumulation_over_micro_batches_trains_as_the_whole_batch_does() -> None:
+    whole, micro = (Training.of(lambda parameters: gen_adamw(parameters)) for _ in range(2))
+
+    def closure() -> Tensor:
+        micro.optimizer.zero_grad()
+        total = torch.zeros(())
+        for inputs, targets in zip(micro.inputs.chunk(4), micro.targets.chunk(4), strict=True):
+            loss = nn.functional.mse_loss(micro.model(inputs), targets) / 4
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    for _ in range(10):
+        whole.train(1)
+        micro.optimizer.step(closure)
+        assert micro.optimizer.last_probe.losses == pytest.approx(whole.optimizer.last_probe.losses, rel=1e-5)
+    for mine, theirs in zip(micro.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
 # --- nothing is left behind -----------------------------------------------------------------------------------------
 
 
@@ -648,6 +668,16 @@ def test_direction_is_not_drowned_by_rounding_when_the_given_learning_rate_is_ti
         training.train(1)
         runs.append(parameters_of(training.model))
     assert same(*runs)
+
+
+def test_differences_that_are_rounding_teach_nothing() -> None:
+    training = Training.of(gen_sgd)
+    training.train(2)
+    training.optimizer.param_groups[0]["lr"] = 1e-12
+    training.train(1)
+    record = training.optimizer.last_probe
+    assert record.status is ProbeStatus.BELOW_NOISE
+    assert record.lr_after == record.lr_before == 1e-12
 
 
 # --- losses that are not finite, and records ------------------------------------------------------------------------
