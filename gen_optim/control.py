@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from numbers import Real
 from typing import Any
 
 from gen_optim.quadratic import Parabola
@@ -225,6 +226,9 @@ class PublishedRule:
         Raises:
             ValueError: Names the option, what was expected and what came.
         """
+        for option in fields(self):
+            value = getattr(self, option.name)
+            _check(option.name, value, "a number", isinstance(value, Real))
         _check("period", self.period, "a whole number of at least 1", _is_whole(self.period, least=1))
         _check("smoothing", self.smoothing, "in [0, 1)", 0 <= self.smoothing < 1)
         _check("max_change", self.max_change, "a finite number above 1", 1 < self.max_change < math.inf)
@@ -369,7 +373,7 @@ class SafeguardedRule(PublishedRule):
 
     def steps_to_next_probe(self, probes: int, status: ProbeStatus) -> int:
         """The distance to the next probe step after ``probes`` of them, the last of which concluded ``status``."""
-        is_urgent = status in (ProbeStatus.EXPLODED, ProbeStatus.NON_FINITE_PROBE)
+        is_urgent = status in (ProbeStatus.START_FAILED, ProbeStatus.EXPLODED, ProbeStatus.NON_FINITE_PROBE)
         return 1 if is_urgent or probes < self.burn_in else self.period
 
     def _has_exploded(self, state: ControlState, loss: float) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,14 +67,8 @@ class ProbeRecord:
             TypeError: If a field is missing or unknown.
             ValueError: If the status is unknown.
         """
-        return cls(
-            **values
-            | {
-                "multiples": tuple(values["multiples"]),
-                "losses": tuple(values["losses"]),
-                "status": ProbeStatus(values["status"]),
-            }
-        )
+        readers: dict[str, Callable[[Any], Any]] = {"multiples": tuple, "losses": tuple, "status": ProbeStatus}
+        return cls(**{name: readers[name](value) if name in readers else value for name, value in values.items()})
 
 
 class History:

@@ -68,6 +68,8 @@ class _Watch(threading.local):
     is_on = False
     is_suppressing = False
     saw_backward = False
+    differentiated: list[Tensor] | None = None
+    """Where to collect the tensors on which backward is called; None if nobody asks."""
 
 
 class _Patch:
@@ -108,11 +110,26 @@ def _watched(original: Callable[..., Any], *, is_backward: bool) -> Callable[...
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if _watch.is_on:
             _watch.saw_backward |= is_backward
+            if is_backward and _watch.differentiated is not None:
+                _watch.differentiated += _summands(*args, **kwargs)
             if _watch.is_suppressing:
                 return None
         return original(*args, **kwargs)
 
     return wrapper
+
+
+def _summands(
+    tensors: Tensor | Sequence[Tensor], grad_tensors: Tensor | Sequence[Tensor] | None = None, *_: Any, **__: Any
+) -> list[Tensor]:
+    """The scalars that ``torch.autograd.backward``, called with these arguments, adds up and differentiates."""
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    weights = (
+        [grad_tensors] * len(tensors) if grad_tensors is None or isinstance(grad_tensors, Tensor) else grad_tensors
+    )
+    return [
+        (tensor if weight is None else tensor * weight).sum() for tensor, weight in zip(tensors, weights, strict=True)
+    ]
 
 
 @contextmanager
@@ -293,6 +310,30 @@ class Session:
             self._evaluator._loss_differentiates = True
             return self._replay(closure, caller)
 
+    def differentiable(self, closure: Callable[[], Any], caller: str) -> Tensor:
+        """Call ``closure`` once more, as if it were the first time, and return the loss with its graph.
+
+        Where the closure returns a loss without one, it is the sum of what it calls ``backward()`` on.
+
+        Raises:
+            TypeError: If there is no graph to be had; names the ``caller``.
+        """
+        collected: list[Tensor] = []
+        _watch.differentiated = collected
+        try:
+            with self._replaying(with_graph=True):
+                loss = check_loss(closure(), caller)
+        finally:
+            _watch.differentiated = None
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            return loss.reshape(())
+        if any(each.requires_grad for each in collected):
+            return functools.reduce(torch.add, collected)
+        raise TypeError(
+            f"{caller} must return a loss that has a graph, or call backward() on one, for mode='exact' to "
+            "differentiate. Return the tensor itself, neither .item() nor .detach(), or use mode='approximate'."
+        )
+
     def close(self) -> None:
         """Put buffers and random streams back as they were after the first call."""
         self._buffers_after.restore()
@@ -300,13 +341,19 @@ class Session:
         torch.clear_autocast_cache()
 
     def _replay(self, closure: Callable[[], Any], caller: str) -> Loss:
+        with self._replaying(with_graph=self._evaluator._loss_differentiates):
+            loss = check_loss(closure(), caller)
+        return loss.detach() if isinstance(loss, Tensor) else loss
+
+    @contextmanager
+    def _replaying(self, *, with_graph: bool) -> Iterator[None]:
+        """Let a closure see what the first call saw."""
         self._buffers_before.restore()
         self._random_before.restore()
         # An outer autocast keeps low-precision copies of the weights, which have moved since.
         torch.clear_autocast_cache()
-        with torch.set_grad_enabled(self._evaluator._loss_differentiates), self._finding_modules():
-            loss = check_loss(closure(), caller)
-        return loss.detach() if isinstance(loss, Tensor) else loss
+        with torch.set_grad_enabled(with_graph), self._finding_modules():
+            yield
 
     @contextmanager
     def _finding_modules(self) -> Iterator[None]:

@@ -1,20 +1,51 @@
-"""Measuring the loss along the base optimizer's direction.
-
-``evaluate`` is the loss at a multiple of the base optimizer's step, as the closure returned it; ``read`` turns such
-losses into numbers, all at once, so that a measurement costs one transfer from the device.
-"""
+"""Measuring the loss along the base optimizer's step: by probes, by differentiation, or to find a start."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from gen_optim.control import StartSearch, search_start
+from gen_optim.differentiating import slope_and_curvature, twice_differentiable_kernels
 from gen_optim.evaluating import Loss, rounding_of
+from gen_optim.moving import Move
 from gen_optim.quadratic import Parabola, fit_parabola
 
-__all__ = ["Measurement", "measure_start", "probe_around"]
+__all__ = ["MODES", "Line", "Measurement", "Mode", "differentiate", "probe_around", "search"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """The loss along one step of the base optimizer, ready to be evaluated.
+
+    Attributes:
+        move: The step.
+        lr: Its learning rate.
+        here: The loss where it began, as the closure returned it; None where that has to be evaluated.
+        call: Evaluates the loss where the parameters are.
+        call_with_graph: Likewise, with a graph.
+        read: Turns losses into numbers to be minimised, all at once: one transfer from the device.
+        tolerance: Relative error of a loss, in machine epsilons of its dtype.
+    """
+
+    move: Move
+    lr: float
+    here: Loss | None
+    call: Callable[[], Loss]
+    call_with_graph: Callable[[], Tensor]
+    read: Callable[[Sequence[Loss]], list[float]]
+    tolerance: float
+
+    def evaluate(self, multiple: float) -> Loss:
+        """The loss at a multiple of the step."""
+        if multiple == 0.0 and self.here is not None:
+            return self.here
+        self.move.write(multiple)
+        return self.call()
 
 
 @dataclass(frozen=True)
@@ -24,12 +55,14 @@ class Measurement:
     Attributes:
         learning_rates: Where it was evaluated.
         losses: The losses there.
-        loss: The one at learning rate 0.
+        raw: The one at learning rate 0, as the closure returned it.
+        loss: The same as a number to be minimised.
         found: The parabola through them, or the outcome of the start's search.
     """
 
     learning_rates: tuple[float, ...]
     losses: tuple[float, ...]
+    raw: Loss
     loss: float
     found: Parabola | StartSearch
 
@@ -44,42 +77,47 @@ class Measurement:
         return self.found.optimal_lr if isinstance(self.found, Parabola) else self.found.lr
 
 
-def probe_around(
-    evaluate: Callable[[float], Loss],
-    read: Callable[[Sequence[Loss]], list[float]],
-    *,
-    lr: float,
-    here: Loss,
-    tolerance: float,
-) -> Measurement:
-    """Approximate GeN: a parabola through the losses at −lr, 0 and +lr (Bu and Xu, arXiv:2407.02772, section 3).
-
-    Args:
-        evaluate: The loss at a multiple of the step.
-        read: Turns losses into numbers.
-        lr: The learning rate of the step.
-        here: The loss where the step began.
-        tolerance: Relative error of a loss in machine epsilons of its dtype.
-    """
-    raw = [evaluate(-1.0), here, evaluate(1.0)]
-    learning_rates, losses = (-lr, 0.0, lr), tuple(read(raw))
-    parabola = fit_parabola(learning_rates, losses, rounding=tolerance * rounding_of(raw))
-    return Measurement(learning_rates, losses, losses[1], parabola)
+def probe_around(line: Line) -> Measurement:
+    """Approximate GeN: a parabola through the losses at −lr, 0 and +lr (Bu and Xu, arXiv:2407.02772, section 3)."""
+    here = line.evaluate(0.0)
+    raw = [line.evaluate(-1.0), here, line.evaluate(1.0)]
+    learning_rates, losses = (-line.lr, 0.0, line.lr), tuple(line.read(raw))
+    parabola = fit_parabola(learning_rates, losses, rounding=line.tolerance * rounding_of(raw))
+    return Measurement(learning_rates, losses, here, losses[1], parabola)
 
 
-def measure_start(
-    evaluate: Callable[[float], Loss],
-    read: Callable[[Sequence[Loss]], list[float]],
-    *,
-    lr: float,
-    here: Loss,
-    tolerance: float,
-) -> Measurement:
-    """Search along the first direction for where the loss is lowest; arguments as in :func:`probe_around`."""
-    [loss] = read([here])
+def differentiate(line: Line) -> Measurement:
+    """Exact GeN: slope and curvature where the step began, by double backward (arXiv:2407.02772, section 2)."""
+    line.move.write(0.0)
+    loss = line.call_with_graph()
+    here = loss.detach() if line.here is None else line.here
+    value, slope, curvature = line.read([here, *slope_and_curvature(loss, *line.move.step())])
+    return Measurement((0.0,), (value,), here, value, Parabola(value, slope / line.lr, curvature / line.lr / line.lr))
+
+
+def search(line: Line) -> Measurement:
+    """Look along the first step for where the loss is lowest; where it is not finite, nowhere."""
+    here = line.evaluate(0.0)
+    [loss] = line.read([here])
     if not math.isfinite(loss):
-        return Measurement((0.0,), (loss,), loss, StartSearch(None, (), ()))
-    search = search_start(
-        lambda learning_rate: read([evaluate(learning_rate / lr)])[0], loss, rounding=tolerance * rounding_of([here])
-    )
-    return Measurement((0.0, *search.learning_rates), (loss, *search.losses), loss, search)
+        return Measurement((0.0,), (loss,), here, loss, StartSearch(None, (), ()))
+    rounding = line.tolerance * rounding_of([here])
+    found = search_start(lambda lr: line.read([line.evaluate(lr / line.lr)])[0], loss, rounding=rounding)
+    return Measurement((0.0, *found.learning_rates), (loss, *found.losses), here, loss, found)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to measure.
+
+    Attributes:
+        measure: Measures slope and curvature.
+        kernels: Around all calls of the closure in a probe step.
+    """
+
+    measure: Callable[[Line], Measurement]
+    kernels: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+MODES = {"approximate": Mode(probe_around), "exact": Mode(differentiate, twice_differentiable_kernels)}
+"""Modes by the name that ``GeNOptimizer(mode=...)`` takes."""

@@ -40,6 +40,17 @@ class Move:
         """Copy θ_after: where the parameters are now."""
         self._after = [[parameter.clone() for parameter in group] for group in self._groups]
 
+    @torch.no_grad()
+    def step(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters that are trained, and θ − θ_after of each."""
+        points = [
+            each
+            for group in zip(self._groups, self._before, self._after, strict=True)
+            for each in zip(*group, strict=True)
+            if each[0].requires_grad
+        ]
+        return [parameter for parameter, _, _ in points], [start - end for _, start, end in points]
+
     def write(self, multiple: float) -> None:
         """Write ``torch.lerp(θ, θ_after, multiple)``; multiples 0 and 1 are θ and θ_after themselves."""
         self._write([multiple] * len(self._groups))

@@ -17,7 +17,7 @@ from gen_optim.control import ControlState, Decision, make_rule
 from gen_optim.diagnostics import ProbeRecord
 from gen_optim.evaluating import Evaluator, Loss, losses_to_floats
 from gen_optim.gradients import GradientMark, complete_gradients, mark_used
-from gen_optim.measuring import Measurement, measure_start, probe_around
+from gen_optim.measuring import MODES, Line, Measurement, search
 from gen_optim.moving import Move
 from gen_optim.scheduling import Group, LearningRates
 from gen_optim.wrapping import OptimizerWrapper
@@ -27,7 +27,6 @@ __all__ = ["GeNOptimizer"]
 Closure = Callable[[], Any]
 ProbeHook = Callable[["GeNOptimizer", ProbeRecord], None]
 
-_MODES = ("approximate",)
 _SEARCHED_LR = 1.0
 """The learning rate of the base optimizer's step along which a start is searched. It is large because the direction is
 read off as a difference of parameters, whose rounding would drown that of a small step."""
@@ -66,7 +65,9 @@ class GeNOptimizer(OptimizerWrapper):
             start); a group at 0 is frozen.
         closure: Called by :meth:`step` where that is given none; for frameworks that call ``step()`` bare.
         probe: Likewise for the ``probe`` of :meth:`step`.
-        mode: How slope and curvature are measured. ``"approximate"``: from the losses at −α, 0 and +α.
+        mode: How slope and curvature are measured. ``"approximate"``: from the losses at −α, 0 and +α. ``"exact"``: by
+            differentiating the closure's loss twice, which costs a second forward pass with its backward pass and a
+            double backward pass.
         rule: How the learning rate is chosen from them. ``"safeguarded"``: as published, with a start taken from the
             loss, a burn-in, and fallbacks where the parabola says nothing. ``"published"``: as published; the options
             below it does not use are named.
@@ -135,8 +136,8 @@ class GeNOptimizer(OptimizerWrapper):
         if isinstance(base_optim, GeNOptimizer):
             raise TypeError("base_optim must be the optimizer to wrap, got another GeNOptimizer; wrap its base_optim")
         check_wrappable(base_optim)
-        if mode not in _MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, _MODES))}, got {mode!r}")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
         if not tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {tolerance!r}")
         self._rule = make_rule(
@@ -227,11 +228,14 @@ class GeNOptimizer(OptimizerWrapper):
 
     def _probe_step(self, state: ControlState, closure: Closure | None, probed: Closure) -> Loss | None:
         groups = self.param_groups
-        with self._evaluator.session([parameter for group in groups for parameter in group["params"]]) as session:
+        caller = "closure" if probed is closure else "probe"
+        mode = MODES[self.mode]
+        everything = [parameter for group in groups for parameter in group["params"]]
+        with mode.kernels(), self._evaluator.session(everything) as session:
             loss = None if closure is None else session.first(lambda: self._call(closure))
-            measure, lr = probe_around, state.lr
+            measure, lr = mode.measure, state.lr
             if self._rule.needs_start(state):
-                measure = measure_start
+                measure = search
                 # A loss that is not finite asks for the base optimizer's own step, bit for bit.
                 lr = _SEARCHED_LR if loss is None or math.isfinite(self._read([loss])[0]) else state.lr
 
@@ -241,15 +245,19 @@ class GeNOptimizer(OptimizerWrapper):
                 self.step_base()
             move.arrive()
 
-            def evaluate(multiple: float) -> Loss:
-                move.write(multiple)
-                return session.probe(probed, "closure" if probed is closure else "probe")
-
             after = self._rule.skip(state)
             try:
                 with session.probing():
-                    here = loss if loss is not None and probed is closure else evaluate(0.0)
-                    measurement = measure(evaluate, self._read, lr=lr, here=here, tolerance=self._tolerance)
+                    line = Line(
+                        move,
+                        lr,
+                        here=loss if probed is closure else None,
+                        call=lambda: session.probe(probed, caller),
+                        call_with_graph=lambda: session.differentiable(probed, caller),
+                        read=self._read,
+                        tolerance=self._tolerance,
+                    )
+                    measurement = measure(line)
                 decision = self._rule.decide(state, measurement.loss, measurement.found)
                 after = decision.state
             finally:
@@ -258,7 +266,7 @@ class GeNOptimizer(OptimizerWrapper):
                 move.settle([after.lr * factor / lr for factor in factors])
                 self._remember(after, self._rates_in_force(after))
         self._report(state, measurement, decision, factors[0])
-        return here if loss is None else loss
+        return measurement.raw if loss is None else loss
 
     def _report(self, before: ControlState, measurement: Measurement, decision: Decision, factor: float) -> None:
         record = ProbeRecord(
