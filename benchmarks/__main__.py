@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import main_job
+from benchmarks import curvature, main_job
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,12 @@ JOBS = (
         "bare and wrapped in GeNOptimizer",
         main_job.add_options,
         main_job.run,
+    ),
+    Job(
+        "curvature",
+        "how far the curvature from three probes is from the exact one, along training runs in float32",
+        curvature.add_options,
+        curvature.run,
     ),
 )
 

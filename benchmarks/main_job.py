@@ -7,13 +7,10 @@ large, each bare and wrapped: twelve runs that differ in nothing else.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
-from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from benchmarks.command import add_output, command_line
 from benchmarks.report import LEGEND, table
 from benchmarks.training import Result, Spec, single_thread, train
 
@@ -26,13 +23,7 @@ QUICK_STEPS = 40
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Gives a parser the options of this job."""
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        metavar="DIR",
-        help="where to write the table and the picture (default: benchmarks/results)",
-    )
+    add_output(parser)
     parser.add_argument(
         "--steps",
         type=_positive,
@@ -124,10 +115,9 @@ def train_all(plan: list[Spec]) -> list[Result]:
 
 def _page(results: list[Result], picture: str | None) -> str:
     """The table as a page of its own, with what is needed to get it again."""
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     parts = [
         "# Digits: bare and wrapped, from three learning rates",
-        f"`{command}`, torch {torch.__version__}, one CPU thread",
+        f"{command_line()}, one CPU thread",
         table(results),
         LEGEND,
     ]

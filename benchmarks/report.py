@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from benchmarks.command import markdown_table
 from benchmarks.training import Result
 
 _HEADINGS = (
@@ -32,12 +33,7 @@ def table(results: Sequence[Result]) -> str:
     Args:
         results: The rows, in order.
     """
-    rows = [_HEADINGS, *map(_cells, results)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # The first column is text and reads from the left; the others are numbers.
-    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (rows[0], rules, *rows[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(_HEADINGS, [_cells(result) for result in results])
 
 
 def _cells(result: Result) -> tuple[str, ...]:
