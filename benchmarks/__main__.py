@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import curvature, main_job
+from benchmarks import curvature, directions, main_job, modes
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,13 @@ JOBS = (
         curvature.add_options,
         curvature.run,
     ),
+    Job(
+        "directions",
+        "pictures of the loss along the direction with its parabola, before and after training three small networks",
+        directions.add_options,
+        directions.run,
+    ),
+    Job("modes", "time and memory of a probe step in each mode, at three model sizes", modes.add_options, modes.run),
 )
 
 

@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from benchmarks import digits, text
 from benchmarks.command import add_output, command_line, markdown_table
+from benchmarks.workloads import Workload, character_transformer, digits_mlp
 from gen_optim import GeNOptimizer
 from gen_optim.differentiating import twice_differentiable_kernels
 from gen_optim.evaluating import rounding_of
@@ -31,7 +27,6 @@ from gen_optim.measuring import MODES, Line, Measurement, Mode, differentiate, p
 from gen_optim.quadratic import fit_parabola
 
 MULTIPLES = (1.0, 0.1, 0.01, 0.001)
-SEED = 0
 NOISE_BINS = (0.0, 0.01, 0.125, 0.3, 1.0, 3.0, 10.0, np.inf)
 """The default tolerance of 8 machine epsilons trusts a curvature where this noise is below 1 / 8."""
 
@@ -77,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
     steps = 20 if options.quick else options.steps
     stem = "curvature-quick" if options.quick else "curvature"
     options.output.mkdir(parents=True, exist_ok=True)
-    found = {name: compare(*make(), steps=steps, name=name) for name, make in WORKLOADS.items()}
+    found = {each.name: compare(each, steps=steps) for each in (digits_mlp(), character_transformer())}
     page = _page(found, f"{stem}.png")
     (options.output / f"{stem}.md").write_text(page, "utf-8")
     draw(found, options.output / f"{stem}.png")
@@ -85,45 +80,12 @@ def run(options: argparse.Namespace) -> None:
     print(f"table:   {options.output / f'{stem}.md'}\npicture: {options.output / f'{stem}.png'}")
 
 
-Workload = tuple[torch.nn.Module, Callable[[], Callable[[], Tensor]]]
-"""A model, and a function that draws a batch and returns its loss."""
-
-
-def _digits() -> Workload:
-    images, _ = digits.load(SEED)
-    model, stream = digits.network(SEED), digits.batches(images, 64, SEED)
-
-    def draw_batch() -> Callable[[], Tensor]:
-        batch = next(stream)
-        return lambda: cross_entropy(model(batch.inputs), batch.targets)
-
-    return model, draw_batch
-
-
-def _transformer() -> Workload:
-    train, _ = text.load()
-    model, stream = text.network(train.alphabet, SEED), text.batches(train, 16, SEED)
-
-    def draw_batch() -> Callable[[], Tensor]:
-        characters, following = next(stream)
-        return lambda: cross_entropy(model(characters).flatten(0, 1), following.flatten())
-
-    return model, draw_batch
-
-
-WORKLOADS: dict[str, Callable[[], Workload]] = {"digits MLP": _digits, "character transformer": _transformer}
-
-
-def compare(
-    model: torch.nn.Module, draw_batch: Callable[[], Callable[[], Tensor]], *, steps: int, name: str
-) -> list[Comparison]:
+def compare(workload: Workload, *, steps: int) -> list[Comparison]:
     """Trains with AdamW in GeNOptimizer and measures the curvature in all ways at every step.
 
     Args:
-        model: What to train.
-        draw_batch: Draws a batch and returns its loss.
+        workload: What to train.
         steps: Steps to train.
-        name: For the progress bar.
     """
     found: list[Comparison] = []
 
@@ -138,10 +100,12 @@ def compare(
 
     MODES["compared"] = Mode(measure, twice_differentiable_kernels)
     try:
-        optimizer = GeNOptimizer(AdamW(model.parameters()), mode="compared", period=1)
+        optimizer = GeNOptimizer(AdamW(workload.model.parameters()), mode="compared", period=1)
         scheduler = LambdaLR(optimizer, lambda step: 1.0 - step / steps)
-        for _ in tqdm(range(steps), desc=name, unit="step", mininterval=0.5):
-            optimizer.step(draw_batch())
+        for batch in tqdm(
+            itertools.islice(workload.batches, steps), total=steps, desc=workload.name, unit="step", mininterval=0.5
+        ):
+            optimizer.step(lambda batch=batch: workload.loss_of(batch))  # type: ignore[misc]
             scheduler.step()
     finally:
         del MODES["compared"]
