@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gen_optim.preserving import RandomStreams, random_devices
 from gen_optim.wrapping import without_global_hooks
 
 __all__ = ["check_wrappable"]
+
+_FURTHER = 1024.0
+"""How many times the learning rate of one update is that of the other it is compared with; caps show themselves."""
 
 
 def check_wrappable(base_optim: Any) -> None:
@@ -51,29 +55,34 @@ def check_wrappable(base_optim: Any) -> None:
         raise ValueError(
             "base_optim must have the same maximize in all groups: one loss cannot be measured as both better and worse"
         )
-    growth = _growth_at_twice_the_lr(base_optim)
-    if growth is not None and abs(growth - 2.0) > 0.01:
+    growth = _growth(base_optim)
+    if growth is not None and abs(growth / _FURTHER - 1.0) > 0.01:
         raise ValueError(
-            f"base_optim must make updates proportional to its learning rate, but at twice the learning rate {name} "
-            f"moves {growth:.3g} times as far, not 2. Use it bare, or wrap another optimizer, such as AdamW or SGD."
+            f"base_optim must make updates proportional to its learning rate, but at {_FURTHER:.0f} times the learning "
+            f"rate {name} moves {growth:.3g} times as far. Use it bare, or wrap another optimizer, such as AdamW."
         )
 
 
-def _growth_at_twice_the_lr(base_optim: Optimizer) -> float | None:
-    """How much further an optimizer of this class and these options moves at twice the learning rate.
+def _growth(base_optim: Optimizer) -> float | None:
+    """How much further an optimizer of this class and these options moves at ``_FURTHER`` times the learning rate.
 
     Returns:
-        The ratio of two updates, 2 where they are proportional; None where no twin can be made or stepped, because
-        the class asks for more than parameters and options, or is particular about gradients or devices.
+        The ratio of two updates, ``_FURTHER`` where they are proportional; None where no twin can be made or stepped,
+        because the class asks for more than parameters and options, or is particular about gradients or devices.
     """
+    streams = RandomStreams(random_devices(each for group in base_optim.param_groups for each in group["params"]))
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), without_global_hooks():
+        with warnings.catch_warnings(), without_global_hooks():
             warnings.simplefilter("ignore")
-            once, twice = _third_update(base_optim, 1.0), _third_update(base_optim, 2.0)
+            once = _third_update(base_optim, 1.0)
+            streams.restore()  # both see the same noise, where there is any
+            further = _third_update(base_optim, _FURTHER)
     except Exception:  # noqa: BLE001 - whatever a class demands of its parameters, it is no proof of anything
         return None
+    finally:
+        streams.restore()
     length = torch.linalg.vector_norm(once).item()
-    return torch.linalg.vector_norm(twice).item() / length if 0.0 < length < float("inf") else None
+    return torch.linalg.vector_norm(further).item() / length if 0.0 < length < float("inf") else None
 
 
 def _third_update(base_optim: Optimizer, lr: float) -> Tensor:

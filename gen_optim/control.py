@@ -28,6 +28,12 @@ __all__ = [
 ]
 
 
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""Where a learning rate that is cut or grown for ever stops: 0 would freeze the group, infinity break it."""
+
+_ROUNDING = 2.0**-20
+"""A loss may rise by this fraction because it is rounded in single precision; that is no explosion."""
+
 _PREFIX = "gen_"
 """Of the entries in a parameter group that are GeN's."""
 
@@ -298,7 +304,7 @@ class PublishedRule:
         surprise = loss - state.loss_mean if state.loss_count else 0.0
         return replace(
             state,
-            lr=min(max(lr, self.lr_min), self.lr_max),
+            lr=min(max(lr, self.lr_min, _SMALLEST), self.lr_max, _LARGEST),
             step=state.step + 1,
             probes=state.probes + 1,
             next_probe=state.step + 1 + self.steps_to_next_probe(state.probes + 1, status),
@@ -380,7 +386,8 @@ class SafeguardedRule(PublishedRule):
         # Below this many losses their deviation says little; a shift or a scaling of the loss changes nothing here.
         settled = state.loss_count >= 1.0 / (1.0 - self.smoothing)
         surprise = loss - state.loss_mean
-        return settled and loss > state.loss_start and surprise > self.explosion * state.loss_deviation
+        usual = max(state.loss_deviation, _ROUNDING * abs(state.loss_mean))
+        return settled and loss > state.loss_start and surprise > self.explosion * usual
 
 
 _RULES: dict[str, type[PublishedRule]] = {"published": PublishedRule, "safeguarded": SafeguardedRule}

@@ -52,8 +52,10 @@ def slope_and_curvature(loss: Tensor, parameters: Sequence[Tensor], step: Sequen
         (6.0, 4.0)
     """
     try:
+        # With a seed that requires a gradient, functions marked as once differentiable show themselves.
+        seed = torch.ones_like(loss, requires_grad=True)
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            loss, parameters, create_graph=True, allow_unused=True
+            loss, parameters, seed, create_graph=True, allow_unused=True
         )
         slope = _inner(gradients, step, loss)
         # What does not depend on the parameters any more has no second derivative to add.
@@ -61,6 +63,7 @@ def slope_and_curvature(loss: Tensor, parameters: Sequence[Tensor], step: Sequen
         if not curved:
             return slope, torch.zeros_like(slope)
         of, along = zip(*curved, strict=True)
+        _refuse_once_differentiable(of)
         products = torch.autograd.grad(of, parameters, grad_outputs=along, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
         raise RuntimeError(
@@ -79,10 +82,31 @@ def _inner(left: Sequence[Tensor | None], right: Sequence[Tensor], like: Tensor)
     return total
 
 
+def _refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
+    """Raise what torch raises when it differentiates such a function twice; on a way to parameters it never does.
+
+    The backward pass of such a function ends in a node that raises, behind which the graph is cut: its second
+    derivative would silently count as zero.
+    """
+    nodes = [each.grad_fn for each in gradients]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            if node.name() == "torch::autograd::Error":
+                raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+            fresh = [each for each, _ in node.next_functions if each not in seen]
+            seen.update(fresh)
+            nodes += fresh
+
+
 def _lacking(error: BaseException) -> str:
     """The operation that torch names in its error."""
     message = str(error)
     named = re.search(r"derivative for '?(?:aten::)?(\w+)'? is not implemented", message)
     if named is not None:
-        return f"the operation {named[1].removesuffix('_backward')}"
-    return "an operation compiled by torch.compile" if "aot_autograd" in message else "an operation in it"
+        return f"the operation {named[1].removesuffix('_backward').strip('_')}"
+    if "once_differentiable" in message:
+        return "a function marked with @once_differentiable"
+    is_compiled = "aot_autograd" in message or "compiled" in message
+    return "a function compiled by torch.compile" if is_compiled else "an operation in it"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -63,15 +63,15 @@ def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: Gra
         TypeError: If there is nothing to use, and the loss has no graph either.
     """
     gradient = _first_gradient(groups)
+    has_graph = isinstance(loss, Tensor) and loss.requires_grad
     if gradient is not None:
         if gradient is not before.gradient:
             return  # the closure has assigned it
-        if gradient._version == before.version:
-            if before.is_fresh:
-                return  # the caller's
-        elif any(bool(each.any()) for each in _gradients(groups)):
-            return  # the closure has written into it; only zeros would mean that it has zeroed it
-    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        is_new = before.is_fresh or gradient._version != before.version
+        # Zeros are what zero_grad(set_to_none=False) leaves, be it in the closure or before: no gradient of a loss.
+        if is_new and (not has_graph or any(bool(each.any()) for each in _gradients(groups))):
+            return
+    if not has_graph:
         raise TypeError(
             "closure must either call backward() or return a loss that has a graph, but it did not call backward(), "
             f"no gradients were computed since the last step, and it returned {_describe(loss)}. "
@@ -79,7 +79,7 @@ def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: Gra
         )
     for parameter in _parameters(groups):
         parameter.grad = None
-    loss.backward()  # type: ignore[no-untyped-call]
+    cast(Tensor, loss).backward()  # type: ignore[no-untyped-call]
 
 
 def _describe(loss: Loss) -> str:

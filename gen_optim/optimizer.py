@@ -231,7 +231,8 @@ class GeNOptimizer(OptimizerWrapper):
         caller = "closure" if probed is closure else "probe"
         mode = MODES[self.mode]
         everything = [parameter for group in groups for parameter in group["params"]]
-        with mode.kernels(), self._evaluator.session(everything) as session:
+        session = self._evaluator.session(everything)
+        with mode.kernels():
             loss = None if closure is None else session.first(lambda: self._call(closure))
             measure, lr = mode.measure, state.lr
             if self._rule.needs_start(state):

@@ -331,7 +331,7 @@ def test_a_loss_that_differentiates_inside_is_probed() -> None:
 
 
 def test_accumulation_over_micro_batches_trains_as_the_whole_batch_does() -> None:
-    whole, micro = (Training.of(lambda parameters: gen_adamw(parameters)) for _ in range(2))
+    whole, micro = (Training.of(gen_adamw) for _ in range(2))
 
     def closure() -> Tensor:
         micro.optimizer.zero_grad()

@@ -1,0 +1,135 @@
+"""What a probe must leave as it was besides gradients: random streams and the buffers of modules."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Buffers", "RandomStreams", "random_devices"]
+
+
+class RandomStreams:
+    """The state of every global random stream, taken at construction.
+
+    Args:
+        devices: Those besides the CPU.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()  # noqa: NPY002 - the global stream is what closures draw from
+        self._torch = torch.get_rng_state()
+        self._devices = [(device, torch.get_device_module(device).get_rng_state(*_index(device))) for device in devices]
+
+    def restore(self) -> None:
+        """Put the streams back to where they were."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        torch.set_rng_state(self._torch)
+        for device, state in self._devices:
+            torch.get_device_module(device).set_rng_state(state, *_index(device))
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    """What the random-state functions of a device's module take; the one for MPS knows a single device."""
+    return () if device.type == "mps" else (device,)
+
+
+def random_devices(parameters: Iterable[Tensor]) -> set[torch.device]:
+    """The devices besides the CPU whose random stream a closure may draw from."""
+    devices = {parameter.device for parameter in parameters if parameter.device.type not in ("cpu", "meta")}
+    # Not asked for where nothing has used it yet: that alone would take up memory there.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
+    return devices
+
+
+class Buffers:
+    """The buffers of the modules that a closure calls: as they were before its first call, and after.
+
+    A buffer is kept as the tensor it is, wherever that stands, and the names under which a module holds its buffers
+    are kept only where a call of the module changes them. For ``torch.func.functional_call`` lends modules other
+    buffers, and what stands in a module while it is called need not be its own.
+    """
+
+    def __init__(self) -> None:
+        self._before, self._after = _Snapshot(), _Snapshot()
+        self._entered: dict[nn.Module, dict[str, Tensor | None]] = {}
+        self._modules: dict[nn.Module, None] = {}
+        self._is_first = True
+
+    def modules(self) -> list[nn.Module]:
+        """All modules that have been called, and those below them."""
+        return list(self._modules)
+
+    def enter(self, module: nn.Module) -> None:
+        """Keep what a module and all below it hold, which is about to be called."""
+        self._entered = {each: dict(each._buffers) for each in module.modules()}
+        self._modules.update(dict.fromkeys(self._entered))
+        for held in self._entered.values():
+            self._before.keep(held.values())
+            if not self._is_first:  # what only a probe comes to see must end as it was before that probe
+                self._after.keep(held.values())
+
+    def leave(self, _: nn.Module) -> None:
+        """Notice which modules hold other buffers than before the call."""
+        for module, held in self._entered.items():
+            now = module._buffers
+            if list(now) != list(held) or any(now[name] is not buffer for name, buffer in held.items()):
+                self._before.names.setdefault(module, held)
+                if not self._is_first:
+                    self._after.names.setdefault(module, held)
+        self._entered = {}
+
+    def end_first_call(self) -> None:
+        """Keep what all of them hold after the first call."""
+        self._is_first = False
+        self._after.keep(self._before.contents)
+        for module in self._before.names:
+            self._after.names[module] = dict(module._buffers)
+            self._after.keep(module._buffers.values())
+
+    def rewind(self) -> None:
+        """Put everything back to where the first call found it."""
+        self._before.restore()
+
+    def restore(self) -> None:
+        """Put everything back to where the first call left it."""
+        self._after.restore()
+
+
+class _Snapshot:
+    """Tensors with copies of their contents, and the names under which some modules hold them."""
+
+    def __init__(self) -> None:
+        self.contents: dict[Tensor, Tensor | None] = {}
+        self.names: dict[nn.Module, Mapping[str, Tensor | None]] = {}
+
+    def keep(self, buffers: Iterable[Tensor | None]) -> None:
+        """Copy the contents of those not kept before."""
+        for buffer in buffers:
+            if buffer is not None and buffer not in self.contents:
+                self.contents[buffer] = _copy(buffer)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put names and contents back; unseen, since ``batch_norm`` writes without a trace in ``_version``."""
+        for module, held in self.names.items():
+            module._buffers.clear()
+            module._buffers.update(held)
+        for buffer, copy in self.contents.items():
+            if copy is not None:
+                if buffer.shape != copy.shape:
+                    buffer.resize_(copy.shape)
+                buffer.copy_(copy)
+
+
+def _copy(buffer: Tensor) -> Tensor | None:
+    """A copy, or None where there is no need: torch refuses to write in place to a tensor that overlaps itself."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(buffer) or torch._debug_has_internal_overlap(buffer) == 1:
+        return None  # torch.func's own tensors are gone when the call is over
+    return buffer.detach().clone()

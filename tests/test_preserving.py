@@ -1,0 +1,136 @@
+"""What a probe must leave as it was, in the corners: buffers lent, rebound or made; random base optimizers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import SGD
+
+from gen_optim import GeNOptimizer
+from gen_optim.preserving import Buffers
+from tests.training import Training, mlp, parameters_of, regression_data, same
+
+
+def published(parameters: Any) -> GeNOptimizer:
+    return GeNOptimizer(SGD(parameters, lr=0.01), rule="published", period=1)
+
+
+def test_a_mean_teacher_that_lends_the_model_its_averages_is_left_alone() -> None:
+    """Under functional_call a module holds buffers that are not its own while it is called."""
+    model, (inputs, targets) = mlp(norm=True), regression_data()
+    averages = {name: value.detach().clone() + 0.5 for name, value in model.state_dict().items()}
+    optimizer = published(model.parameters())
+    outputs: list[Tensor] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.no_grad():
+            outputs.append(functional_call(model, averages, inputs))
+        loss = nn.functional.mse_loss(model(inputs), targets) + (model(inputs) - outputs[-1]).square().mean()
+        if not optimizer.is_probing:
+            loss.backward()
+        return loss
+
+    twin = copy.deepcopy(model)
+    kept = copy.deepcopy(averages)
+    optimizer.step(closure)
+    functional_call(twin, kept, inputs)
+    twin(inputs), twin(inputs)
+    assert same(outputs[:1] * 2, outputs[1:])  # all calls have seen the same teacher
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, dict(twin.named_buffers())[name]), name
+        assert buffer is not averages[name]
+        assert torch.equal(averages[name], kept[name]), name
+
+
+class Rebinding(nn.Module):
+    """Reassigns one buffer, registers another, and sees what stands in the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.count = self.count + 1
+        self.register_buffer("latest", inputs.mean().detach())
+        return self.linear(inputs) * self.count
+
+
+def test_reassigned_and_new_buffers_are_those_of_the_first_call() -> None:
+    training = Training.of(published, Rebinding())
+    seen: list[float] = []
+    training.before_return = lambda self: seen.append(self.model.count.item())
+    for step in (1.0, 2.0, 3.0):
+        seen.clear()
+        training.train(1)
+        assert seen == [step] * 3
+        assert training.model.count.item() == step
+        assert torch.equal(training.model.latest, training.inputs.mean())
+
+
+def test_a_module_that_only_a_probe_calls_ends_as_before_it() -> None:
+    model, other = mlp(), Rebinding()
+    optimizer = published(model.parameters())
+    inputs, targets = regression_data()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(inputs), targets)
+        if optimizer.is_probing:
+            other(inputs)
+        else:
+            loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert other.count.item() == 0.0
+    assert not hasattr(other, "latest")
+
+
+def test_names_are_put_back_in_their_order() -> None:
+    module, buffers = Rebinding(), Buffers()
+    buffers.enter(module)
+    module(torch.ones(2, 4))
+    buffers.leave(module)
+    buffers.end_first_call()
+    buffers.rewind()
+    assert list(module._buffers) == ["count"]
+    buffers.restore()
+    assert list(module._buffers) == ["count", "latest"]
+    assert module.count.item() == 1.0
+
+
+class NoisySGD(SGD):
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                drawn.append(torch.randn(()).item())
+                parameter.grad += drawn[-1]
+        super().step()
+        return loss
+
+
+drawn: list[float] = []
+
+
+def test_a_base_optimizer_that_draws_at_random_draws_anew_each_step() -> None:
+    models = mlp(), mlp()
+    wrapped = GeNOptimizer(
+        NoisySGD(models[0].parameters(), lr=0.01), rule="published", period=1, lr_min=0.01, lr_max=0.01
+    )
+    bare = NoisySGD(models[1].parameters(), lr=0.01)
+    runs = []
+    for model, optimizer in zip(models, (wrapped, bare), strict=True):
+        drawn.clear()
+        torch.manual_seed(0)
+        Training(model, optimizer, *regression_data()).train(4)
+        runs.append(list(drawn))
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 16
+    assert same(parameters_of(models[0]), parameters_of(models[1]))
