@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gen_optim.control import StartSearch, search_start
 from gen_optim.differentiating import slope_and_curvature, twice_differentiable_kernels
 from gen_optim.evaluating import Loss, rounding_of
 from gen_optim.moving import Move
 from gen_optim.quadratic import Parabola, fit_parabola
+from gen_optim.starting import StartSearch, search_start
 
 __all__ = ["MODES", "Line", "Measurement", "Mode", "differentiate", "probe_around", "search"]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gen_optim.control import StartSearch
 from gen_optim.evaluating import Loss, losses_to_floats
 from gen_optim.measuring import MODES, Line, Measurement, differentiate, probe_around, search
 from gen_optim.moving import Move
 from gen_optim.quadratic import Parabola
+from gen_optim.starting import StartSearch
 
 EPSILON32 = torch.finfo(torch.float32).eps
 DOUBLE = torch.float64
