@@ -2,8 +2,22 @@
 
 from gen_optim.control import ProbeStatus
 from gen_optim.diagnostics import History, ProbeRecord
+from gen_optim.directional import Derivatives, derivatives_along, loss_along, quadratic_model
 from gen_optim.optimizer import GeNOptimizer
+from gen_optim.proposing import optimizer_direction
+from gen_optim.quadratic import Parabola
 
-__all__ = ["GeNOptimizer", "History", "ProbeRecord", "ProbeStatus"]
+__all__ = [
+    "Derivatives",
+    "GeNOptimizer",
+    "History",
+    "Parabola",
+    "ProbeRecord",
+    "ProbeStatus",
+    "derivatives_along",
+    "loss_along",
+    "optimizer_direction",
+    "quadratic_model",
+]
 
 __version__ = "0.1.0"

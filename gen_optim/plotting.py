@@ -1,0 +1,181 @@
+"""Pictures of the loss along a direction and of a training run's history; needs matplotlib (extra ``plot``).
+
+Everything returns matplotlib axes, draws on those given as ``ax=``, shows nothing, and reads well in grey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gen_optim.control import ProbeStatus
+from gen_optim.diagnostics import History
+from gen_optim.directional import loss_along, quadratic_model
+from gen_optim.quadratic import Parabola
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_history", "plot_loss_along"]
+
+_MARKS: dict[ProbeStatus, tuple[str, str]] = {
+    ProbeStatus.STARTED: ("*", "start found"),
+    ProbeStatus.START_FAILED: ("X", "no start found"),
+    ProbeStatus.CONCAVE: ("^", "concave: grown"),
+    ProbeStatus.NO_MINIMUM: ("_", "no minimum: kept"),
+    ProbeStatus.BELOW_NOISE: ("|", "below noise: kept"),
+    ProbeStatus.NON_FINITE_LOSS: ("x", "loss not finite"),
+    ProbeStatus.NON_FINITE_PROBE: ("v", "probe not finite: cut"),
+    ProbeStatus.EXPLODED: ("P", "exploded: cut"),
+}
+"""Marker and name of every status but the usual one, a fitted parabola."""
+
+
+def plot_loss_along(
+    loss_fn: Callable[[dict[str, Tensor]], Tensor],
+    params: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    learning_rates: Sequence[float] | None = None,
+    *,
+    label: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw g(α) = L(θ − αω) over learning rates α, with its second-order parabola at 0 and the lowest point of that.
+
+    Args:
+        loss_fn: The loss as a function of the parameters, a scalar.
+        params: The parameters θ.
+        direction: The direction ω, tensors of the same names and shapes; see
+            :func:`gen_optim.directional.optimizer_direction`.
+        learning_rates: Where to evaluate the loss. By default 41 values from one optimal learning rate behind to
+            three ahead; where the parabola has no lowest point, to where its slope and curvature terms are equal.
+        label: Name of this loss in the legend.
+        ax: Where to draw; new axes by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> ax = plot_loss_along(  # doctest: +SKIP
+        ...     lambda params: loss_fn(functional_call(model, params, inputs), targets),
+        ...     dict(model.named_parameters()),
+        ...     optimizer_direction(optimizer, dict(model.named_parameters())),
+        ... )
+    """
+    ax = _axes(1, 1)[0, 0] if ax is None else ax
+    parabola = quadratic_model(loss_fn, dict(params), dict(direction))
+    rates = np.linspace(-1.0, 3.0, 41) * _scale(parabola) if learning_rates is None else np.asarray(learning_rates)
+    like = next(iter(params.values()))
+    grid = torch.as_tensor(rates, dtype=like.dtype, device=like.device)
+    losses = loss_along(loss_fn, dict(params), dict(direction), grid).cpu().numpy()
+    name = "" if label is None else f" ({label})"
+    [line] = ax.plot(rates, losses, "-", color=_grey(ax), linewidth=2, label=f"loss{name}")
+    predicted = [parabola.predict(rate) for rate in rates.tolist()]
+    ax.plot(rates, predicted, "--", color=line.get_color(), linewidth=1.2, label=f"parabola{name}")
+    if parabola.optimal_lr is not None:
+        ax.plot(
+            [parabola.optimal_lr],
+            [parabola.predict(parabola.optimal_lr)],
+            "*",
+            color=line.get_color(),
+            markersize=13,
+            markerfacecolor="white",
+            label=f"lowest at {parabola.optimal_lr:.3g}{name}",
+        )
+    ax.axvline(0.0, color="0.8", linewidth=0.8, zorder=0)
+    ax.set_xlabel("learning rate along the direction")
+    ax.set_ylabel("loss")
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_history(
+    history: History | Mapping[str, History], *, ax: npt.NDArray[np.object_] | None = None
+) -> npt.NDArray[np.object_]:
+    """Draw the probe steps of one or several runs: loss above, learning rate and optimum below, a column a run.
+
+    Probe steps that did not end in a fitted parabola are marked on the learning rate.
+
+    Args:
+        history: The history of a run, or several by name.
+        ax: Axes of shape ``(2, number of runs)``; new ones by default, rows sharing their scales.
+
+    Returns:
+        The axes, shape ``(2, number of runs)``.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If ``ax`` has another shape.
+
+    Example:
+        >>> panels = plot_history({"AdamW": first, "SGD": second})  # doctest: +SKIP
+    """
+    runs = {"": history} if isinstance(history, History) else dict(history)
+    panels = _axes(2, len(runs)) if ax is None else np.asarray(ax, dtype=object)
+    if panels.shape != (2, len(runs)):
+        raise ValueError(f"ax must hold axes of shape {(2, len(runs))}, a column a run, got shape {panels.shape}")
+    for (above, below), (name, run) in zip(panels.T, runs.items(), strict=True):
+        _draw_loss(above, run)
+        _draw_learning_rate(below, run)
+        above.set_title(name, loc="left")
+    panels[0, 0].set_ylabel("loss")
+    panels[1, 0].set_ylabel("learning rate")
+    return panels
+
+
+def _draw_loss(ax: Axes, run: History) -> None:
+    losses = [record.losses[record.multiples.index(0.0)] for record in run]
+    ax.plot(run.column("step"), losses, "-", color="0.15", linewidth=1.2)
+    if losses and min(losses) > 0:
+        ax.set_yscale("log")
+    ax.grid(alpha=0.25)
+
+
+def _draw_learning_rate(ax: Axes, run: History) -> None:
+    steps, chosen, optimal = run.column("step"), run.column("lr_after"), run.column("optimal_lr")
+    with np.errstate(invalid="ignore"):
+        optimal = np.where(optimal > 0, optimal, np.nan)  # the logarithm has no place for an optimum behind
+    ax.plot(steps, optimal, ".", color="0.7", markersize=4, label="optimum", zorder=1)
+    ax.plot(steps, chosen, "-", color="0.15", linewidth=1.8, label="chosen")
+    if (run.column("factor") != 1.0).any():
+        ax.plot(steps, chosen * run.column("factor"), "--", color="0.15", linewidth=1.0, label="× scheduler's factor")
+    for status, (marker, name) in _MARKS.items():
+        marked = np.array([record.status is status for record in run], dtype=bool)
+        if marked.any():
+            ax.plot(steps[marked], chosen[marked], marker, color="0.15", markerfacecolor="white", label=name)
+    ax.set_yscale("log")
+    ax.set_xlabel("step")
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False, fontsize="small")
+
+
+def _scale(parabola: Parabola) -> float:
+    """A learning rate at which the parabola shows its shape."""
+    if not parabola.is_finite or parabola.slope == 0.0:
+        return 1.0
+    if parabola.curvature == 0.0:
+        return abs((parabola.value or 1.0) / parabola.slope)
+    return abs(parabola.slope / parabola.curvature)
+
+
+def _grey(ax: Axes) -> str:
+    """Another shade for each loss drawn on the same axes."""
+    drawn = sum(str(line.get_label()).startswith("loss") for line in ax.get_lines())
+    return ("0.1", "0.5", "0.7")[drawn % 3]
+
+
+def _axes(rows: int, columns: int) -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("gen_optim.plotting needs matplotlib: pip install 'generalized-newton[plot]'") from error
+    size = (5.5 * columns, 3.5 * rows)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, sharex="col", sharey="row", layout="constrained")[1]
