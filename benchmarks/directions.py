@@ -59,9 +59,10 @@ def draw(workload: Workload, steps: int, figure: Figure) -> None:
         batch = next(workload.batches)
         if step == 1:  # the first step has filled the moments
             _draw_direction(workload, optimizer, before, "in the second step")
+        if step == steps - 1:  # after it the scheduler's factor is 0, and no step would be taken
+            _draw_direction(workload, optimizer, after, "in the last step")
         optimizer.step(lambda batch=batch: workload.loss_of(batch))  # type: ignore[misc]
         scheduler.step()
-    _draw_direction(workload, optimizer, after, "after training")
     losses.sharex(rates)
     plot_history(history, ax=np.array([[losses], [rates]], dtype=object))
 

@@ -30,8 +30,8 @@ BATCH = 8
 
 _READING = """\
 Time: the median over rounds, in each of which every way takes one step, so that all meet the same machine. Memory: the
-peak of what torch's allocator hands out during one step beyond what was there before it, gradients not counted as
-there."""
+peak of what torch's allocator hands out during one step beyond parameters and the optimizer's state; gradients
+count."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +107,7 @@ def measure(size: str, rounds: int) -> list[list[str]]:
                 began = time.perf_counter()
                 step()
                 times[name].append(time.perf_counter() - began)
-        memory = {name: _peak(step) for name, step in steps.items()}
+        memory = {name: _peak(step, model) for name, step in steps.items()}
     del MODES["graph-free"]
     count = sum(parameter.numel() for parameter in model.parameters())
     return [
@@ -141,8 +141,9 @@ def _step(optimizer: Optimizer, model: nn.Module, loss_of: Callable[[], Tensor])
     return step
 
 
-def _peak(step: Callable[[], None]) -> int:
-    """The most bytes that one step holds beyond what was there before."""
+def _peak(step: Callable[[], None], model: nn.Module) -> int:
+    """The most bytes that one step holds beyond what was there before; gradients are its own."""
+    model.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     results = profiler.profiler.kineto_results

@@ -75,10 +75,11 @@ def plot_loss_along(
     rates = np.linspace(-1.0, 3.0, 41) * _scale(parabola) if learning_rates is None else np.asarray(learning_rates)
     like = next(iter(params.values()))
     grid = torch.as_tensor(rates, dtype=like.dtype, device=like.device)
-    losses = loss_along(loss_fn, dict(params), dict(direction), grid).cpu().numpy()
+    losses = loss_along(loss_fn, dict(params), dict(direction), grid, chunk_size=1).cpu().numpy()
     name = "" if label is None else f" ({label})"
     [line] = ax.plot(rates, losses, "-", color=_grey(ax), linewidth=2, label=f"loss{name}")
-    predicted = [parabola.predict(rate) for rate in rates.tolist()]
+    predicted = np.array([parabola.predict(rate) for rate in rates.tolist()])
+    _keep_in_view(ax, losses, predicted)
     ax.plot(rates, predicted, "--", color=line.get_color(), linewidth=1.2, label=f"parabola{name}")
     if parabola.optimal_lr is not None:
         ax.plot(
@@ -155,6 +156,14 @@ def _draw_learning_rate(ax: Axes, run: History) -> None:
     ax.set_xlabel("step")
     ax.grid(alpha=0.25)
     ax.legend(frameon=False, fontsize="small")
+
+
+def _keep_in_view(ax: Axes, losses: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64]) -> None:
+    """Let a loss that grows far above its parabola leave the panel, rather than flatten all else."""
+    bottom, top = min(np.nanmin(losses), predicted.min()), predicted.max() + np.ptp(predicted)
+    if not losses.max() <= top and bottom < top:
+        room = 0.05 * (top - bottom)
+        ax.set_ylim(bottom - room, top + room)
 
 
 def _scale(parabola: Parabola) -> float:
