@@ -33,9 +33,6 @@ _SMALLEST, _LARGEST = 1e-30, 1e30
 _ROUNDING = 2.0**-20
 """A loss may rise by this fraction because it is rounded in single precision; that is no explosion."""
 
-_PREFIX = "gen_"
-"""Of the entries in a parameter group that are GeN's."""
-
 
 class ProbeStatus(Enum):
     """What a probe step concluded."""
@@ -89,17 +86,20 @@ class ControlState:
     @staticmethod
     def is_in(group: Mapping[str, Any]) -> bool:
         """Whether a state stands in a parameter group."""
-        return _PREFIX + "lr" in group
+        return _KEYS["lr"] in group
 
     @classmethod
     def load(cls, group: Mapping[str, Any]) -> ControlState:
         """Read the state from a parameter group."""
-        names = [field.name for field in fields(cls)]
-        return cls(**{name: group[_PREFIX + name] for name in names if _PREFIX + name in group})
+        return cls(**{name: group[key] for name, key in _KEYS.items() if key in group})
 
     def dump(self) -> dict[str, Any]:
         """The state as entries of a parameter group."""
-        return {_PREFIX + field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: getattr(self, name) for name, key in _KEYS.items()}
+
+
+_KEYS = {field.name: f"gen_{field.name}" for field in fields(ControlState)}
+"""Under which keys the state's entries stand in a parameter group."""
 
 
 @dataclass(frozen=True)

@@ -283,7 +283,7 @@ class GeNOptimizer(OptimizerWrapper):
             status=decision.status,
         )
         self.last_probe = record
-        for hook in self._probe_hooks.values():
+        for hook in list(self._probe_hooks.values()):
             hook(self, record)
 
     def _call(self, closure: Closure) -> Loss:
