@@ -29,7 +29,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=600,
         metavar="N",
-        help="steps of each run, over which the learning rate goes to zero (default: %(default)s)",
+        help="steps of each run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=("linear", "constant"),
+        default="linear",
+        help="linear: all learning rates go to zero over the steps; constant: nothing but GeN changes them, and the "
+        "files end in -constant (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size",
@@ -56,11 +63,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Trains, prints the table, and writes it and the picture."""
     steps = min(options.steps, QUICK_STEPS) if options.quick else options.steps
-    stem = "digits-quick" if options.quick else "digits"
+    stem = "digits" + "-constant" * (options.schedule == "constant") + "-quick" * options.quick
     # Before the training, so that a folder that cannot be made costs no time.
     options.output.mkdir(parents=True, exist_ok=True)
 
-    plan = specs(steps=steps, batch_size=options.batch_size, seed=options.seed)
+    plan = specs(steps=steps, schedule=options.schedule, batch_size=options.batch_size, seed=options.seed)
     results = train_all(plan)
     print(f"\n{table(results)}\n\n{LEGEND}\n")
 
@@ -75,11 +82,12 @@ def run(options: argparse.Namespace) -> None:
         print(f"picture: {picture}")
 
 
-def specs(*, steps: int, batch_size: int, seed: int) -> list[Spec]:
+def specs(*, steps: int, schedule: str, batch_size: int, seed: int) -> list[Spec]:
     """Returns the twelve runs, in the order of the table.
 
     Args:
         steps: Steps of each run.
+        schedule: "linear" or "constant".
         batch_size: Images in a batch.
         seed: The same for all.
     """
@@ -89,6 +97,7 @@ def specs(*, steps: int, batch_size: int, seed: int) -> list[Spec]:
             gen=gen,
             learning_rate=learning_rate,
             steps=steps,
+            schedule=schedule,
             batch_size=batch_size,
             seed=seed,
         )

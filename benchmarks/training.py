@@ -39,7 +39,8 @@ class Spec:
         base: A name in ``BASES``.
         gen: Whether ``GeNOptimizer`` wraps the base optimizer.
         learning_rate: The one to begin with.
-        steps: How many; the horizon, over which the learning rate goes linearly to zero.
+        steps: How many.
+        schedule: "linear", from 1 to 0 over the steps, or "constant".
         batch_size: Images in a batch.
         seed: Decides split, weights and batches, so that runs differ in nothing but the optimizer.
     """
@@ -48,6 +49,7 @@ class Spec:
     gen: bool
     learning_rate: float
     steps: int
+    schedule: str
     batch_size: int
     seed: int
 
@@ -115,8 +117,9 @@ def train(spec: Spec, on_step: Callable[[], object] = lambda: None) -> Result:
     base = BASES[spec.base](model, spec.learning_rate)
     wrapped = GeNOptimizer(base) if spec.gen else None
     optimizer: Optimizer = base if wrapped is None else wrapped
-    # The horizon, attached alike to a bare and a wrapped optimizer.
-    scheduler = LambdaLR(optimizer, lambda step: 1.0 - step / spec.steps)
+    # Attached alike to a bare and a wrapped optimizer.
+    is_linear = spec.schedule == "linear"
+    scheduler = LambdaLR(optimizer, lambda step: 1.0 - step / spec.steps if is_linear else 1.0)
 
     batch = next(stream)
     extra_forwards = 0
