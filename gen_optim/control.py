@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from gen_optim.quadratic import Parabola
@@ -35,26 +35,31 @@ _ROUNDING = 2.0**-20
 
 
 class ProbeStatus(Enum):
-    """What a probe step concluded."""
+    """What a probe step concluded.
+
+    Attributes:
+        STARTED: The start's search found where the loss along the first direction is lowest.
+        START_FAILED: No learning rate lowered the loss along the first direction; no step is taken, and the next one
+            tries again.
+        FITTED: The parabola has a lowest point, and the learning rate moved towards it.
+        CONCAVE: The loss descends and curves downwards, or not measurably: the optimum lies further out; grown.
+        NO_MINIMUM: The parabola has no lowest point ahead; the learning rate is kept.
+        BELOW_NOISE: The differences between the losses are rounding; the learning rate is kept.
+        NON_FINITE_LOSS: The loss where the step began is NaN or infinite; nothing is learned from it.
+        NON_FINITE_PROBE: A probed loss is NaN or infinite. The default rule cuts the learning rate, the published one
+            keeps it.
+        EXPLODED: The loss rose far above where training began: the learning rate is cut and the parabola not used.
+    """
 
     STARTED = "started"
-    """The start's search found where the loss along the first direction is lowest."""
     START_FAILED = "start_failed"
-    """No learning rate lowered the loss along the first direction; the start is tried again at the next step."""
     FITTED = "fitted"
-    """The parabola has a lowest point, and the learning rate moved towards it."""
     CONCAVE = "concave"
-    """The loss descends and curves downwards, or not measurably: the optimum lies further out; grown."""
     NO_MINIMUM = "no_minimum"
-    """The parabola has no lowest point ahead; the learning rate is kept."""
     BELOW_NOISE = "below_noise"
-    """The differences between the losses are rounding; the learning rate is kept."""
     NON_FINITE_LOSS = "non_finite_loss"
-    """The loss where the step began is NaN or infinite; nothing is learned from it."""
     NON_FINITE_PROBE = "non_finite_probe"
-    """A probed loss is NaN or infinite. The default rule cuts the learning rate, the published one keeps it."""
     EXPLODED = "exploded"
-    """The loss rose far above where training began: the learning rate is cut and the parabola not used."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,11 @@ class Decision:
     state: ControlState
     status: ProbeStatus
 
+    @property
+    def taken_lr(self) -> float:
+        """The learning rate of the step: that of the state, but 0 where no start was found to begin at."""
+        return 0.0 if self.status is ProbeStatus.START_FAILED else self.state.lr
+
 
 def _is_whole(value: object, *, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -152,7 +162,10 @@ class PublishedRule:
         """
         for option in fields(self):
             value = getattr(self, option.name)
-            _check(option.name, value, "a number", isinstance(value, Real))
+            _check(option.name, value, "a number", isinstance(value, Real) and not isinstance(value, bool))
+            if not isinstance(value, int):  # numpy's numbers would end up in checkpoints, which refuse them
+                plain = int(value) if isinstance(value, Integral) else float(value)
+                object.__setattr__(self, option.name, plain)
         _check("period", self.period, "a whole number of at least 1", _is_whole(self.period, least=1))
         _check("smoothing", self.smoothing, "in [0, 1)", 0 <= self.smoothing < 1)
         _check("max_change", self.max_change, "a finite number above 1", 1 < self.max_change < math.inf)
@@ -244,6 +257,8 @@ class SafeguardedRule(PublishedRule):
     - a slope or curvature that rounding alone explains counts as unknown;
     - where the loss descends and no positive curvature is seen, the optimum lies further out, and the learning rate
       grows as fast as its limits let it; the published rule would stay there for ever;
+    - where the loss is unusually high (above its moving average by more than its mean absolute deviation) there is no
+      such growth, and a lower optimum holds at once;
     - a probe that is not finite, and a loss that exploded, cut the learning rate by ``max_change`` at once, and the
       next step probes again.
 
@@ -287,12 +302,16 @@ class SafeguardedRule(PublishedRule):
         if not parabola.is_finite:
             return state.lr / self.max_change, ProbeStatus.NON_FINITE_PROBE
         descends = parabola.slope > parabola.slope_noise
-        if parabola.curvature <= parabola.curvature_noise and descends:
+        # Where training has gone astray, losses that saturate are concave all around: no reason to go faster.
+        is_usual = not state.loss_count or loss <= state.loss_mean + state.loss_deviation
+        if parabola.curvature <= parabola.curvature_noise and descends and is_usual:
             return self.towards(state, math.inf), ProbeStatus.CONCAVE
         if max(abs(parabola.curvature) - parabola.curvature_noise, abs(parabola.slope) - parabola.slope_noise) <= 0:
             return state.lr, ProbeStatus.BELOW_NOISE
         if parabola.optimal_lr is None or parabola.curvature <= parabola.curvature_noise:
             return state.lr, ProbeStatus.NO_MINIMUM
+        if not is_usual and parabola.optimal_lr < state.lr:
+            return max(parabola.optimal_lr, state.lr / self.max_change), ProbeStatus.FITTED
         return self.towards(state, parabola.optimal_lr), ProbeStatus.FITTED
 
     def steps_to_next_probe(self, probes: int, status: ProbeStatus) -> int:
@@ -317,7 +336,9 @@ def make_rule(name: str, **options: Any) -> PublishedRule:
     Raises:
         ValueError: If there is no such rule, or an option is out of range.
     """
-    if name not in _RULES:
+    if name not in list(_RULES):
         raise ValueError(f"rule must be one of {', '.join(map(repr, _RULES))}, got {name!r}")
+    if name != "safeguarded":
+        SafeguardedRule(**options)  # what this rule does not use has to be in range all the same
     taken = {field.name for field in fields(_RULES[name])}
     return _RULES[name](**{option: value for option, value in options.items() if option in taken})

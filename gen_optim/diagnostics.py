@@ -90,6 +90,9 @@ class History:
         """Append ``record``; the signature of a probe hook."""
         self.records.append(record)
 
+    def __repr__(self) -> str:
+        return f"History of {len(self)} probe steps"
+
     def __len__(self) -> int:
         return len(self.records)
 

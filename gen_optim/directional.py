@@ -1,4 +1,4 @@
-"""The loss along a direction: its value at any learning rate, its slope and curvature; and an optimizer's direction.
+"""The loss along a direction: its value at any learning rate, its slope and curvature.
 
 Functions of ``dict[str, Tensor]``, to be used with :func:`torch.func.functional_call`. Everything speaks of
 

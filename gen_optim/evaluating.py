@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -16,9 +17,9 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gen_optim.preserving import Buffers, RandomStreams, random_devices
+from gen_optim.preserving import Buffers, RandomStreams, owners_of, random_devices
 from gen_optim.watching import watch, watching_gradients, watching_modules
 
 __all__ = ["Evaluator", "Loss", "Session", "check_loss", "losses_to_floats", "rounding_of"]
@@ -52,7 +53,8 @@ def losses_to_floats(losses: Sequence[Loss]) -> list[float]:
     if not tensors:
         return [float(loss) for loss in losses]
     device = tensors[0].device
-    read = iter(torch.stack([tensor.to(device, torch.float64) for tensor in tensors]).tolist())
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # which that device lacks
+    read = iter(torch.stack([tensor.to(device, dtype) for tensor in tensors]).tolist())
     return [next(read) if isinstance(loss, Tensor) else float(loss) for loss in losses]
 
 
@@ -72,6 +74,15 @@ class Evaluator:
     def __init__(self) -> None:
         self.is_probing = False
         self._loss_differentiates = False
+        self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._owned: frozenset[int] = frozenset()
+
+    def owners(self, parameters: Sequence[Tensor]) -> list[nn.Module]:
+        """The modules to which the parameters belong, and those above them; looked for once, since that takes time."""
+        identities = frozenset(map(id, parameters))
+        if identities != self._owned:
+            self._owners, self._owned = weakref.WeakSet(owners_of(parameters)), identities
+        return list(self._owners)
 
     @staticmethod
     def call(closure: Callable[[], Any]) -> tuple[Loss, bool]:
@@ -104,18 +115,14 @@ class Session:
         self._parameters = parameters
         self._devices = random_devices(parameters)
         self._random_before = RandomStreams(self._devices)
-        self._buffers = Buffers()
+        self._buffers = Buffers(evaluator.owners(parameters))
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
 
     def first(self, call: Callable[[], Loss]) -> Loss:
-        """Make the first call, gradients included; later ones see what it saw. If it fails, nothing was called."""
-        try:
-            with watching_modules(self._buffers.enter, self._buffers.leave):
-                return call()
-        except BaseException:
-            self._buffers.rewind()
-            self._random_before.restore()
-            raise
+        """Make the first call, gradients included; later ones see what it saw."""
+        with watching_modules(self._buffers.enter, self._buffers.leave):
+            loss = call()
+        return loss.clone() if isinstance(loss, Tensor) else loss
 
     @contextmanager
     def probing(self) -> Iterator[None]:
@@ -191,7 +198,8 @@ class Session:
     def _replay(self, closure: Callable[[], Any], caller: str) -> Loss:
         with self._replaying(with_graph=self._evaluator._loss_differentiates):
             loss = check_loss(closure(), caller)
-        return loss.detach() if isinstance(loss, Tensor) else loss
+        # Cloned: a closure may write all its losses into the same tensor.
+        return loss.detach().clone() if isinstance(loss, Tensor) else loss
 
     @contextmanager
     def _replaying(self, *, with_graph: bool) -> Iterator[None]:

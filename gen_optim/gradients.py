@@ -77,9 +77,11 @@ def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: Gra
             f"no gradients were computed since the last step, and it returned {_describe(loss)}. "
             "Return the tensor itself, neither .item() nor .detach()."
         )
-    for parameter in _parameters(groups):
+    trained = [parameter for parameter in _parameters(groups) if parameter.requires_grad]
+    for parameter in trained:
         parameter.grad = None
-    cast(Tensor, loss).backward()  # type: ignore[no-untyped-call]
+    # Into these alone: gradients of another network would pass for fresh ones when its own optimizer steps.
+    cast(Tensor, loss).backward(inputs=trained)  # type: ignore[no-untyped-call]
 
 
 def _describe(loss: Loss) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor
 
@@ -15,7 +16,29 @@ from gen_optim.moving import Move
 from gen_optim.quadratic import Parabola, fit_parabola
 from gen_optim.starting import StartSearch, search_start
 
-__all__ = ["MODES", "Line", "Measurement", "Mode", "differentiate", "probe_around", "search"]
+__all__ = [
+    "MODES",
+    "Line",
+    "Measurement",
+    "Mode",
+    "check_tolerance",
+    "differentiate",
+    "probe_around",
+    "search",
+    "searched_lr",
+]
+
+
+def check_tolerance(value: object) -> float:
+    """Return the relative error of a loss in machine epsilons, if it is one.
+
+    Raises:
+        ValueError: If it is not a finite number of at least 0.
+    """
+    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if 0.0 <= number < math.inf:
+        return number
+    raise ValueError(f"tolerance must be a finite number of at least 0, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -101,9 +124,36 @@ def search(line: Line) -> Measurement:
     [loss] = line.read([here])
     if not math.isfinite(loss):
         return Measurement((0.0,), (loss,), here, loss, StartSearch(None, (), ()))
-    rounding = line.tolerance * rounding_of([here])
-    found = search_start(lambda lr: line.read([line.evaluate(lr / line.lr)])[0], loss, rounding=rounding)
-    return Measurement((0.0, *found.learning_rates), (loss, *found.losses), here, loss, found)
+    found = search_start(
+        lambda multiple: line.read([line.evaluate(multiple)])[0],
+        loss,
+        rounding=line.tolerance * rounding_of([here]),
+        largest=_REACH,
+    )
+    learning_rates = tuple(multiple * line.lr for multiple in found.learning_rates)
+    # Beyond its reach the step is too short to tell the direction from the rounding of the parameters.
+    is_out_of_reach = found.lr is not None and found.lr >= _REACH and line.lr < searched_lr(-1)
+    lr = None if found.lr is None or is_out_of_reach else found.lr * line.lr
+    return Measurement(
+        (0.0, *learning_rates), (loss, *found.losses), here, loss, StartSearch(lr, learning_rates, found.losses)
+    )
+
+
+_REACH = 1024.0
+"""Up to which multiple of a step a start is searched along it."""
+
+
+def searched_lr(failures: int) -> float:
+    """The learning rate of the base optimizer's step along which a start is searched.
+
+    It is large because the direction is read off as a difference of parameters, whose rounding would drown that of a
+    small step; and larger after each search that found nothing, in case the gradients are so small, in a cycle of
+    seven.
+
+    Args:
+        failures: How many searches have found nothing; −1 stands for the largest.
+    """
+    return _REACH ** (failures % 7)
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,19 @@ class Move:
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
         self._groups = groups
         self._before = [[parameter.clone() for parameter in group] for group in groups]
-        self._after: list[list[Tensor]] = []
+        # Taken now, so that memory which runs out does so before the base optimizer has moved anything.
+        self._after = [[torch.empty_like(parameter) for parameter in group] for group in groups]
 
     @torch.no_grad()
     def arrive(self) -> None:
         """Copy θ_after: where the parameters are now."""
-        self._after = [[parameter.clone() for parameter in group] for group in self._groups]
+        for group, after in zip(self._groups, self._after, strict=True):
+            for parameter, end in zip(group, after, strict=True):
+                end.copy_(parameter)
+
+    def cancel(self) -> None:
+        """Go back to θ, wherever the base optimizer has left off."""
+        self.write(0.0)
 
     @torch.no_grad()
     def step(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import compress
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gen_optim.checking import check_wrappable
-from gen_optim.control import ControlState, Decision, make_rule
+from gen_optim.control import ControlState, Decision, ProbeStatus, PublishedRule, make_rule
 from gen_optim.diagnostics import ProbeRecord
 from gen_optim.evaluating import Evaluator, Loss, losses_to_floats
 from gen_optim.gradients import GradientMark, complete_gradients, mark_used
-from gen_optim.measuring import MODES, Line, Measurement, search
+from gen_optim.measuring import MODES, Line, Measurement, check_tolerance, search, searched_lr
 from gen_optim.moving import Move
 from gen_optim.scheduling import Group, LearningRates
 from gen_optim.wrapping import OptimizerWrapper
@@ -27,9 +30,8 @@ __all__ = ["GeNOptimizer"]
 Closure = Callable[[], Any]
 ProbeHook = Callable[["GeNOptimizer", ProbeRecord], None]
 
-_SEARCHED_LR = 1.0
-"""The learning rate of the base optimizer's step along which a start is searched. It is large because the direction is
-read off as a difference of parameters, whose rounding would drown that of a small step."""
+_PATIENCE = 10
+"""Failed starts after which the user is warned."""
 
 
 class GeNOptimizer(OptimizerWrapper):
@@ -114,6 +116,10 @@ class GeNOptimizer(OptimizerWrapper):
     closure: Closure | None
     probe: Closure | None
     last_probe: ProbeRecord | None
+    mode: str
+    rule: str
+    _rule: PublishedRule
+    _tolerance: float
 
     def __init__(
         self,
@@ -136,10 +142,8 @@ class GeNOptimizer(OptimizerWrapper):
         if isinstance(base_optim, GeNOptimizer):
             raise TypeError("base_optim must be the optimizer to wrap, got another GeNOptimizer; wrap its base_optim")
         check_wrappable(base_optim)
-        if mode not in MODES:
+        if mode not in list(MODES):
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-        if not tolerance >= 0:
-            raise ValueError(f"tolerance must be at least 0, got {tolerance!r}")
         self._rule = make_rule(
             rule,
             period=period,
@@ -153,7 +157,7 @@ class GeNOptimizer(OptimizerWrapper):
         )
         super().__init__(base_optim)
         self._set_up()
-        self.mode, self.rule, self._tolerance = mode, rule, tolerance
+        self.mode, self.rule, self._tolerance = mode, rule, check_tolerance(tolerance)
         self.closure = _check_callable("closure", closure)
         self.probe = _check_callable("probe", probe)
         self._recall()
@@ -181,7 +185,12 @@ class GeNOptimizer(OptimizerWrapper):
 
         Returns:
             A handle whose ``remove()`` takes the hook away again.
+
+        Raises:
+            TypeError: If ``hook`` cannot be called.
         """
+        if not callable(hook):
+            raise TypeError(f"hook must be a callable that takes the optimizer and a record, got {type(hook).__name__}")
         handle = RemovableHandle(self._probe_hooks)
         self._probe_hooks[handle.id] = hook
         return handle
@@ -204,13 +213,16 @@ class GeNOptimizer(OptimizerWrapper):
         Raises:
             TypeError: If ``closure`` or ``probe`` cannot be called, or returns no loss.
             ValueError: If somebody wrote a learning rate that is negative or not finite.
+            RuntimeError: Under ``torch.inference_mode()``.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("step() needs gradients: call it outside of torch.inference_mode()")
         if closure is None and probe is None and self._rates.all_zero(self.param_groups):
             # Asked for nothing but the base optimizer's state, as distributed checkpoints do before they load.
             self.step_base()
             return None
-        closure = _check_callable("closure", closure) or self.closure
-        probe = _check_callable("probe", probe) or self.probe
+        closure = _check_callable("closure", self.closure if closure is None else closure)
+        probe = _check_callable("probe", self.probe if probe is None else probe)
         probed = closure if probe is None else probe
         state = self._recall()
         is_frozen = not any(self._rates.shares(self.param_groups, state.lr))
@@ -234,25 +246,35 @@ class GeNOptimizer(OptimizerWrapper):
         session = self._evaluator.session(everything)
         with mode.kernels():
             loss = None if closure is None else session.first(lambda: self._call(closure))
+            here = loss if probed is closure else None
             measure, lr = mode.measure, state.lr
             if self._rule.needs_start(state):
+                if here is None:
+                    with session.probing():
+                        here = session.probe(probed, caller)
                 measure = search
                 # A loss that is not finite asks for the base optimizer's own step, bit for bit.
-                lr = _SEARCHED_LR if loss is None or math.isfinite(self._read([loss])[0]) else state.lr
+                lr = searched_lr(state.probes) if math.isfinite(self._read([here])[0]) else state.lr
 
             is_moving = [share > 0.0 for share in self._rates.shares(groups, state.lr)]
+            factors = list(compress(self._rates.factors(groups), is_moving))
             move = Move([_movable(group) for group in compress(groups, is_moving)])
-            with self._rates.in_force(groups, self._rates.shares(groups, lr)):
-                self.step_base()
-            move.arrive()
-
             after = self._rule.skip(state)
+            try:
+                with self._rates.in_force(groups, self._rates.shares(groups, lr)):
+                    self.step_base()
+                move.arrive()
+            except BaseException:
+                move.cancel()
+                raise
+
+            taken = after.lr
             try:
                 with session.probing():
                     line = Line(
                         move,
                         lr,
-                        here=loss if probed is closure else None,
+                        here=here,
                         call=lambda: session.probe(probed, caller),
                         call_with_graph=lambda: session.differentiable(probed, caller),
                         read=self._read,
@@ -260,12 +282,11 @@ class GeNOptimizer(OptimizerWrapper):
                     )
                     measurement = measure(line)
                 decision = self._rule.decide(state, measurement.loss, measurement.found)
-                after = decision.state
+                after, taken = decision.state, decision.taken_lr
             finally:
                 # After an exception in a probe this is the lazy step, to which the base's moments belong.
-                factors = list(compress(self._rates.factors(groups), is_moving))
-                move.settle([after.lr * factor / lr for factor in factors])
-                self._remember(after, self._rates_in_force(after))
+                move.settle([taken * factor / lr for factor in factors])
+                self._remember(after, self._rates_in_force(replace(after, lr=taken)))
         self._report(state, measurement, decision, factors[0])
         return measurement.raw if loss is None else loss
 
@@ -283,6 +304,12 @@ class GeNOptimizer(OptimizerWrapper):
             status=decision.status,
         )
         self.last_probe = record
+        if record.status is ProbeStatus.START_FAILED and decision.state.probes == _PATIENCE:
+            warnings.warn(
+                f"GeNOptimizer has found no learning rate that lowers the loss in {_PATIENCE} steps, and stands still. "
+                "Does the closure return the same loss when it is called twice, and does it depend on the parameters?",
+                stacklevel=4,
+            )
         for hook in list(self._probe_hooks.values()):
             hook(self, record)
 
@@ -334,7 +361,8 @@ class GeNOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep: not the closures, the records and their hooks."""
-        return super().__getstate__() | {name: self.__dict__[name] for name in ("mode", "rule", "_rule", "_tolerance")}
+        dropped = ("closure", "probe", "last_probe", "_evaluator", "_rates", "_probe_hooks")
+        return {name: value for name, value in super().__getstate__().items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was kept, and set up the rest."""

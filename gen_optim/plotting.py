@@ -51,7 +51,7 @@ def plot_loss_along(
         loss_fn: The loss as a function of the parameters, a scalar.
         params: The parameters θ.
         direction: The direction ω, tensors of the same names and shapes; see
-            :func:`gen_optim.directional.optimizer_direction`.
+            :func:`gen_optim.optimizer_direction`.
         learning_rates: Where to evaluate the loss. By default 41 values from one optimal learning rate behind to
             three ahead; where the parabola has no lowest point, to where its slope and curvature terms are equal.
         label: Name of this loss in the legend.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterable, Mapping
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Buffers", "RandomStreams", "random_devices"]
+__all__ = ["Buffers", "RandomStreams", "owners_of", "random_devices"]
 
 
 class RandomStreams:
@@ -39,6 +40,25 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)
 
 
+def owners_of(parameters: Iterable[Tensor]) -> list[nn.Module]:
+    """The modules to which parameters belong, and those above them, among all modules there are."""
+    wanted = {id(parameter) for parameter in parameters}
+    # By type, since asking some proxies for their class makes them load what they stand for.
+    modules = [each for each in gc.get_objects() if issubclass(type(each), nn.Module) and "_parameters" in vars(each)]
+    parents: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        for child in module._modules.values():
+            parents.setdefault(id(child), []).append(module)
+    found: dict[nn.Module, None] = {}
+    rising = [each for each in modules if any(id(parameter) in wanted for parameter in each._parameters.values())]
+    while rising:
+        module = rising.pop()
+        if module not in found:
+            found[module] = None
+            rising += parents.get(id(module), [])
+    return list(found)
+
+
 def random_devices(parameters: Iterable[Tensor]) -> set[torch.device]:
     """The devices besides the CPU whose random stream a closure may draw from."""
     devices = {parameter.device for parameter in parameters if parameter.device.type not in ("cpu", "meta")}
@@ -54,39 +74,52 @@ class Buffers:
     A buffer is kept as the tensor it is, wherever that stands, and the names under which a module holds its buffers
     are kept only where a call of the module changes them. For ``torch.func.functional_call`` lends modules other
     buffers, and what stands in a module while it is called need not be its own.
+
+    Args:
+        owners: Modules whose buffers are kept whether they are called or not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owners: Iterable[nn.Module] = ()) -> None:
         self._before, self._after = _Snapshot(), _Snapshot()
-        self._entered: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._modules: dict[nn.Module, None] = {}
+        self._entered: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._is_first = True
+        # Those to which the optimizer's parameters belong may change theirs in methods that nobody notices.
+        self._owned = self._look_at(owners)
 
     def modules(self) -> list[nn.Module]:
-        """All modules that have been called, and those below them."""
+        """All modules that have been called, those below them, and the owners."""
         return list(self._modules)
 
     def enter(self, module: nn.Module) -> None:
         """Keep what a module and all below it hold, which is about to be called."""
-        self._entered = {each: dict(each._buffers) for each in module.modules()}
-        self._modules.update(dict.fromkeys(self._entered))
-        for held in self._entered.values():
-            self._before.keep(held.values())
-            if not self._is_first:  # what only a probe comes to see must end as it was before that probe
-                self._after.keep(held.values())
+        self._entered = self._look_at(module.modules())
 
     def leave(self, _: nn.Module) -> None:
         """Notice which modules hold other buffers than before the call."""
-        for module, held in self._entered.items():
-            now = module._buffers
+        self._compare(self._entered)
+        self._entered = {}
+
+    def _look_at(self, modules: Iterable[nn.Module]) -> dict[nn.Module, dict[str, Tensor | None]]:
+        held = {each: dict(each._buffers.items()) for each in modules}
+        self._modules.update(dict.fromkeys(held))
+        for buffers in held.values():
+            self._before.keep(buffers.values())
+            if not self._is_first:  # what only a probe comes to see must end as it was before that probe
+                self._after.keep(buffers.values())
+        return held
+
+    def _compare(self, before: Mapping[nn.Module, dict[str, Tensor | None]]) -> None:
+        for module, held in before.items():
+            now = dict(module._buffers.items())
             if list(now) != list(held) or any(now[name] is not buffer for name, buffer in held.items()):
                 self._before.names.setdefault(module, held)
                 if not self._is_first:
                     self._after.names.setdefault(module, held)
-        self._entered = {}
 
     def end_first_call(self) -> None:
         """Keep what all of them hold after the first call."""
+        self._compare(self._owned)
         self._is_first = False
         self._after.keep(self._before.contents)
         for module in self._before.names:

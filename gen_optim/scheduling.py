@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 __all__ = ["Group", "LearningRates"]
 
@@ -32,8 +32,11 @@ _USED = "gen_last_lr"
 """The learning rate of the last step."""
 _SCHEDULED = "gen_scheduled"
 """Whether a scheduler has been noticed."""
-_CYCLE_MAX = "gen_cycle_max_lr"
-"""The ``max_lr`` of a CyclicLR, which only the scheduler itself knows; 0 where there is none."""
+_PEAK = "gen_peak_lr"
+"""The ``max_lr`` of a CyclicLR or OneCycleLR, whose ``initial_lr`` is low; 0 where another scheduler writes."""
+
+_LOOKS = 16
+"""How often in a row a scheduler is looked for in vain; a look takes tens of milliseconds."""
 
 
 class LearningRates:
@@ -46,6 +49,8 @@ class LearningRates:
     def __init__(self, *owners: Optimizer) -> None:
         self._owners = owners
         self._read_before: dict[int, tuple[weakref.ref[Tensor], int, float]] = {}
+        self._writer: weakref.ref[LRScheduler] | None = None
+        self._looks_left = _LOOKS
 
     def all_zero(self, groups: Sequence[Group]) -> bool:
         """Whether every ``group["lr"]`` is 0."""
@@ -70,7 +75,9 @@ class LearningRates:
             # A default that is a tensor is shared by all groups that took it.
             group["lr"] = group["lr"].clone().fill_(lr) if isinstance(group["lr"], Tensor) else lr
         own = self._read(group["lr"])
-        self._enter(group, ratio=own / lr if lr else float(own > 0.0))
+        self._enter(group, ratio=own / lr if lr else 0.0)
+        if not lr:  # all others are frozen: as if a hand had written this one, it sets α
+            group[_WRITTEN] = 0.0
 
     def refresh(self, groups: Sequence[Group], lr: float, default_lr: Any) -> float | None:
         """Take in what others did to the groups since the last step.
@@ -89,7 +96,9 @@ class LearningRates:
         for group in groups:
             if _RATIO not in group:
                 self.join(group, lr, brings_lr=group["lr"] is not default_lr and group["lr"] != default_lr)
-        chosen = [self._chosen(group, index, lr) for index, group in enumerate(groups)]
+        if any("initial_lr" in group for group in groups):
+            self._find_writer(groups)
+        chosen = [self._chosen(group, lr) for group in groups]
         if chosen == self.shares(groups, lr):
             return None
         chosen_lr = self._share(groups, chosen) or lr
@@ -132,7 +141,7 @@ class LearningRates:
 
     def _enter(self, group: Group, *, ratio: float) -> None:
         lr = self._read(group["lr"])
-        group.update({_RATIO: ratio, _WRITTEN: lr, _USED: lr, _SCHEDULED: False, _CYCLE_MAX: 0.0})
+        group.update({_RATIO: ratio, _WRITTEN: lr, _USED: lr, _SCHEDULED: False, _PEAK: 0.0})
 
     def _share(self, groups: Sequence[Group], rates: Sequence[float]) -> float:
         """Set the ratios to those of ``rates`` and return α, the first that is not 0."""
@@ -144,7 +153,34 @@ class LearningRates:
             group[_RATIO] = rate / lr if lr else 0.0
         return lr
 
-    def _chosen(self, group: Group, index: int, lr: float) -> float:
+    def _find_writer(self, groups: Sequence[Group]) -> None:
+        """Find the scheduler that wrote the present learning rates, unless it is the one that did before.
+
+        Several may have been attached one after the other, and what a factor is relative to depends on which one it is.
+        """
+        present = [self._read(group["lr"]) for group in groups]
+
+        def has_written(scheduler: LRScheduler) -> bool:
+            return [self._read(rate) for rate in getattr(scheduler, "_last_lr", [])] == present
+
+        known = None if self._writer is None else self._writer()
+        if (known is not None and has_written(known)) or not self._looks_left:
+            return
+        self._looks_left -= 1
+        writers = [each for each in _attached(self._owners) if has_written(each)]
+        if writers:
+            # One that is part of a SequentialLR or ChainedScheduler comes before the whole if it knows its peak.
+            writer = max(writers, key=lambda each: isinstance(each, CyclicLR | OneCycleLR))
+            self._writer, self._looks_left = weakref.ref(writer), _LOOKS
+            for index, group in enumerate(groups):
+                peak: Any = 0.0
+                if isinstance(writer, CyclicLR):
+                    peak = writer.max_lrs[index]
+                elif isinstance(writer, OneCycleLR):
+                    peak = group["max_lr"]
+                group[_PEAK] = self._read(peak)
+
+    def _chosen(self, group: Group, lr: float) -> float:
         """The learning rate that holds for a group now, without a factor: GeN's own or one written by hand."""
         share: float = lr * group[_RATIO]
         if "initial_lr" not in group:
@@ -153,17 +189,15 @@ class LearningRates:
         if group[_SCHEDULED]:
             return share
         group[_SCHEDULED] = True
-        group[_CYCLE_MAX] = _cycle_max_lr(self._owners, index)
         initial = self._read(group["initial_lr"])
         # A scheduler took the lr that it found for its initial one: a hand may have written that just before. Those
         # with a max_lr were told their own.
-        told = group[_CYCLE_MAX] > 0.0 or "max_lr" in group
-        return share if told or initial == group[_WRITTEN] else initial
+        return share if group[_PEAK] or initial == group[_WRITTEN] else initial
 
     def _factor(self, group: Group) -> float:
         if not group[_SCHEDULED]:
             return 1.0
-        nominal = self._read(group.get("max_lr", 0.0)) or group[_CYCLE_MAX] or self._read(group["initial_lr"])
+        nominal = group[_PEAK] or self._read(group["initial_lr"])
         return self._read(group["lr"]) / nominal if nominal else 1.0
 
     def _read(self, number: Any) -> float:
@@ -190,15 +224,10 @@ class LearningRates:
             self._remember(lr, rounded)
 
 
-def _cycle_max_lr(owners: Sequence[Optimizer], index: int) -> float:
-    """The ``max_lr`` of a CyclicLR attached to one of ``owners``, 0 if there is none.
-
-    Its ``initial_lr`` is its lowest value, and it leaves no other trace in the group: the scheduler itself has to be
-    asked, and all that is known of it is that it refers to the optimizer.
-    """
-    for referrer in gc.get_referrers(*owners):
-        attributes = referrer if isinstance(referrer, dict) else getattr(referrer, "__dict__", {})
-        is_cyclic = isinstance(referrer, CyclicLR) or ("max_lrs" in attributes and "total_size" in attributes)
-        if is_cyclic and any(attributes.get("optimizer") is owner for owner in owners):
-            return float(attributes["max_lrs"][index])
-    return 0.0
+def _attached(owners: Sequence[Optimizer]) -> list[LRScheduler]:
+    """The schedulers that refer to one of ``owners``; they leave no other trace by which to find them."""
+    referrers = gc.get_referrers(*owners)
+    # What refers to a scheduler's attributes is the scheduler, where the attributes are a dictionary of their own.
+    referrers += gc.get_referrers(*(each for each in referrers if isinstance(each, dict) and "last_epoch" in each))
+    found = {id(each): each for each in referrers if isinstance(each, LRScheduler)}
+    return [each for each in found.values() if not isinstance(each, ReduceLROnPlateau)]

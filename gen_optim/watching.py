@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,41 +24,51 @@ class _Watch(threading.local):
     is_on = False
     is_suppressing = False
     saw_backward = False
+    modules: tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]] | None = None
+    """What to call before and after a module is called; None inside of such a call, and where nobody asks."""
     differentiated: list[Tensor] | None = None
     """Where to collect the tensors on which backward is called; None if nobody asks."""
 
 
 class _Patch:
-    """Replaces the functions that write gradients, for as long as any thread is inside.
+    """Functions of torch, replaced for as long as anybody needs it, by any number of threads.
 
-    torch has no switch for this. ``Tensor.backward`` ends in ``torch.autograd.backward``, so that one function is
-    enough; what the replacement does depends on the thread, and other threads keep their gradients.
+    Args:
+        replacements: What is replaced: an owner and the name of its function, and what makes the replacement of it.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, *replacements: tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]) -> None:
+        self._replacements = replacements
+        self._lock = threading.RLock()
         self._depth = 0
-        self._undo = ExitStack()
+        self._originals: list[Callable[..., Any]] = []
 
-    def __enter__(self) -> None:
+    def hold(self) -> None:
+        """Replace them, unless somebody does already."""
         with self._lock:
+            if self._depth == 0:
+                self._originals = [getattr(owner, name) for owner, name, _ in self._replacements]
+                try:
+                    for (owner, name, replace), original in zip(self._replacements, self._originals, strict=True):
+                        setattr(owner, name, replace(original))
+                except BaseException:  # an interrupt: all or nothing
+                    self._restore()
+                    raise
             self._depth += 1
-            if self._depth == 1:
-                for owner in (torch.autograd, nn.Module, torch.optim.Optimizer):
-                    name = "backward" if owner is torch.autograd else "zero_grad"
-                    original = getattr(owner, name)
-                    setattr(owner, name, _watched(original, is_backward=owner is torch.autograd))
-                    self._undo.callback(setattr, owner, name, original)
 
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
+        """Put them back, unless somebody else still needs the replacements."""
         with self._lock:
             self._depth -= 1
             if self._depth == 0:
-                self._undo.close()
+                self._restore()
+
+    def _restore(self) -> None:
+        for (owner, name, _), original in zip(self._replacements, self._originals, strict=True):
+            setattr(owner, name, original)
 
 
 watch = _Watch()
-_patch = _Patch()
 
 
 @functools.cache
@@ -89,33 +99,36 @@ def _summands(
     ]
 
 
+_gradient_functions = _Patch(
+    # ``Tensor.backward`` ends in this one.
+    (torch.autograd, "backward", functools.partial(_watched, is_backward=True)),
+    (nn.Module, "zero_grad", functools.partial(_watched, is_backward=False)),
+    (torch.optim.Optimizer, "zero_grad", functools.partial(_watched, is_backward=False)),
+)
+
+
 @contextmanager
 def watching_gradients(*, suppress: bool) -> Iterator[None]:
     """Notice this thread's calls of backward, or make them, and those of ``zero_grad``, do nothing."""
     outer = (watch.is_on, watch.is_suppressing, watch.saw_backward)
-    with _patch:
+    _gradient_functions.hold()
+    try:
         watch.is_on, watch.is_suppressing, watch.saw_backward = True, suppress, False
-        try:
-            yield
-        finally:
-            watch.is_on, watch.is_suppressing, watch.saw_backward = outer
+        yield
+    finally:
+        watch.is_on, watch.is_suppressing, watch.saw_backward = outer
+        _gradient_functions.release()
 
 
-@contextmanager
-def watching_modules(enter: Callable[[nn.Module], None], leave: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Have ``enter`` and ``leave`` called around this thread's calls of modules, outermost ones alone.
-
-    Inside of those ``Module.__call__`` is as ever, so that what is compiled there sees no difference. Calls inside of
-    a function that torch.compile traces are not noticed.
-    """
-    thread, original = threading.get_ident(), nn.Module.__call__
-    is_over = False
-
+@functools.cache
+def _announced(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_over or threading.get_ident() != thread or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or watch.modules is None:
             return original(module, *args, **kwargs)
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+        (enter, leave), watch.modules = watch.modules, None
+        # Inside, ``Module.__call__`` is as ever: what is compiled there must see no difference.
+        _module_call.release()
         try:
             enter(module)
             try:
@@ -123,11 +136,26 @@ def watching_modules(enter: Callable[[nn.Module], None], leave: Callable[[nn.Mod
             finally:
                 leave(module)
         finally:
-            nn.Module.__call__ = call  # type: ignore[method-assign]
+            _module_call.hold()
+            watch.modules = (enter, leave)
 
-    nn.Module.__call__ = call  # type: ignore[method-assign]
+    return call
+
+
+_module_call = _Patch((nn.Module, "__call__", _announced))
+
+
+@contextmanager
+def watching_modules(enter: Callable[[nn.Module], None], leave: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Have ``enter`` and ``leave`` called around this thread's calls of modules, outermost ones alone.
+
+    Calls inside of a function that torch.compile traces are not noticed.
+    """
+    outer = watch.modules
+    _module_call.hold()
     try:
+        watch.modules = (enter, leave)
         yield
     finally:
-        is_over = True
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+        watch.modules = outer
+        _module_call.release()

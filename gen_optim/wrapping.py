@@ -97,8 +97,12 @@ class OptimizerWrapper(Optimizer):
         """What a subclass has to take in before the hooks of loading run."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep: the base optimizer; not the hooks, nor the ``step`` that schedulers attach."""
-        return {"base_optim": self.base_optim}
+        """What copies and pickles keep: as in torch not the hooks, nor the ``step`` that schedulers attach."""
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name != "step" and not (name.startswith("_optimizer_") and name.endswith("_hooks"))
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was kept; what is shared goes to the base optimizer, since ``__dict__`` would hide it."""

@@ -13,11 +13,13 @@ from benchmarks.workloads import character_transformer, digits_cnn, digits_mlp, 
 from gen_optim.measuring import MODES
 
 
+@pytest.mark.timeout(600)  # on a busy machine
 @pytest.mark.parametrize(
     ("arguments", "files"),
     [
         (["--quick"], ["digits-quick.md", "digits-quick.png"]),
         (["digits", "--quick", "--no-picture"], ["digits-quick.md"]),
+        (["--quick", "--no-picture", "--schedule", "constant"], ["digits-constant-quick.md"]),
         (["curvature", "--quick"], ["curvature-quick.md", "curvature-quick.png"]),
         (["directions", "--quick", "--only", "digits-cnn"], ["direction-digits-cnn-quick.png"]),
         (["modes", "--quick"], ["modes-quick.md"]),

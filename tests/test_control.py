@@ -259,6 +259,27 @@ def test_convex_ascent_shrinks_the_learning_rate() -> None:
     assert decision.state.lr == pytest.approx(0.95)  # 0.9 · 1 + 0.1 · 0.5
 
 
+def test_unusually_high_losses_take_a_lower_optimum_at_once_and_do_not_grow() -> None:
+    rule = SafeguardedRule()
+    state = replace(settled(rule, loss=1.0, deviation=0.1), loss_start=10.0)
+    low = Parabola(value=1.0, slope=0.6, curvature=1.0)
+    assert rule.decide(state, 1.05, low).state.lr == pytest.approx(0.9 + 0.1 * 0.6)
+    assert rule.decide(state, 1.2, low).state.lr == 0.6
+    assert rule.decide(state, 1.2, Parabola(1.0, -3.0, 1.0)).state.lr == 0.5  # at most by max_change
+    assert rule.decide(state, 1.05, CONCAVE).status is ProbeStatus.CONCAVE
+    held = rule.decide(state, 1.2, CONCAVE)
+    assert (held.status, held.state.lr) == (ProbeStatus.NO_MINIMUM, 1.0)
+
+
+def test_cut_or_grown_for_ever_the_learning_rate_stays_a_number_that_moves() -> None:
+    rule = SafeguardedRule()
+    down, up = STARTED_LONG_AGO, STARTED_LONG_AGO
+    for _ in range(2000):
+        down = rule.decide(down, 1.0, NOT_FINITE).state
+        up = rule.decide(up, 1.0, CONCAVE).state
+    assert (down.lr, up.lr) == (1e-30, 1e30)
+
+
 # --- what is not finite ----------------------------------------------------------------------------------------------
 
 

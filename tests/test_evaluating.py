@@ -1020,8 +1020,9 @@ def test_everything_is_put_back_when_a_call_raises(
         assert torch.is_grad_enabled() == grad_mode
     assert calls == failing_call
     gradients.assert_unchanged()
-    assert stream_states() == streams
-    assert_same_buffers(model, buffers)
+    if failing_call > 1:  # what a first call that fails has drawn and written is drawn and written, as without GeN
+        assert stream_states() == streams
+        assert_same_buffers(model, buffers)
     assert originals() == before
     assert torch.backends.mha.get_fastpath_enabled()
     assert not evaluator.is_probing

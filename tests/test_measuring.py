@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gen_optim.evaluating import Loss, losses_to_floats
-from gen_optim.measuring import MODES, Line, Measurement, differentiate, probe_around, search
+from gen_optim.measuring import MODES, Line, Measurement, differentiate, probe_around, search, searched_lr
 from gen_optim.moving import Move
 from gen_optim.quadratic import Parabola
 from gen_optim.starting import StartSearch
@@ -154,11 +154,26 @@ def test_start_is_searched_in_learning_rates_whatever_the_step(lr: float, optimu
     case = Parabolic(lr, slope=1.0 / optimum, curvature=1.0 / optimum**2, known=known)
     measurement = search(case.line)
     assert isinstance(measurement.found, StartSearch)
+    if optimum > 500 * lr:  # out of reach: so short a step does not tell the direction from rounding
+        assert measurement.optimal_lr is None
+        return
     assert measurement.optimal_lr is not None
     assert optimum / 2 <= measurement.optimal_lr <= 2 * optimum
     assert measurement.learning_rates[0] == 0.0
     evaluated = case.evaluated if known else case.evaluated[1:]
     assert evaluated == pytest.approx(list(measurement.learning_rates[1:]))
+
+
+def test_start_is_searched_along_ever_longer_steps_in_a_cycle() -> None:
+    assert [searched_lr(failures) for failures in range(8)] == [1024.0**power for power in (0, 1, 2, 3, 4, 5, 6, 0)]
+    assert searched_lr(-1) == 1024.0**6
+
+
+def test_start_out_of_reach_of_the_longest_step_is_taken_all_the_same() -> None:
+    lr = searched_lr(-1)
+    measurement = search(Parabolic(lr, slope=1e-6 / lr, curvature=1e-12 / lr**2).line)
+    assert measurement.optimal_lr is not None
+    assert measurement.optimal_lr >= 1024.0 * lr
 
 
 def test_start_reports_every_evaluation_and_the_loss_where_the_step_began() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import math
 import random
+import weakref
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from torch.optim import SGD, AdamW, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gen_optim import GeNOptimizer, History, ProbeStatus
+from gen_optim.moving import Move
 from tests.training import Training, gen_adamw, gen_sgd, mlp, parameters_of, regression_data, same
 
 
@@ -455,22 +459,56 @@ def test_an_exception_in_a_probe_ends_the_step_as_a_lazy_one(
     assert optimizer.last_probe is not record
 
 
-def test_an_exception_in_the_first_call_changes_nothing() -> None:
-    training = Training.of(gen_adamw, mlp(norm=True))
-    training.train(2)
-    kept = [value.clone() for value in training.model.state_dict().values()]
-    state, drawn = copy.deepcopy(training.optimizer.state_dict()), streams()
+def test_an_exception_in_the_first_call_moves_nothing_and_acts_as_on_the_bare_optimizer() -> None:
+    wrapped, bare = Training.of(gen_adamw, mlp(norm=True)), Training.of(AdamW, mlp(norm=True))
+    wrapped.train(2)
+    bare.model.load_state_dict(wrapped.model.state_dict())
+    state, before = copy.deepcopy(wrapped.optimizer.state_dict()), parameters_of(wrapped.model)
 
     def fail(self: Training) -> None:
         noisy(self)
         raise ValueError("on purpose")
 
-    training.before_return = fail
-    with pytest.raises(ValueError, match="on purpose"):
+    drawn = []
+    for training in (wrapped, bare):
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        training.before_return = fail
+        with pytest.raises(ValueError, match="on purpose"):
+            training.train(1)
+        drawn.append(streams())
+    assert same(parameters_of(wrapped.model), before)
+    assert str(wrapped.optimizer.state_dict()) == str(state)
+    # A closure that draws another sample after a bad one must get another one.
+    assert drawn[0] == drawn[1]
+    assert same(list(wrapped.model.buffers()), list(bare.model.buffers()))
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("where", ["step", "arrive"])
+def test_an_exception_between_the_bases_step_and_the_probes_leaves_the_parameters(
+    where: str, steps_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory, say; at the first step the base optimizer steps far, and there is the way back to go."""
+    training = Training.of(gen_adamw)
+    training.train(steps_before)
+    before, lr = parameters_of(training.model), training.optimizer.param_groups[0]["lr"]
+    base_step = training.optimizer.base_optim.step
+
+    def fail(*_: Any, **__: Any) -> None:
+        base_step()
+        raise MemoryError("on purpose")
+
+    if where == "step":
+        monkeypatch.setattr(training.optimizer.base_optim, "step", fail)
+    else:
+        monkeypatch.setattr(Move, "arrive", fail)
+    with pytest.raises(MemoryError, match="on purpose"):
         training.train(1)
-    assert same(list(training.model.state_dict().values()), kept)
-    assert str(training.optimizer.state_dict()) == str(state)
-    assert streams() == drawn
+    assert same(parameters_of(training.model), before)
+    assert training.optimizer.param_groups[0]["lr"] == lr
+    monkeypatch.undo()
+    losses = training.train(40)
+    assert losses[-1] < losses[0]
 
 
 def test_an_exception_in_the_bases_step_keeps_the_learning_rate() -> None:
@@ -480,6 +518,49 @@ def test_an_exception_in_the_bases_step_keeps_the_learning_rate() -> None:
     with pytest.raises(RuntimeError, match="dense gradients"):
         training.train(1)
     assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def train_two_networks(*, goes_backward: bool) -> list[Tensor]:
+    """A sum of two networks, each with an optimizer and a loss of its own, in turn."""
+    networks = mlp(seed=1), mlp(seed=2)
+    optimizers = [gen_adamw(network.parameters()) for network in networks]
+    inputs, targets = regression_data()
+
+    def closure(which: int) -> Tensor:
+        outputs = [network(inputs) for network in networks]
+        loss = (outputs[0] + outputs[1] - targets).square().mean() + 0.1 * outputs[which].square().mean()
+        if goes_backward:
+            optimizers[which].zero_grad()
+            loss.backward()
+        return loss
+
+    for _ in range(6):
+        for which, optimizer in enumerate(optimizers):
+            optimizer.step(functools.partial(closure, which))
+    return [value for network in networks for value in parameters_of(network)]
+
+
+def test_two_optimizers_with_closures_that_only_return_the_loss_do_not_mix_their_gradients() -> None:
+    assert same(train_two_networks(goes_backward=True), train_two_networks(goes_backward=False))
+
+
+def test_the_copies_of_a_probe_step_are_freed_when_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[weakref.ref[Tensor]] = []
+    arrive = Move.arrive
+
+    def spy(move: Move) -> None:
+        arrive(move)
+        copies.extend(weakref.ref(each) for group in (*move._before, *move._after) for each in group)
+
+    monkeypatch.setattr(Move, "arrive", spy)
+    training = Training.of(gen_sgd)
+    gc.disable()
+    try:
+        training.train(3)
+        assert len(copies) == 3 * 2 * 4
+        assert all(copy() is None for copy in copies)
+    finally:
+        gc.enable()
 
 
 def test_gradients_outside_the_optimizer_survive_a_closure_that_zeroes_both_networks() -> None:
@@ -709,6 +790,31 @@ def test_a_loss_that_is_not_finite_teaches_nothing_and_steps_as_the_base_would(
     assert training.optimizer.last_probe.status in (ProbeStatus.STARTED, ProbeStatus.FITTED)
 
 
+def test_a_first_loss_that_is_not_finite_beside_a_probe_steps_as_the_base_would() -> None:
+    wrapped, bare = Training.of(gen_sgd), Training.of(lambda parameters: SGD(parameters, lr=0.1, momentum=0.9))
+    for training in (wrapped, bare):
+        training.loss().backward()
+    wrapped.optimizer.step(probe=lambda: math.nan)
+    bare.optimizer.step()
+    assert same(parameters_of(wrapped.model), parameters_of(bare.model))
+    assert wrapped.optimizer.last_probe.status is ProbeStatus.NON_FINITE_LOSS
+
+
+def test_a_closure_may_write_all_its_losses_into_one_tensor() -> None:
+    runs = []
+    for is_static in (False, True):
+        training, static = Training.of(gen_adamw), torch.zeros(())
+
+        def closure(training: Training = training, static: Tensor = static, is_static: bool = is_static) -> Tensor:
+            loss = training.closure().detach()
+            return static.copy_(loss) if is_static else loss
+
+        losses = [training.optimizer.step(closure).item() for _ in range(20)]
+        runs.append((losses, parameters_of(training.model)))
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+
+
 def test_a_probe_that_is_not_finite_cuts_the_learning_rate() -> None:
     training = Training.of(lambda parameters: gen_sgd(parameters, burn_in=2))
     training.train(2)
@@ -787,7 +893,11 @@ def test_a_hook_may_raise_and_the_step_is_done() -> None:
         ({"start_fraction": 0.0}, "start_fraction must be in"),
         ({"burn_in": -1}, "burn_in must be"),
         ({"explosion": 0.0}, "explosion must be above 0"),
-        ({"tolerance": -1.0}, "tolerance must be at least 0"),
+        ({"tolerance": -1.0}, "tolerance must be a finite number of at least 0"),
+        ({"tolerance": "8"}, "tolerance must be a finite number of at least 0"),
+        ({"tolerance": math.inf}, "tolerance must be a finite number of at least 0"),
+        ({"lr_max": True}, "lr_max must be a number"),
+        ({"rule": "published", "burn_in": -1}, "burn_in must be"),
     ],
 )
 def test_an_option_out_of_range_is_named(options: dict[str, Any], message: str) -> None:
@@ -805,6 +915,66 @@ def test_types_are_checked() -> None:
         gen_sgd(model.parameters(), closure=1.0)
     with pytest.raises(TypeError, match="probe must be a callable"):
         gen_sgd(model.parameters(), probe=1.0)
+    with pytest.raises(TypeError, match="hook must be a callable"):
+        gen_sgd(model.parameters()).register_probe_hook(3)
+    with pytest.raises(ValueError, match="mode must be one of"):
+        gen_sgd(model.parameters(), mode=["exact"])
+    with pytest.raises(RuntimeError, match=r"outside of torch\.inference_mode"), torch.inference_mode():
+        gen_sgd(model.parameters()).step(lambda: 1.0)
+
+
+def test_numbers_of_numpy_do_not_reach_checkpoints() -> None:
+    options = {"smoothing": np.float32(0.5), "period": np.int64(4), "lr_max": np.float64(1.0)}
+    training = Training.of(lambda parameters: gen_sgd(parameters, **options))
+    training.train(3)
+    assert {type(v) for k, v in training.optimizer.param_groups[0].items() if k.startswith("gen_")} <= {
+        int,
+        float,
+        bool,
+    }
+
+
+def test_a_closure_set_later_is_checked_too() -> None:
+    training = Training.of(gen_sgd)
+    training.optimizer.closure = 3
+    with pytest.raises(TypeError, match="closure must be a callable"):
+        training.optimizer.step()
+
+
+@pytest.mark.parametrize("lr", [1e-7, 10.0])
+def test_a_start_that_fails_takes_no_step_warns_at_length_and_goes_on_trying(lr: float) -> None:
+    training = Training.of(lambda parameters: gen_adamw(parameters, lr=lr))
+    before = parameters_of(training.model)
+    offset = 1e6  # in float32 it drowns what training changes
+
+    def closure() -> Tensor:
+        return training.closure().detach() + offset
+
+    for _ in range(9):
+        training.optimizer.step(closure)
+    with pytest.warns(UserWarning, match="found no learning rate that lowers the loss in 10 steps"):
+        training.optimizer.step(closure)
+    training.optimizer.step(closure)
+    assert training.optimizer.last_probe.status is ProbeStatus.START_FAILED
+    assert same(parameters_of(training.model), before)
+    assert training.optimizer.get_last_lr() == [0.0]
+    assert training.optimizer.param_groups[0]["lr"] == lr
+    offset = 0.0
+    training.optimizer.step(closure)
+    assert training.optimizer.last_probe.status is ProbeStatus.STARTED
+
+
+def test_gradients_however_small_find_a_start() -> None:
+    training = Training.of(lambda parameters: GeNOptimizer(SGD(parameters, lr=0.1)))
+
+    def closure() -> Tensor:
+        training.optimizer.zero_grad()
+        loss = 1e-12 * training.loss()
+        loss.backward()
+        return loss
+
+    losses = [training.optimizer.step(closure).item() for _ in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_limits_of_the_learning_rate_hold() -> None:

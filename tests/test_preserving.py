@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import SGD
 
 from gen_optim import GeNOptimizer
-from gen_optim.preserving import Buffers
+from gen_optim.preserving import Buffers, owners_of
 from tests.training import Training, mlp, parameters_of, regression_data, same
 
 
@@ -134,3 +136,45 @@ def test_a_base_optimizer_that_draws_at_random_draws_anew_each_step() -> None:
     assert runs[0] == runs[1]
     assert len(set(runs[0])) == 16
     assert same(parameters_of(models[0]), parameters_of(models[1]))
+
+
+class Trainee(nn.Module):
+    """As trainers have it: a method of the model, not the model itself, is called, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = mlp()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def training_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.steps += 1
+        return nn.functional.mse_loss(self.network(inputs), targets)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_buffers_of_the_parameters_owners_are_kept_though_only_a_method_is_called(is_compiled: bool) -> None:
+    torch.compiler.reset()
+    model = Trainee()
+    optimizer = published(model.network.parameters())
+    step = torch.compile(model.training_step, backend="eager") if is_compiled else model.training_step
+    for _ in range(5):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's compiler warns of itself
+            optimizer.step(lambda: step(*regression_data()))
+    assert model.steps.item() == 5
+
+
+def test_owners_are_found_up_to_the_top_and_no_others() -> None:
+    model, stranger = Trainee(), mlp()
+    found = owners_of([model.network[0].weight])
+    assert set(found) == {model, model.network, model.network[0]}
+    assert stranger not in found
+
+
+def test_scripted_models_train() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting is deprecated
+        model = torch.jit.script(mlp(norm=True))
+    training = Training.of(published, model)
+    training.train(4)
+    assert dict(model.named_buffers())["1.num_batches_tracked"].item() == 4

@@ -12,9 +12,9 @@ from torch.optim import ASGD, LBFGS, Adafactor, Rprop
 from torch.testing._internal.common_optimizers import optim_db
 
 from gen_optim import GeNOptimizer, ProbeStatus
-from gen_optim.optimizer import _SEARCHED_LR
 from tests.training import mlp, parameters_of, regression_data, same
 
+SEARCHED_LR = 1.0  # at which the base optimizer takes the step along which the start is searched
 REFUSED = {ASGD, Adafactor, LBFGS, Rprop}
 CASES = [
     pytest.param(info, inputs, id=f"{info.name}-{inputs.desc.replace(' ', '_') or index}")
@@ -88,11 +88,11 @@ def test_lazy_steps_equal_the_bare_optimizer_and_probe_steps_the_lerp(info: Any,
         record = optimizer.last_probe
         before = parameters_of(bare_model)
         is_start = record is not seen and record.status is ProbeStatus.STARTED
-        set_lr(bare, _SEARCHED_LR if is_start else lr_before)
+        set_lr(bare, SEARCHED_LR if is_start else lr_before)
         bare.step()
         if record is not seen:
             probe_steps += 1
-            multiple = record.lr_after / (_SEARCHED_LR if is_start else record.lr_before)
+            multiple = record.lr_after / (SEARCHED_LR if is_start else record.lr_before)
             with torch.no_grad():
                 for parameter, start in zip(bare_model.parameters(), before, strict=True):
                     parameter.copy_(torch.lerp(start, parameter, multiple))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,39 @@ def test_the_factor_multiplies_what_gen_chooses_per_group(name: str, owner: str)
         twin.step()
         twin_scheduler.step()
     assert 0.0 < alpha != 0.05
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "factors"),
+    [
+        # Its very first value is torch's own: it takes the first scheduler's initial_lr for its base_lr.
+        ("LinearLR", "CyclicLR", [1.0, 0.4, 0.7, 1.0]),
+        ("CyclicLR", "flat", [1.0, 1.0, 1.0, 1.0]),
+        ("OneCycleLR", "flat", [1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_scheduler_attached_after_another_is_taken_for_what_it_is(
+    first: str, second: str, factors: list[float], is_kept: bool
+) -> None:
+    made = {
+        "LinearLR": lambda o: lr_scheduler.LinearLR(o, 1.0, 0.5, 3),
+        "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=3, cycle_momentum=False),
+        "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=12, cycle_momentum=False),
+        "flat": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 1.0),
+    }
+    training = Training.of(lambda parameters: gen_sgd(parameters, rule="published", period=1))
+    scheduler: Any = made[first](training.optimizer)
+    training.train(4, scheduler)
+    kept = scheduler if is_kept else None
+    scheduler = made[second](training.optimizer)
+    gc.collect()
+    seen = []
+    for _ in factors:
+        training.train(1, scheduler)
+        seen.append(training.optimizer.last_probe.factor)
+    assert seen == pytest.approx(factors)
+    assert (kept is not None) == is_kept
 
 
 def test_a_step_is_the_lerp_at_the_factor() -> None:
@@ -291,3 +325,36 @@ def test_lr_of_a_group_without_reading_it_anew(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.Tensor, "__float__", lambda self: reads.append(self) or self.item())
     optimizer.step(training.closure)
     assert not any(read is optimizer.param_groups[0]["lr"] for read in reads)
+
+
+def test_groups_that_join_while_all_are_frozen_or_share_a_tensor() -> None:
+    model = mlp()
+    optimizer = GeNOptimizer(SGD(model[0].parameters(), lr=0.0))
+    optimizer.add_param_group({"params": [model[4].weight], "lr": 0.5})
+    training = Training(model, optimizer, *regression_data())
+    before = parameters_of(model)
+    training.train(2)
+    assert same(parameters_of(model)[:2], before[:2])
+    assert not torch.equal(model[4].weight, before[2])
+
+    shared = torch.tensor(0.5)
+    optimizer = GeNOptimizer(AdamW(mlp().parameters(), lr=shared))
+    held = optimizer.param_groups[0]["lr"]
+    lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.25)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    assert held.item() == 0.125  # the scheduler's, as before
+    assert optimizer.param_groups[1]["lr"].item() == 0.5
+
+
+def test_freezing_all_by_hand_and_letting_go_again() -> None:
+    training = Training.of(gen_sgd)
+    training.train(3)
+    lr = training.optimizer.param_groups[0]["lr"]
+    training.optimizer.param_groups[0]["lr"] = 0.0
+    before = parameters_of(training.model)
+    training.train(2)
+    assert same(parameters_of(training.model), before)
+    assert training.optimizer.param_groups[0]["gen_lr"] == lr
+    training.optimizer.param_groups[0]["lr"] = 0.01
+    training.train(1)
+    assert training.optimizer.last_probe.lr_before == 0.01

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from gen_optim.watching import watching_modules
+from gen_optim.watching import _Patch, watching_modules
 from tests.training import Training, gen_adamw, mlp
 
 
@@ -86,3 +86,33 @@ def test_a_compiled_model_is_compiled_once_for_each_grad_mode_and_without_a_warn
     assert counters["stats"]["unique_graphs"] == graphs
     assert losses[-1] < losses[0]
     assert model[1].num_batches_tracked.item() == 21
+
+
+def test_threads_that_overlap_leave_torch_as_it_was() -> None:
+    original = nn.Module.__call__
+    models = [mlp(seed=seed, norm=True) for seed in range(3)]
+
+    def train(model: nn.Module) -> None:
+        Training.of(gen_adamw, model).train(20)
+
+    threads = [threading.Thread(target=train, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert nn.Module.__call__ is original
+    assert [model[1].num_batches_tracked.item() for model in models] == [20, 20, 20]
+
+
+def test_an_interrupt_while_functions_are_replaced_leaves_none_replaced() -> None:
+    class Owner:
+        first = second = staticmethod(len)
+
+    def interrupted(original: object) -> object:
+        raise KeyboardInterrupt
+
+    patch = _Patch((Owner, "first", lambda original: abs), (Owner, "second", interrupted))  # type: ignore[arg-type]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            patch.hold()
+        assert Owner.first is Owner.second is len
