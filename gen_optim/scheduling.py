@@ -161,7 +161,7 @@ class LearningRates:
         present = [self._read(group["lr"]) for group in groups]
 
         def has_written(scheduler: LRScheduler) -> bool:
-            return [self._read(rate) for rate in getattr(scheduler, "_last_lr", [])] == present
+            return [float(rate) for rate in getattr(scheduler, "_last_lr", [])] == present
 
         known = None if self._writer is None else self._writer()
         if (known is not None and has_written(known)) or not self._looks_left:
