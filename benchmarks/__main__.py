@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks import curvature, directions, main_job, modes
+from benchmarks.battery import job as battery
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ JOBS = (
         directions.run,
     ),
     Job("modes", "time and memory of a probe step in each mode, at three model sizes", modes.add_options, modes.run),
+    Job(
+        "battery",
+        "many small workloads: bare over a sweep of learning rates, wrapped from any, and others' learning-rate-free "
+        "optimizers; resumes where it was interrupted",
+        battery.add_options,
+        battery.run,
+    ),
 )
 
 

@@ -1,0 +1,127 @@
+"""What the results say: baselines, ratios to them, spreads, failures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.battery import scoring
+from benchmarks.battery.config import GIVEN, SCHEDULES, SEEDS, Cell, Config
+from benchmarks.battery.record import Record, Results
+from benchmarks.battery.scoring import Ratio
+from benchmarks.battery.study import Study, other_seed, ours, sweep
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One configuration on those seeds that are known.
+
+    Attributes:
+        runs: The configuration, once a seed.
+        is_complete: Whether the choice and its seeds are final.
+    """
+
+    runs: tuple[Config, ...]
+    is_complete: bool
+
+    @property
+    def config(self) -> Config:
+        """On the sweep's seed."""
+        return self.runs[0]
+
+
+class Comparison:
+    """What the results say about a study.
+
+    Args:
+        study: Which runs there are.
+        results: What is known.
+    """
+
+    def __init__(self, study: Study, results: Results) -> None:
+        self.study, self.results = study, results
+        self.tuned = {cell: self._best(cell, tuple(SCHEDULES)) for cell in study.cells}
+        self.best_constant = {cell: self._best(cell, ("constant",)) for cell in study.cells}
+        self.fixed = self._fixed()
+
+    # --- baselines -----------------------------------------------------------------------------------------------
+
+    def _best(self, cell: Cell, schedules: Sequence[str]) -> Baseline | None:
+        """The lowest mean over seeds among those of the sweep with the most seeds."""
+        ranking = [
+            config for config in scoring.best_of_sweep(sweep(cell), self.results) if config.schedule in schedules
+        ]
+        if not ranking:
+            return None
+
+        runs = {config: self._known_seeds(config, cell) for config in ranking}
+        most = max(map(len, runs.values()))
+        means = {
+            config: sum(self.score(run, cell) for run in found) / most
+            for config, found in runs.items()
+            if len(found) == most
+        }
+        chosen = min(means, key=lambda config: means[config])
+        whole = all(config in self.results for config in sweep(cell))
+        return Baseline(runs[chosen], whole and most == len(SEEDS))
+
+    def _fixed(self) -> dict[Cell, Baseline | None]:
+        """One place in the sweep for all cells of a base; None before all their sweeps are finished."""
+        found: dict[Cell, Baseline | None] = dict.fromkeys(self.study.cells)
+        for base in dict.fromkeys(cell.base for cell in self.study.cells):
+            rows = [cell for cell in self.study.cells if cell.base == base]
+            place = scoring.best_overall([sweep(cell) for cell in rows], [cell.workload for cell in rows], self.results)
+            if place is not None:
+                for cell in rows:
+                    runs = self._known_seeds(sweep(cell)[place], cell)
+                    found[cell] = Baseline(runs, len(runs) == len(SEEDS))
+        return found
+
+    def _known_seeds(self, config: Config, cell: Cell) -> tuple[Config, ...]:
+        """A configuration on those seeds on which it has been run."""
+        runs = (other_seed(config, cell, seed) for seed in SEEDS)
+        return tuple(run for run in runs if run in self.results)
+
+    # --- ratios --------------------------------------------------------------------------------------------------
+
+    def score(self, config: Config, cell: Cell) -> float:
+        """A run's validation loss as it is compared; infinite if not known."""
+        record = self.results.get(config)
+        return math.inf if record is None else scoring.score(record, cell.workload)
+
+    def over(self, cell: Cell, runs: Sequence[Config], baseline: Baseline | None) -> Ratio | None:
+        """Runs over a baseline."""
+        if baseline is None:
+            return None
+        return scoring.mean_ratio(runs, baseline.runs, cell.workload, self.results)
+
+    def ours(self, cell: Cell, method: str, schedule: str) -> list[Config]:
+        """Runs of ours with one schedule, over initial learning rates and seeds."""
+        return [config for config in ours(cell, method, SEEDS, GIVEN) if config.schedule == schedule]
+
+    def spread(self, cell: Cell, method: str = "gen") -> float | None:
+        """Largest over smallest validation loss over initial learning rates, the worst of schedules and seeds."""
+        spreads = []
+        for schedule in SCHEDULES:
+            for seed in SEEDS:
+                runs = [config for config in self.ours(cell, method, schedule) if config.seed == seed]
+                scores = [self.score(config, cell) for config in runs if config in self.results]
+                if len(scores) > 1:
+                    spreads.append(scoring.ratio_of(max(scores), min(scores)) if min(scores) < math.inf else 1.0)
+        return max(spreads, default=None)
+
+    def records(self, cell: Cell, method: str) -> list[Record]:
+        """What is known of a rule of ours in a cell."""
+        found = (self.results.get(config) for config in ours(cell, method, SEEDS, GIVEN))
+        return [record for record in found if record is not None]
+
+    def failures(self, cell: Cell, method: str) -> tuple[int, int, int]:
+        """How many runs diverged, stalled, and there are."""
+        records, tuned = self.records(cell, method), self.tuned[cell]
+        diverged = sum(record.diverged for record in records)
+        if tuned is None:
+            return diverged, 0, len(records)
+        bar = scoring.STALL * sum(self.score(run, cell) for run in tuned.runs) / len(tuned.runs)
+        stalled = sum(not record.diverged and scoring.score(record, cell.workload) > bar for record in records)
+        return diverged, stalled, len(records)

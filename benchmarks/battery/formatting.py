@@ -1,0 +1,57 @@
+"""Figures as the tables show them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from benchmarks.battery.comparing import Baseline
+from benchmarks.battery.scoring import Ratio, geometric_mean
+
+NOTHING = "-"
+"""Stands where nothing is known."""
+
+
+def named(schedule: str) -> str:
+    """A schedule as a column."""
+    return "no scheduler" if schedule == "constant" else schedule
+
+
+def number(value: float) -> str:
+    """A ratio or a mean of them."""
+    if math.isnan(value):
+        return NOTHING
+    return f"{value:.3g}" if value >= 10 else f"{value:.3f}"
+
+
+def ratio(value: Ratio | None) -> str:
+    """A ratio; a star where runs are missing."""
+    return NOTHING if value is None else f"{number(value.value)}{'' if value.is_complete else '*'}"
+
+
+def setting(baseline: Baseline | None) -> str:
+    """Learning rate and schedule of a baseline."""
+    return NOTHING if baseline is None else f"{baseline.config.lr:g} {baseline.config.schedule}"
+
+
+def bottom_lines(rows: Sequence[Sequence[str]], columns: range) -> list[list[str]]:
+    """Lines under a table: geometric means and worst of its columns of ratios.
+
+    Args:
+        rows: The cells of the table.
+        columns: Which columns are ratios.
+    """
+    if not rows:
+        return []
+    summaries: list[tuple[str, Callable[[list[float]], float]]] = [
+        ("**geometric mean**", geometric_mean),
+        ("**worst**", lambda values: max(values, default=math.nan)),
+    ]
+    lines = []
+    for title, summarise in summaries:
+        line = [title, *[""] * (len(rows[0]) - 1)]
+        for column in columns:
+            shown = (row[column] for row in rows)
+            line[column] = number(summarise([float(each.rstrip("*")) for each in shown if each != NOTHING]))
+        lines.append(line)
+    return lines

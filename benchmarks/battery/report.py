@@ -1,0 +1,157 @@
+"""The report: a page of what is known, and of what is missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from benchmarks.battery import scoring
+from benchmarks.battery.comparing import Baseline, Comparison
+from benchmarks.battery.config import GIVEN, SEEDS, Cell, Config
+from benchmarks.battery.formatting import NOTHING, bottom_lines, named, number
+from benchmarks.battery.methods import METHODS, OURS
+from benchmarks.battery.peers import PEERS
+from benchmarks.battery.record import Record, Results
+from benchmarks.battery.study import peer
+from benchmarks.battery.summary import summary
+from benchmarks.battery.tables import baselines_table, main_table, peer_table, tuned_loss, workloads_table
+from benchmarks.command import markdown_table
+
+
+def page(known: Comparison, command: str, pictures: Mapping[str, str]) -> str:
+    """The whole report.
+
+    Args:
+        known: What the results say.
+        command: What made it.
+        pictures: File names by title.
+    """
+    parts = [
+        "# The battery: without a learning rate, against a tuned one",
+        command,
+        _READING,
+        "## Summary",
+        summary(known),
+        _is_partial(known),
+        *(f"![{title}]({file})" for title, file in pictures.items()),
+    ]
+    for method in OURS:
+        parts += [f"## {METHODS[method].title}, {METHODS[method].note}", main_table(known, method)]
+    for base in dict.fromkeys(cell.base for cell in known.study.cells):
+        parts += [f"## Peers, over tuned {base}", peer_table(known, base)]
+    parts += ["## Settings of the peers", _peer_notes(known), _errors(known)]
+    parts += ["## Baselines", _fixed_note(known), baselines_table(known)]
+    parts += ["## Workloads", workloads_table(known)]
+    parts += ["## Still missing", _missing(known), _mixed_code(known)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _is_partial(known: Comparison) -> str:
+    absent = sum(run not in known.results for _, runs in known.study.stages(known.results) for run in runs)
+    return "**Runs are still missing; see the end.** A star marks what they may change." if absent else ""
+
+
+def _peer_notes(known: Comparison) -> str:
+    lines = []
+    for each in PEERS:
+        assert each.package is not None
+        absent = "" if each.name in known.study.peers else ", **not installed**"
+        lines.append(f"- {each.title} (`{each.package[0]}`{absent}): {each.note}.")
+    return "\n".join(lines)
+
+
+def _fixed_note(known: Comparison) -> str:
+    found = {cell.base: fixed.config for cell in known.study.cells if (fixed := known.fixed[cell]) is not None}
+    if not found:
+        return "The fixed baselines are not known before all sweeps are finished."
+    return " ".join(
+        f"Fixed baseline of {base}: learning rate {config.lr:g}, {config.schedule}." for base, config in found.items()
+    )
+
+
+def _missing(known: Comparison) -> str:
+    rows = []
+    for name, configs in known.study.stages(known.results):
+        distinct = {config.key: config for config in configs}
+        absent = sum(config not in known.results for config in distinct.values())
+        if not distinct:
+            rows.append([name, "not known yet", ""])
+        elif absent:
+            rows.append([name, str(absent), str(len(distinct))])
+    if not rows:
+        return "Nothing: all runs are done."
+    return markdown_table(["stage", "runs missing", "of"], rows)
+
+
+def _mixed_code(known: Comparison) -> str:
+    codes = Counter(
+        record.code for cell in known.study.cells for method in OURS for record in known.records(cell, method)
+    )
+    if len(codes) < 2:
+        return ""
+    found = ", ".join(f"{code} ({count} runs)" for code, count in codes.items())
+    return f"**Runs of ours come from {len(codes)} versions of the code**: {found}."
+
+
+def _errors(known: Comparison) -> str:
+    lines = {
+        f"- {METHODS[config.method].title}, {cell.name}: {record.error}"
+        for cell in known.study.cells
+        for each in PEERS
+        for config in peer(cell, each.name, SEEDS)
+        if (record := known.results.get(config)) is not None and record.error
+    }
+    return "\n".join(["These runs raised an error and count as diverged:", "", *sorted(lines)]) if lines else ""
+
+
+def tuning_table(known: Comparison, configs: Sequence[Config], results: Results) -> str:
+    """Runs of our rule on one seed, over the tuned baselines where those are known.
+
+    Args:
+        known: The battery's results, for the baselines.
+        configs: The runs.
+        results: What is known of them.
+    """
+    columns = list(dict.fromkeys((config.schedule, config.lr) for config in configs))
+    by_place = {(each.workload, each.base, each.schedule, each.lr): each for each in configs}
+    rows = []
+    for cell in known.study.cells:
+        row = [cell.name, tuned_loss(known, cell)]
+        for schedule, lr in columns:
+            config = by_place.get((cell.workload.name, cell.base, schedule, lr))
+            record = None if config is None else results.get(config)
+            row += _tuning_cells(cell, record, known.tuned[cell], known.results)
+        rows.append(row)
+    head = ["workload, base", "tuned loss"]
+    for schedule, lr in columns:
+        head += [f"{named(schedule)} from {lr:g}", "ratio"]
+    return markdown_table(head, [*rows, *bottom_lines(rows, range(3, len(head), 2))])
+
+
+def _tuning_cells(cell: Cell, record: Record | None, tuned: Baseline | None, baselines: Results) -> list[str]:
+    """The loss and its ratio, both on the seed of the run."""
+    if record is None:
+        return [NOTHING, NOTHING]
+    loss = "diverged" if record.diverged else f"{record.validation_loss:.4g}"
+    reference = None if tuned is None else baselines.get(tuned.config)
+    if reference is None:
+        return [loss, NOTHING]
+    above, below = scoring.score(record, cell.workload), scoring.score(reference, cell.workload)
+    return [loss, number(scoring.ratio_of(above, below))]
+
+
+_READING = f"""\
+Ratios of final validation losses; lower is better, 1 is the tuned baseline. *Tuned*: the best of 27 runs of the bare
+optimizer, nine learning rates × (constant, linear, cosine), swept on seed {SEEDS[0]}; the best three are then run on
+seeds {", ".join(map(str, SEEDS))}, and the lowest mean is it. *Best constant*: likewise, among the constant ones.
+*Fixed*: the one configuration of the 27 that does best over all workloads together on seed {SEEDS[0]}, one for each
+base optimizer. Our runs begin at learning rates {", ".join(f"{lr:g}" for lr in GIVEN)}, on the same seeds; a ratio is
+their mean over the mean of the baseline on the same seeds, and *spread* the largest loss over the smallest over the
+initial learning rates, the worst of seeds and schedules. All runs of a workload and a seed have the same initial
+weights and batches.
+
+Losses that approach zero (Rosenbrock, Beale, the quadratics, the physics-informed network) are compared with a floor:
+{scoring.FLOOR:g} of the initial loss is added above and below the line. A run diverged if a final loss is not finite
+or above the initial one; its ratio counts as {scoring.CAP:g}, which is also the most that any ratio counts. A run
+stalled if it ends above {scoring.STALL:g} times the tuned loss. A star: runs are still missing there, the figure is
+provisional."""

@@ -1,0 +1,155 @@
+"""Which runs there are, and in which order: the most informative first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cache
+from typing import Any
+
+from benchmarks.battery.config import GIVEN, SCHEDULES, SEEDS, SWEEP, SWEEP_SEED, Cell, Config
+from benchmarks.battery.methods import METHODS, OURS, RULE_VERSION, code_fingerprint
+from benchmarks.battery.peers import PEERS
+from benchmarks.battery.record import Results
+from benchmarks.battery.scoring import best_of_sweep, best_overall
+
+TOP = 3
+"""So many of the sweep's best are run on the other seeds too."""
+OTHER_SEEDS = SEEDS[1:]
+USUAL = 1e-5
+"""The first of the initial learning rates given to our rule: far from any that a user would choose."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The whole battery over some cells.
+
+    Attributes:
+        cells: Workloads with base optimizers.
+        peers: Names of the peers that are installed.
+    """
+
+    cells: Sequence[Cell]
+    peers: frozenset[str] = field(default_factory=lambda: frozenset(each.name for each in PEERS if each.is_installed))
+
+    def stages(self, results: Results) -> Iterator[tuple[str, list[Config]]]:
+        """Names and runs of the stages in order; some depend on what is known so far.
+
+        Args:
+            results: What is known.
+        """
+        first, rest = SEEDS[:1], OTHER_SEEDS
+        yield "ours from 1e-5", self._each(lambda cell: ours(cell, "gen", first, (USUAL,)))
+        yield "coarse sweep", self._each(lambda cell: sweep(cell, coarse=True))
+        yield "fine sweep", self._each(sweep)
+        yield "ours from any start", self._each(lambda cell: ours(cell, "gen", first, GIVEN))
+        yield "best of the sweep, other seeds", self._each(lambda cell: refinements(cell, results))
+        yield "ours from 1e-5, other seeds", self._each(lambda cell: ours(cell, "gen", rest, (USUAL,)))
+        yield "fixed baseline", fixed_baseline(self.cells, results)
+        yield "peers", self._each(lambda cell: self._of_peers(cell, first))
+        yield "published rule", self._each(lambda cell: ours(cell, "gen-published", first, GIVEN))
+        yield "ours from any start, other seeds", self._each(lambda cell: ours(cell, "gen", rest, GIVEN))
+        yield "peers, other seeds", self._each(lambda cell: self._of_peers(cell, rest))
+        yield "published rule, other seeds", self._each(lambda cell: ours(cell, "gen-published", rest, GIVEN))
+
+    def count(self) -> int:
+        """How many runs the whole has, about: best constant and fixed baseline may be among the best of the sweep."""
+        count = 0
+        for cell in self.cells:
+            count += len(sweep(cell)) + (TOP + 1) * len(OTHER_SEEDS)
+            count += sum(len(ours(cell, method, SEEDS, GIVEN)) for method in OURS)
+            count += len(self._of_peers(cell, SEEDS))
+        return count
+
+    def _each(self, runs: Callable[[Cell], Iterable[Config]]) -> list[Config]:
+        """Cell by cell, so that rows of the report are complete early."""
+        return [config for cell in self.cells for config in runs(cell)]
+
+    def _of_peers(self, cell: Cell, seeds: Sequence[int]) -> list[Config]:
+        return [config for each in PEERS if each.name in self.peers for config in peer(cell, each.name, seeds)]
+
+
+@cache
+def sweep(cell: Cell, *, coarse: bool = False) -> tuple[Config, ...]:
+    """The 27 runs of the bare optimizer, or, coarsely, every other learning rate of them."""
+    rates = SWEEP[cell.base][::2] if coarse else SWEEP[cell.base]
+    return tuple(cell.config("bare", schedule, lr, SWEEP_SEED) for schedule in SCHEDULES for lr in rates)
+
+
+@cache
+def ours(cell: Cell, method: str, seeds: tuple[int, ...], given: tuple[float, ...]) -> tuple[Config, ...]:
+    """Runs of our own rules."""
+    options = {"rule_version": RULE_VERSION}
+    return tuple(
+        cell.config(method, schedule, lr, seed, options) for schedule in SCHEDULES for lr in given for seed in seeds
+    )
+
+
+@cache
+def peer(cell: Cell, method: str, seeds: tuple[int, ...]) -> tuple[Config, ...]:
+    """Runs of a peer; none where it does not go with the base optimizer."""
+    entry = METHODS[method]
+    if cell.base not in entry.bases:
+        return ()
+    return tuple(cell.config(method, schedule, None, seed) for schedule in entry.schedules for seed in seeds)
+
+
+def other_seed(config: Config, cell: Cell, seed: int) -> Config:
+    """The same run with another seed."""
+    return cell.config(config.method, config.schedule, config.lr, seed, config.options)
+
+
+def refinements(cell: Cell, results: Results) -> list[Config]:
+    """The best of a finished sweep, and the best constant of it, on the other seeds; nothing before."""
+    ranking = best_of_sweep(sweep(cell), results)
+    if len(ranking) < len(sweep(cell)):
+        return []
+    constant = next(config for config in ranking if config.schedule == "constant")
+    chosen = dict.fromkeys([*ranking[:TOP], constant])
+    return [other_seed(config, cell, seed) for config in chosen for seed in OTHER_SEEDS]
+
+
+def fixed_baseline(cells: Sequence[Cell], results: Results) -> list[Config]:
+    """The one configuration for all workloads on the other seeds, once all sweeps are finished."""
+    chosen = []
+    for base in dict.fromkeys(cell.base for cell in cells):
+        rows = [cell for cell in cells if cell.base == base]
+        found = best_overall([sweep(cell) for cell in rows], [cell.workload for cell in rows], results)
+        if found is not None:
+            chosen += [other_seed(sweep(cell)[found], cell, seed) for cell in rows for seed in OTHER_SEEDS]
+    return chosen
+
+
+def tuning(cells: Sequence[Cell], options: Mapping[str, Any]) -> list[Config]:
+    """Our own rule alone, on one seed: three schedules from 1e-5, and no scheduler from 10.
+
+    The key holds the code's fingerprint: with other code, or other options, the runs are others.
+
+    Args:
+        cells: Workloads with base optimizers.
+        options: Arguments of GeNOptimizer that are not its defaults.
+    """
+    keyed = {"code": code_fingerprint(), **options}
+    starts = [(schedule, USUAL) for schedule in SCHEDULES] + [("constant", 10.0)]
+    return [cell.config("gen", schedule, lr, SWEEP_SEED, keyed) for cell in cells for schedule, lr in starts]
+
+
+def trial(cells: Sequence[Cell]) -> list[Config]:
+    """A few short runs of every workload, to see that all works."""
+    middle = {base: rates[len(rates) // 2] for base, rates in SWEEP.items()}
+    options = {"rule_version": RULE_VERSION}
+    return [
+        config
+        for cell in cells
+        for config in (
+            cell.config("bare", "linear", middle[cell.base], SWEEP_SEED),
+            cell.config("gen", "linear", USUAL, SWEEP_SEED, options),
+            cell.config("gen", "constant", USUAL, SWEEP_SEED, options),
+        )
+    ]
+
+
+def matches(config: Config, pattern: str | None) -> bool:
+    """Whether a pattern with ``*`` and ``?`` fits a run's workload, base, method and so on, written as a line."""
+    return pattern is None or fnmatch(str(config).lower(), f"*{pattern.lower()}*")

@@ -1,0 +1,145 @@
+"""Tables with a row for each workload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.battery.comparing import Comparison
+from benchmarks.battery.config import SCHEDULES, SEEDS, SWEEP, Cell, Config
+from benchmarks.battery.formatting import NOTHING, bottom_lines, named, number, ratio, setting
+from benchmarks.battery.methods import METHODS, OURS
+from benchmarks.battery.peers import PEERS
+from benchmarks.battery.scoring import Ratio
+from benchmarks.battery.study import peer, sweep
+from benchmarks.command import markdown_table
+
+
+def tuned_loss(known: Comparison, cell: Cell) -> str:
+    """The validation loss of the tuned baseline, without a floor; a star where it may still change."""
+    tuned = known.tuned[cell]
+    if tuned is None:
+        return NOTHING
+    losses = [record.validation_loss for run in tuned.runs if (record := known.results.get(run)) is not None]
+    return f"{sum(losses) / len(losses):.4g}{'' if tuned.is_complete else '*'}"
+
+
+def main_table(known: Comparison, method: str) -> str:
+    """A rule of ours: its three schedules over the tuned baseline, its spread, cost and failures."""
+    head = ["workload, base", "tuned loss", "fixed", *map(named, SCHEDULES), "no scheduler / best constant", "spread"]
+    head += ["extra forwards a step", "diverged", "stalled"]
+    rows = [_main_row(known, cell, method) for cell in known.study.cells]
+    return markdown_table(head, [*rows, *bottom_lines(rows, range(2, 8))])
+
+
+def _main_row(known: Comparison, cell: Cell, method: str) -> list[str]:
+    tuned, fixed = known.tuned[cell], known.fixed[cell]
+    diverged, stalled, count = known.failures(cell, method)
+    records = [record for record in known.records(cell, method) if not record.error]
+    forwards = sum(record.extra_forwards / record.config.steps for record in records)
+    spread = known.spread(cell, method)
+    return [
+        cell.name,
+        tuned_loss(known, cell),
+        ratio(None if fixed is None else known.over(cell, fixed.runs, tuned)),
+        *(ratio(known.over(cell, known.ours(cell, method, schedule), tuned)) for schedule in SCHEDULES),
+        ratio(known.over(cell, known.ours(cell, method, "constant"), known.best_constant[cell])),
+        NOTHING if spread is None else number(spread),
+        f"{forwards / len(records):.2f}" if records else NOTHING,
+        f"{diverged}/{count}",
+        f"{stalled}/{count}",
+    ]
+
+
+def peer_table(known: Comparison, base: str) -> str:
+    """Peers beside our rule, over the tuned baseline of one base optimizer, and on how many workloads we are ahead."""
+    mine = [("gen", schedule) for schedule in SCHEDULES]
+    theirs = [
+        (each.name, schedule)
+        for each in PEERS
+        if base in each.bases
+        for schedule in each.schedules
+        if _is_there(known, base, each.name, schedule)
+    ]
+    columns = mine + theirs
+    rows, wins = [], {column: Wins() for column in theirs}
+    for cell in known.study.cells:
+        if cell.base != base:
+            continue
+        found = {column: known.over(cell, _runs(known, cell, *column), known.tuned[cell]) for column in columns}
+        rows.append([cell.workload.name, *map(ratio, found.values())])
+        for name, schedule in theirs:
+            # Like with like: with a horizon, against our run with the same one.
+            wins[name, schedule].count(found["gen", schedule], found[name, schedule])
+    ahead = ["**we are ahead on**", *[""] * len(mine), *map(str, wins.values())]
+    head = ["workload", *(f"{METHODS[name].title}, {named(schedule)}" for name, schedule in columns)]
+    return markdown_table(head, [*rows, *bottom_lines(rows, range(1, len(head))), ahead])
+
+
+class Wins:
+    """On how many workloads we are ahead of a peer."""
+
+    def __init__(self) -> None:
+        self.won = self.compared = 0
+
+    def count(self, ours: Ratio | None, theirs: Ratio | None) -> None:
+        """Takes a workload in, where both are known."""
+        if ours is not None and theirs is not None:
+            self.won += ours.value <= theirs.value
+            self.compared += 1
+
+    def __str__(self) -> str:
+        return f"{self.won}/{self.compared}"
+
+
+def _runs(known: Comparison, cell: Cell, method: str, schedule: str) -> Sequence[Config]:
+    if method in OURS:
+        return known.ours(cell, method, schedule)
+    return [config for config in peer(cell, method, SEEDS) if config.schedule == schedule]
+
+
+def _is_there(known: Comparison, base: str, method: str, schedule: str) -> bool:
+    """Whether a peer is installed here, or has been where the results are from."""
+    runs = (run for cell in known.study.cells if cell.base == base for run in _runs(known, cell, method, schedule))
+    return method in known.study.peers or any(run in known.results for run in runs)
+
+
+def baselines_table(known: Comparison) -> str:
+    """Where the tuned baselines are, and whether the sweep has them inside."""
+    rows = []
+    for cell in known.study.cells:
+        tuned = known.tuned[cell]
+        record = None if tuned is None else known.results.get(tuned.config)
+        is_edge = tuned is not None and tuned.config.lr in (SWEEP[cell.base][0], SWEEP[cell.base][-1])
+        rows.append(
+            [
+                cell.name,
+                NOTHING if record is None else f"{record.initial_validation_loss:.4g}",
+                tuned_loss(known, cell),
+                setting(tuned),
+                setting(known.best_constant[cell]),
+                "0" if tuned is None else str(len(tuned.runs)),
+                f"{sum(config in known.results for config in sweep(cell))}/{len(sweep(cell))}",
+                "yes" if is_edge else "",
+            ]
+        )
+    head = [
+        "workload, base",
+        "initial loss",
+        "tuned loss",
+        "tuned at",
+        "best constant",
+        "seeds",
+        "sweep",
+        "at its edge",
+    ]
+    return markdown_table(head, rows)
+
+
+def workloads_table(known: Comparison) -> str:
+    """What is trained."""
+    cells = {cell.workload.name: cell for cell in known.study.cells}
+    rows = [
+        [name, cell.workload.family, str(cell.steps), cell.source, cell.workload.summary]
+        for name, cell in cells.items()
+    ]
+    return markdown_table(["workload", "family", "steps", "data", "what"], rows)
