@@ -136,8 +136,6 @@ def _losses(known: Comparison) -> Figure:
                 panel.plot(record.steps, losses, color=colour, linewidth=1.2, alpha=0.85)
                 if record.initial_train_loss < math.inf and record.diverged:
                     panel.set_ylim(top=10 * record.initial_train_loss)
-    for panel in panels[: len(cells)]:
-        _whole_decades(panel)
     figure.suptitle(
         f"training losses of the batches, seed {SWEEP_SEED}: tuned (grey), ours without scheduler (blue), "
         "linear (orange), cosine (green)",

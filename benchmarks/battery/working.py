@@ -58,11 +58,10 @@ def work(
     """
     began = time.monotonic()
     clock = _Clock(results)
-    first = _open(pending, results)
-    everything = max(total or 0, len(first) + len(results)) if total else len(first)
+    planned = {config.key: config for config in pending(results)}
     progress = tqdm(
-        total=everything,
-        initial=everything - len(first) if total else 0,
+        total=max(total or 0, len(planned)),
+        initial=sum(config in results for config in planned.values()),
         unit="run",
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
         bar_format="{desc}: {n_fmt}/{total_fmt} runs |{bar:20}| {elapsed}{postfix}",
@@ -72,6 +71,7 @@ def work(
     with progress, _workers(jobs, data) as workers:
         while True:
             todo = _open(pending, results)
+            progress.total = max(progress.total, progress.n + len(todo))  # what is known may call for more
             running_keys = {config.key for config in in_flight.values()}
             waiting = [config for config in todo if config.key not in running_keys]
             is_over = minutes is not None and time.monotonic() - began > 60.0 * minutes
