@@ -52,8 +52,8 @@ class GeNOptimizer(OptimizerWrapper):
     4. The losses are read, all at once.
     5. A parabola is fitted and judged, and the learning rate chosen.
     6. The multiple of the step that the learning rate and the scheduler's factor call for is written.
-    7. Gradients, buffers, grad mode and random streams are as after 1, whatever happened. After an exception in a
-       probe the step is taken at the last learning rate, and the exception raised again.
+    7. Gradients, buffers and grad mode are as after 1, random streams as after 2, whatever happened. After an exception
+       in a probe the step is taken at the last learning rate, and the exception raised again.
 
     Every other step is lazy: the base optimizer's step at the last learning rate, and nothing else.
 
