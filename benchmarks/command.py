@@ -23,9 +23,19 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def command_line() -> str:
-    """The command that runs now and what it runs on, for the head of a page of results."""
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
-    return f"`{command}`, torch {torch.__version__}"
+    """The command that runs now, without the paths of this machine, and torch's version: the head of a page."""
+    arguments: list[str] = []
+    skip = False
+    for each in sys.argv[1:]:
+        name = each.split("=", 1)[0]
+        if skip:
+            skip = False
+        elif name in ("--data", "--output"):
+            skip = "=" not in each
+            arguments += ["--data", "DIR"] if name == "--data" else []
+        else:
+            arguments.append(each)
+    return f"`{shlex.join(['python', '-m', 'benchmarks', *arguments])}`, torch {torch.__version__}"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

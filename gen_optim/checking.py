@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gen_optim.preserving import RandomStreams, random_devices
+from gen_optim.scheduling import write_lr
 from gen_optim.wrapping import without_global_hooks
 
 __all__ = ["check_wrappable"]
@@ -92,10 +93,7 @@ def _third_update(base_optim: Optimizer, lr: float) -> Tensor:
     for step, step_lr in enumerate((1.0, 1.0, lr)):
         before = [parameter.detach().clone() for parameter in parameters]
         for group, parameter in zip(twin.param_groups, parameters, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(step_lr)
-            else:
-                group["lr"] = step_lr
+            write_lr(group, step_lr)
             slope = torch.linspace(0.1 + step, 1.0, parameter.numel(), device=parameter.device, dtype=parameter.dtype)
             parameter.grad = slope.reshape(parameter.shape)
         twin.step()

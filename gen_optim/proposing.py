@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from gen_optim.checking import check_wrappable
 from gen_optim.preserving import RandomStreams, random_devices
+from gen_optim.scheduling import write_lr
 from gen_optim.wrapping import without_global_hooks
 
 __all__ = ["optimizer_direction"]
@@ -85,10 +86,7 @@ def _far_step(base: Optimizer, ratios: list[float], far: float) -> dict[int, Ten
     """The direction of every parameter that moves, by its id, from a twin's step at the learning rate ``far``."""
     twin, parameters = _twin(base)
     for group, ratio in zip(twin.param_groups, ratios, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(far * ratio)
-        else:
-            group["lr"] = far * ratio
+        write_lr(group, far * ratio)
     streams = RandomStreams(random_devices(parameters))
     try:
         with without_global_hooks():

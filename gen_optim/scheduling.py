@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-__all__ = ["Group", "LearningRates"]
+__all__ = ["Group", "LearningRates", "write_lr"]
 
 Group = dict[str, Any]
 
@@ -214,14 +214,22 @@ class LearningRates:
         return value
 
     def _write(self, group: Group, rate: float) -> None:
-        """Set ``group["lr"]``; a tensor stays the same tensor."""
+        """Set ``group["lr"]``; a tensor that holds the rate already is not written, and what is written not read."""
         lr = group["lr"]
         if not isinstance(lr, Tensor):
-            group["lr"] = rate
+            write_lr(group, rate)
         elif self._read(lr) != (rounded := torch.tensor(rate, dtype=lr.dtype).item()):
-            with torch.no_grad():
-                lr.fill_(rate)
+            write_lr(group, rate)
             self._remember(lr, rounded)
+
+
+@torch.no_grad()
+def write_lr(group: Group, rate: float) -> None:
+    """Set ``group["lr"]``; a tensor stays the same tensor."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _attached(owners: Sequence[Optimizer]) -> list[LRScheduler]:

@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import ast
 import os
-import shlex
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.battery import storing
 from benchmarks.battery.comparing import Comparison
@@ -24,7 +20,7 @@ from benchmarks.battery.study import Study, matches, trial, tuning
 from benchmarks.battery.summary import summary
 from benchmarks.battery.working import work
 from benchmarks.battery.workloads import WORKLOADS
-from benchmarks.command import add_output
+from benchmarks.command import add_output, command_line
 
 FOLDER_VARIABLE = "GEN_OPTIM_DATA"
 QUICK_STEPS = 16
@@ -159,21 +155,7 @@ def write_report(study: Study, results: Results, folder: Path, stem: str) -> Non
 
 
 def _command() -> str:
-    """The command that runs now, without the paths of this machine."""
-    arguments: list[str] = []
-    skip = False
-    for each in sys.argv[1:]:
-        name = each.split("=", 1)[0]
-        if skip:
-            skip = False
-        elif name in ("--data", "--output"):
-            skip = "=" not in each
-            arguments += ["--data", "DIR"] if name == "--data" else []
-        else:
-            arguments.append(each)
-    return (
-        f"`{shlex.join(['python', '-m', 'benchmarks', *arguments])}`, torch {torch.__version__}, one CPU thread a run"
-    )
+    return f"{command_line()}, one CPU thread a run"
 
 
 def _assignment(text: str) -> tuple[str, Any]:
