@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gen_optim.distributed import dot
+
 __all__ = ["slope_and_curvature", "twice_differentiable_kernels"]
 
 
@@ -40,7 +42,8 @@ def slope_and_curvature(loss: Tensor, parameters: Sequence[Tensor], step: Sequen
         step: The step u, one tensor a parameter, of its shape.
 
     Returns:
-        Slope and curvature, scalars in float64 (on the device of the loss).
+        Slope and curvature, scalars in float64. Where parameters are DTensors, this rank's shares of them: their mean
+        over the ranks is meant.
 
     Raises:
         RuntimeError: If an operation in the loss has no second derivative; names it.
@@ -57,7 +60,7 @@ def slope_and_curvature(loss: Tensor, parameters: Sequence[Tensor], step: Sequen
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
             loss, parameters, seed, create_graph=True, allow_unused=True
         )
-        slope = _inner(gradients, step, loss)
+        slope = dot(gradients, step)
         # What does not depend on the parameters any more has no second derivative to add.
         curved = [(each, u) for each, u in zip(gradients, step, strict=True) if each is not None and each.requires_grad]
         if not curved:
@@ -70,16 +73,7 @@ def slope_and_curvature(loss: Tensor, parameters: Sequence[Tensor], step: Sequen
             f"mode='exact' needs the second derivative of the loss along the step, and {_lacking(error)} has none. "
             "Use mode='approximate', which only evaluates the loss. torch says: " + str(error)
         ) from error
-    return slope, _inner(products, step, loss)
-
-
-def _inner(left: Sequence[Tensor | None], right: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The inner product of two lists of tensors, summed in float64; None counts as zero."""
-    total = torch.zeros((), dtype=torch.float64, device=like.device)
-    for one, other in zip(left, right, strict=True):
-        if one is not None:
-            total += torch.sum(one.detach().conj() * other).real.to(total)
-    return total
+    return slope, dot(products, step)
 
 
 def _refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gen_optim.parallel import ParallelModules
 from gen_optim.preserving import Buffers, RandomStreams, owners_of, random_devices
 from gen_optim.watching import watch, watching_gradients, watching_modules
 
@@ -115,7 +116,9 @@ class Session:
         self._parameters = parameters
         self._devices = random_devices(parameters)
         self._random_before = RandomStreams(self._devices)
-        self._buffers = Buffers(evaluator.owners(parameters))
+        owners = evaluator.owners(parameters)
+        self._buffers = Buffers(owners)
+        self._parallel = ParallelModules(owners)
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
 
     def first(self, call: Callable[[], Loss]) -> Loss:
@@ -211,7 +214,11 @@ class Session:
             parameter.grad = None
         # An outer autocast keeps low-precision copies of the weights, which have moved since.
         torch.clear_autocast_cache()
-        with torch.set_grad_enabled(with_graph), watching_modules(self._buffers.enter, self._buffers.leave):
+        with (
+            torch.set_grad_enabled(with_graph),
+            watching_modules(self._buffers.enter, self._buffers.leave),
+            self._parallel.replaying(self._buffers.modules),
+        ):
             yield
 
     def _all_parameters(self) -> Iterator[Tensor]:

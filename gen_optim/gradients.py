@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from gen_optim.distributed import local, whole
 from gen_optim.evaluating import Loss
 
 __all__ = ["GradientMark", "complete_gradients", "mark_used"]
@@ -41,14 +42,14 @@ class GradientMark:
         gradient = _first_gradient(groups)
         if gradient is None:
             return cls(None, 0, False)
-        return cls(gradient, gradient._version, getattr(gradient, _USED, None) != gradient._version)
+        return cls(gradient, _version(gradient), getattr(gradient, _USED, None) != _version(gradient))
 
 
 def mark_used(groups: Sequence[dict[str, Any]]) -> None:
     """Note that a step has used the present gradients."""
     gradient = _first_gradient(groups)
     if gradient is not None:
-        setattr(gradient, _USED, gradient._version)
+        setattr(gradient, _USED, _version(gradient))
 
 
 def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: GradientMark) -> None:
@@ -67,9 +68,9 @@ def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: Gra
     if gradient is not None:
         if gradient is not before.gradient:
             return  # the closure has assigned it
-        is_new = before.is_fresh or gradient._version != before.version
+        is_new = before.is_fresh or _version(gradient) != before.version
         # Zeros are what zero_grad(set_to_none=False) leaves, be it in the closure or before: no gradient of a loss.
-        if is_new and (not has_graph or any(bool(each.any()) for each in _gradients(groups))):
+        if is_new and (not has_graph or any(bool(whole(each.any())) for each in _gradients(groups))):
             return
     if not has_graph:
         raise TypeError(
@@ -95,6 +96,11 @@ def _parameters(groups: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
 
 def _gradients(groups: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
     return (each.grad for each in _parameters(groups) if each.requires_grad and each.grad is not None)
+
+
+def _version(gradient: Tensor) -> int:
+    """How often a gradient was written; ``fully_shard`` adds to what this rank holds of a DTensor."""
+    return local(gradient)._version
 
 
 def _first_gradient(groups: Sequence[dict[str, Any]]) -> Tensor | None:

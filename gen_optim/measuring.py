@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 
 from torch import Tensor
 
 from gen_optim.differentiating import slope_and_curvature, twice_differentiable_kernels
+from gen_optim.distributed import Ranks
 from gen_optim.evaluating import Loss, rounding_of
 from gen_optim.moving import Move
 from gen_optim.quadratic import Parabola, fit_parabola
@@ -51,8 +52,10 @@ class Line:
         here: The loss where it began, as the closure returned it; None where that has to be evaluated.
         call: Evaluates the loss where the parameters are.
         call_with_graph: Likewise, with a graph.
-        read: Turns losses into numbers to be minimised, all at once: one transfer from the device.
+        read: Turns losses into numbers to be minimised, averaged over the ranks, all at once: one transfer from the
+            device.
         tolerance: Relative error of a loss, in machine epsilons of its dtype.
+        ranks: The processes that measure together. What fails on one of them is raised by ``read``.
     """
 
     move: Move
@@ -62,13 +65,14 @@ class Line:
     call_with_graph: Callable[[], Tensor]
     read: Callable[[Sequence[Loss]], list[float]]
     tolerance: float
+    ranks: Ranks = field(default_factory=Ranks)
 
     def evaluate(self, multiple: float) -> Loss:
         """The loss at a multiple of the step."""
         if multiple == 0.0 and self.here is not None:
             return self.here
         self.move.write(multiple)
-        return self.call()
+        return self.ranks.attempt(self.call, instead=math.nan)
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,14 @@ def probe_around(line: Line) -> Measurement:
 def differentiate(line: Line) -> Measurement:
     """Exact GeN: slope and curvature where the step began, by double backward (arXiv:2407.02772, section 2)."""
     line.move.write(0.0)
-    loss = line.call_with_graph()
-    here = loss.detach() if line.here is None else line.here
-    value, slope, curvature = line.read([here, *slope_and_curvature(loss, *line.move.step())])
+
+    def derivatives() -> tuple[Loss, Loss, Loss]:
+        loss = line.call_with_graph()
+        return loss.detach(), *slope_and_curvature(loss, *line.move.step())
+
+    again, *found = line.ranks.attempt(derivatives, instead=(math.nan,) * 3)
+    here = again if line.here is None else line.here
+    value, slope, curvature = line.read([here, *found])
     return Measurement((0.0,), (value,), here, value, Parabola(value, slope / line.lr, curvature / line.lr / line.lr))
 
 

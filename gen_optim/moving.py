@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gen_optim.distributed import local, placed_like
+
 __all__ = ["Move"]
 
 
@@ -17,7 +19,7 @@ class Move:
     computed from the two copies, and none by undoing another, so that nothing drifts however often it is called.
 
     Args:
-        groups: The parameters that move, one sequence a parameter group.
+        groups: The parameters that move, one sequence a parameter group. Of DTensors, each rank moves what it holds.
 
     Example:
         >>> weight = torch.tensor([1.0])
@@ -31,10 +33,11 @@ class Move:
 
     @torch.no_grad()
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
-        self._groups = groups
-        self._before = [[parameter.clone() for parameter in group] for group in groups]
+        self._parameters = groups
+        self._groups = [[local(parameter) for parameter in group] for group in groups]
+        self._before = [[parameter.clone() for parameter in group] for group in self._groups]
         # Taken now, so that memory which runs out does so before the base optimizer has moved anything.
-        self._after = [[torch.empty_like(parameter) for parameter in group] for group in groups]
+        self._after = [[torch.empty_like(parameter) for parameter in group] for group in self._groups]
 
     @torch.no_grad()
     def arrive(self) -> None:
@@ -52,11 +55,13 @@ class Move:
         """The parameters that are trained, and θ − θ_after of each."""
         points = [
             each
-            for group in zip(self._groups, self._before, self._after, strict=True)
+            for group in zip(self._parameters, self._before, self._after, strict=True)
             for each in zip(*group, strict=True)
             if each[0].requires_grad
         ]
-        return [parameter for parameter, _, _ in points], [start - end for _, start, end in points]
+        return [parameter for parameter, _, _ in points], [
+            placed_like(start - end, each) for each, start, end in points
+        ]
 
     def write(self, multiple: float) -> None:
         """Write ``torch.lerp(θ, θ_after, multiple)``; multiples 0 and 1 are θ and θ_after themselves."""

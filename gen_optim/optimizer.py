@@ -7,8 +7,9 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import compress
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +19,17 @@ from torch.utils.hooks import RemovableHandle
 from gen_optim.checking import check_wrappable
 from gen_optim.control import ControlState, Decision, ProbeStatus, PublishedRule, make_rule
 from gen_optim.diagnostics import ProbeRecord
-from gen_optim.evaluating import Evaluator, Loss, losses_to_floats
+from gen_optim.distributed import Ranks, ranks_of, whole
+from gen_optim.evaluating import Evaluator, Loss
 from gen_optim.gradients import GradientMark, complete_gradients, mark_used
 from gen_optim.measuring import MODES, Line, Measurement, check_tolerance, search, searched_lr
 from gen_optim.moving import Move
+from gen_optim.parallel import check_twice_differentiable
 from gen_optim.scheduling import Group, LearningRates
 from gen_optim.wrapping import OptimizerWrapper
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["GeNOptimizer"]
 
@@ -49,7 +55,7 @@ class GeNOptimizer(OptimizerWrapper):
     1. The closure is called once, with gradients.
     2. θ is copied, the base optimizer steps once, θ_after is copied.
     3. The loss is evaluated at multiples of that step, without gradients, on the same dropout masks.
-    4. The losses are read, all at once.
+    4. The losses are averaged over the processes that train the model together, and read, all at once.
     5. A parabola is fitted and judged, and the learning rate chosen.
     6. The multiple of the step that the learning rate and the scheduler's factor call for is written.
     7. Gradients, buffers and grad mode are as after 1, random streams as after 2, whatever happened. After an exception
@@ -86,12 +92,18 @@ class GeNOptimizer(OptimizerWrapper):
             absolute deviation, has exploded, and the learning rate is cut. Not used by ``rule="published"``.
         tolerance: Relative rounding error of a loss, in machine epsilons of its dtype. A slope or curvature that this
             alone can produce is taken as unknown. Not used by ``rule="published"``.
+        process_group: The processes over which measured losses are averaged, so that all choose the same learning
+            rate. By default those of the DistributedDataParallel module to which the parameters belong, and those over
+            which parameters are spread that are DTensors (``fully_shard``, tensor parallel). A
+            ``torch.distributed.ProcessGroup`` where gradients are averaged in another way; ``"local"`` where each
+            process trains a model of its own. Copies and pickles do not keep a group.
 
     Raises:
         TypeError: If ``base_optim`` is no optimizer, another GeNOptimizer, or one that requires a closure; if
-            ``closure`` or ``probe`` cannot be called.
+            ``closure`` or ``probe`` cannot be called; if ``process_group`` is none of the above.
         ValueError: If the base optimizer's update is not proportional to its learning rate, or an option is out of
-            range.
+            range; if parameters are spread over processes that ``process_group`` leaves out.
+        RuntimeError: If ``mode="exact"`` and the parameters belong to a module sharded by ``fully_shard``.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -111,6 +123,7 @@ class GeNOptimizer(OptimizerWrapper):
         closure: The closure for ``step()``; may be set at any time.
         probe: The probe for ``step()``; may be set at any time.
         last_probe: What the last probe step saw and decided; None before the first and after loading.
+        process_group: The option of that name.
     """
 
     closure: Closure | None
@@ -118,6 +131,7 @@ class GeNOptimizer(OptimizerWrapper):
     last_probe: ProbeRecord | None
     mode: str
     rule: str
+    process_group: ProcessGroup | Literal["local"] | None
     _rule: PublishedRule
     _tolerance: float
 
@@ -138,6 +152,7 @@ class GeNOptimizer(OptimizerWrapper):
         burn_in: int = 50,
         explosion: float = 10.0,
         tolerance: float = 8.0,
+        process_group: ProcessGroup | Literal["local"] | None = None,
     ) -> None:
         if isinstance(base_optim, GeNOptimizer):
             raise TypeError("base_optim must be the optimizer to wrap, got another GeNOptimizer; wrap its base_optim")
@@ -160,6 +175,11 @@ class GeNOptimizer(OptimizerWrapper):
         self.mode, self.rule, self._tolerance = mode, rule, check_tolerance(tolerance)
         self.closure = _check_callable("closure", closure)
         self.probe = _check_callable("probe", probe)
+        self.process_group = process_group
+        parameters = [parameter for group in base_optim.param_groups for parameter in group["params"]]
+        ranks_of(process_group, parameters)
+        if mode == "exact":
+            check_twice_differentiable(parameters)
         self._recall()
 
     def add_param_group(self, param_group: Group) -> None:
@@ -213,7 +233,7 @@ class GeNOptimizer(OptimizerWrapper):
         Raises:
             TypeError: If ``closure`` or ``probe`` cannot be called, or returns no loss.
             ValueError: If somebody wrote a learning rate that is negative or not finite.
-            RuntimeError: Under ``torch.inference_mode()``.
+            RuntimeError: Under ``torch.inference_mode()``; where a probe step failed on another process.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("step() needs gradients: call it outside of torch.inference_mode()")
@@ -244,17 +264,27 @@ class GeNOptimizer(OptimizerWrapper):
         mode = MODES[self.mode]
         everything = [parameter for group in groups for parameter in group["params"]]
         session = self._evaluator.session(everything)
+        ranks = ranks_of(self.process_group, everything, self._evaluator.owners(everything))
+        if not state.probes and self.process_group is None:
+            ranks.warn_if_apart()
+
+        def probe() -> Loss:
+            return whole(session.probe(probed, caller))
+
         with mode.kernels():
-            loss = None if closure is None else session.first(lambda: self._call(closure))
+            loss: Loss | None = None
+            if closure is not None:
+                first = partial(session.first, lambda: whole(self._call(closure)))
+                loss = ranks.attempt(first, instead=math.nan)
             here = loss if probed is closure else None
             measure, lr = mode.measure, state.lr
             if self._rule.needs_start(state):
                 if here is None:
                     with session.probing():
-                        here = session.probe(probed, caller)
+                        here = ranks.attempt(probe, instead=math.nan)
                 measure = search
                 # A loss that is not finite asks for the base optimizer's own step, bit for bit.
-                lr = searched_lr(state.probes) if math.isfinite(self._read([here])[0]) else state.lr
+                lr = searched_lr(state.probes) if math.isfinite(self._read(ranks, [here])[0]) else state.lr
 
             is_moving = [share > 0.0 for share in self._rates.shares(groups, state.lr)]
             factors = list(compress(self._rates.factors(groups), is_moving))
@@ -264,9 +294,11 @@ class GeNOptimizer(OptimizerWrapper):
                 with self._rates.in_force(groups, self._rates.shares(groups, lr)):
                     self.step_base()
                 move.arrive()
-            except BaseException:
+            except BaseException as error:
                 move.cancel()
-                raise
+                if not ranks.keep(error):
+                    raise
+                move.arrive()  # where it began: the others count on this rank for their probes
 
             taken = after.lr
             try:
@@ -275,9 +307,10 @@ class GeNOptimizer(OptimizerWrapper):
                         move,
                         lr,
                         here=here,
-                        call=lambda: session.probe(probed, caller),
-                        call_with_graph=lambda: session.differentiable(probed, caller),
-                        read=self._read,
+                        call=probe,
+                        call_with_graph=lambda: whole(session.differentiable(probed, caller)),
+                        ranks=ranks,
+                        read=partial(self._read, ranks),
                         tolerance=self._tolerance,
                     )
                     measurement = measure(line)
@@ -320,10 +353,10 @@ class GeNOptimizer(OptimizerWrapper):
             complete_gradients(self.param_groups, loss, before)
         return loss
 
-    def _read(self, losses: Sequence[Loss]) -> list[float]:
-        """Losses as numbers, to be minimised."""
+    def _read(self, ranks: Ranks, losses: Sequence[Loss]) -> list[float]:
+        """Losses as numbers, to be minimised, averaged over the ranks."""
         sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
-        return [sign * loss for loss in losses_to_floats(losses)]
+        return [sign * loss for loss in ranks.mean(losses)]
 
     # --- what it remembers ---------------------------------------------------------------------------------------
 
@@ -360,9 +393,12 @@ class GeNOptimizer(OptimizerWrapper):
         self._recall()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep: not the closures, the records and their hooks."""
+        """What copies and pickles keep: not the closures, the records and their hooks, nor a process group."""
         dropped = ("closure", "probe", "last_probe", "_evaluator", "_rates", "_probe_hooks")
-        return {name: value for name, value in super().__getstate__().items() if name not in dropped}
+        kept = {name: value for name, value in super().__getstate__().items() if name not in dropped}
+        if not isinstance(self.process_group, str):
+            kept["process_group"] = None
+        return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was kept, and set up the rest."""

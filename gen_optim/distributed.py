@@ -1,0 +1,273 @@
+"""Processes that train one model together: the mean of what they measure, and parameters of which each holds a part.
+
+Every rank must come to the same learning rate, bit for bit, and must call the closure as often as the others, or they
+would wait for each other for ever. So everything that is decided from is reduced first, and an exception that one rank
+meets is kept until that reduction, which tells all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gen_optim.evaluating import Loss, losses_to_floats
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
+
+__all__ = ["Ranks", "dot", "is_dtensor", "local", "placed_like", "ranks_of", "whole"]
+
+T = TypeVar("T")
+Instead = TypeVar("Instead")
+
+
+class Ranks:
+    """The processes that measure one loss together, each on its own part of the data; made anew for each step.
+
+    A process on its own has no groups: nothing is reduced then, and failures are raised where they happen.
+
+    Args:
+        groups: Process groups to reduce over, one after the other; together they span all that take part.
+        device: Where the parameters are.
+
+    Example:
+        >>> ranks = Ranks()
+        >>> ranks.mean([ranks.attempt(lambda: 0.5, instead=math.nan), torch.tensor(2.0)])
+        [0.5, 2.0]
+    """
+
+    def __init__(self, groups: Sequence[dist.ProcessGroup] = (), device: torch.device | None = None) -> None:
+        self._groups = tuple(groups)
+        self._size = math.prod(group.size() for group in groups)
+        self._device = _device_for(groups[0], device) if groups else None
+        self._failure: Exception | None = None
+
+    def __len__(self) -> int:
+        """How many processes take part."""
+        return self._size
+
+    def warn_if_apart(self) -> None:
+        """Warn where there are several processes and none of them takes part with another."""
+        if not self._groups and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                f"GeNOptimizer runs in {dist.get_world_size()} processes and has found neither a "
+                "DistributedDataParallel module nor DTensors: each process chooses a learning rate of its own. Where "
+                "they train one model together, give it process_group=torch.distributed.group.WORLD; where each trains "
+                "its own, process_group='local'.",
+                stacklevel=5,
+            )
+
+    def attempt(self, call: Callable[[], T], *, instead: Instead) -> T | Instead:
+        """Make a call that may fail on this rank alone.
+
+        Where other ranks take part, a failure is kept for the next :meth:`mean`, so that this rank goes on making the
+        calls that the others make.
+
+        Returns:
+            What the call returns; ``instead`` after a failure.
+        """
+        try:
+            return call()
+        except Exception as error:
+            if not self.keep(error):
+                raise
+            return instead
+
+    def keep(self, failure: BaseException) -> bool:
+        """Keep what this rank alone may have met for the next :meth:`mean`; the first failure counts.
+
+        Returns:
+            Whether it will be raised there. Not so where nobody waits for this rank, nor for interrupts.
+        """
+        if not self._groups or not isinstance(failure, Exception):
+            return False
+        self._failure = self._failure or failure
+        return True
+
+    def mean(self, numbers: Sequence[Loss]) -> list[float]:
+        """The mean of each number over the ranks, the same bits on all of them: one all-reduce (one a group).
+
+        A sum over shards is had by handing in what :func:`dot` returns. NaN on one rank is NaN on all.
+
+        Args:
+            numbers: Numbers or one-element tensors, equally many on every rank.
+
+        Raises:
+            RuntimeError: If another rank has kept a failure; a rank that has kept one raises that.
+        """
+        if not self._groups:
+            return losses_to_floats(numbers)
+        flag = 0.0 if self._failure is None else 1.0
+        scalars = [torch.as_tensor(each).detach().reshape(()) for each in (*numbers, flag)]
+        sums = torch.stack([each.to(self._device, torch.float64) for each in scalars])
+        for group in self._groups:
+            dist.all_reduce(sums, group=group)
+        *means, failures = sums.tolist()
+        if self._failure is not None:
+            raise self._failure
+        if failures:
+            raise RuntimeError(
+                f"the step failed on {failures:.0f} of {self._size} ranks, and not on this one, which raises all the "
+                "same because the ranks must stay together. The error of those that failed says why."
+            )
+        return [total / self._size for total in means]
+
+
+def _device_for(group: dist.ProcessGroup, device: torch.device | None) -> torch.device:
+    """Where a group can reduce, preferably where the parameters are: offloaded ones may stand elsewhere."""
+    capable = [each.type for each in group._device_types]
+    if device is not None and device.type in capable:
+        return device
+    return torch.device(capable[0] if "cpu" not in capable else "cpu")
+
+
+def ranks_of(process_group: Any, parameters: Sequence[Tensor], modules: Iterable[nn.Module] = ()) -> Ranks:
+    """The processes that train these parameters together.
+
+    Args:
+        process_group: The option of that name: a group, ``"local"`` for this process alone, or None for those of the
+            DistributedDataParallel modules and of the meshes of the parameters that are DTensors.
+        parameters: The parameters of an optimizer.
+        modules: Those to which they belong.
+
+    Raises:
+        TypeError: If ``process_group`` is none of these.
+        ValueError: If parameters are spread over ranks that it leaves out, or this process is none of it.
+    """
+    groups: list[dist.ProcessGroup]
+    meshes = list(dict.fromkeys(each.device_mesh for each in parameters if is_dtensor(each)))
+    if process_group is None:
+        groups = []
+        for mesh in meshes:
+            groups += [_world()] if mesh.size() == _world().size() else mesh.get_all_groups()
+        groups += [each.process_group for each in modules if isinstance(each, DistributedDataParallel)]
+    elif isinstance(process_group, str) and process_group == "local":
+        groups = []
+    elif dist.is_available() and isinstance(process_group, dist.ProcessGroup):
+        groups = [process_group]
+    elif process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "process_group must be one that this process is a member of, got the one that new_group() returns to all "
+            "others. Give each process its own group, or 'local'."
+        )
+    else:
+        raise TypeError(
+            "process_group must be None, 'local' or a torch.distributed.ProcessGroup, got "
+            f"{process_group!r}. Of a DeviceMesh give mesh.get_group()."
+        )
+    if process_group is not None:
+        members = set(dist.get_process_group_ranks(process_group)) if groups else {_rank()}
+        missing = sorted(set().union(*(mesh.mesh.flatten().tolist() for mesh in meshes)) - members)
+        if missing:
+            raise ValueError(
+                f"process_group must hold all ranks that parameters are spread over, but lacks {missing}: they hold "
+                "parts of the same model. Leave it at None, which takes the parameters' own mesh."
+            )
+    device = local(parameters[0]).device if parameters else None
+    return Ranks(_without_subsets(groups), device)
+
+
+def _without_subsets(groups: Sequence[dist.ProcessGroup]) -> list[dist.ProcessGroup]:
+    """Those of which no other one has all members; nobody on his own."""
+    members = {group: frozenset(dist.get_process_group_ranks(group)) for group in groups}
+    kept: list[dist.ProcessGroup] = []
+    for group in sorted(members, key=lambda each: -len(members[each])):  # stable: as the parameters have them
+        if len(members[group]) > 1 and not any(members[group] <= members[each] for each in kept):
+            kept.append(group)
+    return kept
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None, "a DTensor has a mesh, and a mesh a process group"
+    return world
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+# --- parameters of which each rank holds a part -----------------------------------------------------------------------
+
+
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor, without importing them: that takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory; not differentiable."""
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def placed_like(part: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor of which this rank holds ``part``, spread as ``tensor`` is."""
+    if not is_dtensor(tensor):
+        return part
+    return type(tensor).from_local(
+        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def whole(tensor: T) -> T:
+    """A tensor with nothing left to gather or to add up, on every rank: plain tensors and numbers as they are."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[return-value]
+
+
+def dot(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
+    """This rank's share of the inner product of two lists of tensors: the mean over the ranks is the whole.
+
+    No rank communicates here. The share is scaled so that :meth:`Ranks.mean`, which reduces other numbers anyway,
+    makes one sum of the parts and counts what several ranks hold alike once. Without DTensors it is the inner product.
+
+    Args:
+        left: Gradients, for example; None counts as zero.
+        right: Tensors of the same shapes. Next to a DTensor on the left, one spread in the same way, or only what this
+            rank holds of it.
+
+    Returns:
+        A scalar in float64, on the device of the tensors.
+
+    Raises:
+        ValueError: If two tensors are spread in different ways.
+    """
+    pairs = [(one, other) for one, other in zip(left, right, strict=True) if one is not None]
+    device = local(right[0]).device if right else None
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for one, other in pairs:
+        mine, theirs = local(one).detach(), local(other).detach()
+        total += _parts(one, other) * torch.sum(mine.conj() * theirs).real.to(total)
+    return total
+
+
+def _parts(left: Tensor, right: Tensor) -> int:
+    """Into how many parts the inner product of two tensors falls."""
+    if not is_dtensor(left):
+        return 1
+    theirs = right.placements if is_dtensor(right) else [None] * len(left.placements)
+    sizes = [left.device_mesh.size(axis) for axis in range(left.device_mesh.ndim)]
+    return math.prod(
+        size for size, mine, other in zip(sizes, left.placements, theirs, strict=True) if _is_split(mine, other)
+    )
+
+
+def _is_split(left: Placement, right: Placement | None) -> bool:
+    """Whether an inner product has to be summed along an axis of the mesh."""
+    if left.is_partial():  # a gradient that nobody has added up yet
+        if (right is None or right.is_replicate()) and getattr(left, "reduce_op", None) in ("sum", "avg"):
+            return getattr(left, "reduce_op", None) == "sum"
+    elif right is None or left == right:
+        return not left.is_replicate()
+    raise ValueError(f"tensors must be spread over the ranks in the same way, got {left} and {right}")
