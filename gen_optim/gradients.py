@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from gen_optim.distributed import local, whole
+from gen_optim.distributed import is_dtensor, local, whole
 from gen_optim.evaluating import Loss
 
 __all__ = ["GradientMark", "complete_gradients", "mark_used"]
@@ -81,8 +81,10 @@ def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: Gra
     trained = [parameter for parameter in _parameters(groups) if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = None
-    # Into these alone: gradients of another network would pass for fresh ones when its own optimizer steps.
-    cast(Tensor, loss).backward(inputs=trained)  # type: ignore[no-untyped-call]
+    # Into these alone: gradients of another network would pass for fresh ones when its own optimizer steps. Only where
+    # ``fully_shard`` gathers parameters, those that the loss was computed from are others.
+    inputs = None if any(map(is_dtensor, trained)) else trained
+    cast(Tensor, loss).backward(inputs=inputs)  # type: ignore[no-untyped-call]
 
 
 def _describe(loss: Loss) -> str:

@@ -1,0 +1,453 @@
+"""What the ranks of a process group do in the tests of distributed training; each function is called on every rank."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import pickle
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gen_optim import GeNOptimizer, History
+from gen_optim.distributed import dot, local, ranks_of
+from tests.training import mlp, regression_data
+from tests.workers import device
+
+Numbers = list[Any]
+
+
+def plain(model: nn.Module) -> nn.Module:
+    return model
+
+
+def ddp(model: nn.Module, **options: Any) -> nn.Module:
+    return DistributedDataParallel(model, **options)
+
+
+def fsdp(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),)) if mesh is None else mesh
+    fully_shard(model[0], mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def hsdp(model: nn.Module) -> nn.Module:
+    shape = (2, dist.get_world_size() // 2)
+    return fsdp(model, init_device_mesh(device().type, shape, mesh_dim_names=("replicate", "shard")))
+
+
+def tp(model: nn.Module, mesh: Any = None) -> nn.Module:
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),)) if mesh is None else mesh
+    return parallelize_module(model, mesh, {"0": ColwiseParallel(), "4": RowwiseParallel()})
+
+
+def fsdp_and_tp(model: nn.Module) -> nn.Module:
+    shape = (dist.get_world_size() // 2, 2)
+    mesh = init_device_mesh(device().type, shape, mesh_dim_names=("data", "tensor"))
+    return fsdp(tp(model, mesh["tensor"]), mesh["data"])
+
+
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    each.__name__: each for each in (plain, ddp, fsdp, hsdp, tp, fsdp_and_tp)
+}
+
+
+def data_of(kind: str, *, rank: int | None = None, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """This rank's part of the batch: ranks that hold parts of one replica see the same."""
+    inputs, targets = regression_data(size=32, dtype=torch.float64)
+    if kind in ("plain", "tp"):
+        return inputs.to(_device()), targets.to(_device())
+    rank, size = dist.get_rank() if rank is None else rank, dist.get_world_size() if size is None else size
+    if kind == "fsdp_and_tp":
+        rank, size = rank // 2, size // 2
+    return inputs[rank::size].to(_device()), targets[rank::size].to(_device())
+
+
+def _device() -> torch.device:
+    return device() if dist.is_initialized() else torch.device("cpu")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def numbers_of(model: nn.Module) -> Numbers:
+    return [whole(each.detach()).cpu().tolist() for each in model.parameters()]
+
+
+class Run:
+    """A model in training on this rank's part of the data."""
+
+    def __init__(self, kind: str, make: str = "adamw", *, norm: bool = False, wrap: Any = None, **options: Any) -> None:
+        bare = mlp(dtype=torch.float64, norm=norm).to(_device())
+        self.model = WRAPS[kind](bare) if wrap is None else wrap(bare)
+        base: torch.optim.Optimizer
+        if make == "adamw":
+            base = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        else:
+            base = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.optimizer = GeNOptimizer(base, **{"burn_in": 10, "period": 4, **options})
+        self.inputs, self.targets = data_of(kind)
+        self.history = History()
+        self.optimizer.register_probe_hook(self.history)
+        self.calls = 0
+        self.before_return: Callable[[], Any] = lambda: None
+
+    def loss(self) -> Tensor:
+        self.calls += 1
+        return mse_loss(self.model(self.inputs), self.targets)
+
+    def closure(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        changed = self.before_return()
+        return loss if changed is None else changed
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.optimizer.step(self.closure)
+
+    def ranks_mean(self, number: Any) -> float:
+        total = torch.as_tensor(number).detach().double().clone()
+        dist.all_reduce(total)
+        return (total / dist.get_world_size()).item()
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "lrs": self.history.column("lr_after").tolist(),
+            "statuses": [record.status.name for record in self.history],
+            "losses": [list(record.losses) for record in self.history],
+            "last_lr": self.optimizer.get_last_lr(),
+            "parameters": numbers_of(self.model),
+            "calls": self.calls,
+        }
+
+
+def train(kind: str, steps: int, ddp_options: Any = None, **options: Any) -> dict[str, Any]:
+    run = Run(kind, wrap=None if ddp_options is None else functools.partial(ddp, **ddp_options), **options)
+    run.train(steps)
+    return run.result()
+
+
+def train_by(style: str, kind: str, steps: int) -> dict[str, Any]:
+    """Train by another kind of closure than one that calls backward itself."""
+    run = Run(kind)
+
+    def only_loss() -> Tensor:
+        run.optimizer.zero_grad(set_to_none=False)
+        return run.loss()
+
+    for _ in range(steps):
+        if style == "only_loss":
+            run.optimizer.step(only_loss)
+        else:
+            run.optimizer.zero_grad()
+            run.loss().backward()
+            run.optimizer.step(probe=run.loss)
+    return run.result()
+
+
+def gradients_of_one_rank(kind: str) -> dict[str, Any]:
+    """The caller's gradients are zero in all shards but one: to be used all the same, on all ranks."""
+    run = Run(kind)
+    run.train(1)
+    run.closure()
+    for index, parameter in enumerate(run.model.parameters()):
+        mine = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        mine.mul_(0.0 if index or dist.get_rank() else 1.0)
+    expected = [whole(each.grad).cpu().tolist() for each in run.model.parameters()]
+    run.optimizer.step(run.loss)
+    return {"before": expected, "after": [whole(each.grad).cpu().tolist() for each in run.model.parameters()]}
+
+
+# --- what goes wrong on one rank -------------------------------------------------------------------------------------
+
+
+def fail_on_one_rank(kind: str, steps: int, call: int, **options: Any) -> dict[str, Any]:
+    """One call of the step after ``steps`` fails on the last rank, when its model has done what all ranks do."""
+    run = Run(kind, **options)
+    run.train(steps)
+    first = run.calls
+
+    def fail() -> None:
+        if dist.get_rank() == dist.get_world_size() - 1 and run.calls == first + call + 1:
+            raise KeyError("a bad example")
+
+    run.before_return = fail
+    before = numbers_of(run.model)
+    with pytest.raises((KeyError, RuntimeError)) as caught:
+        run.train(1)
+    error = f"{caught.typename}: {caught.value}"
+    calls = run.calls - first
+    has_moved = numbers_of(run.model) != before
+    run.train(6)
+    return {"error": error, "step_calls": calls, "has_moved": has_moved, **run.result()}
+
+
+def nan_on_one_rank(kind: str, steps: int, call: int, **options: Any) -> dict[str, Any]:
+    run = Run(kind, **options)
+    run.train(steps)
+    first = run.calls
+
+    def spoil() -> Tensor | None:
+        is_it = dist.get_rank() == 0 and run.calls == first + call + 1
+        return torch.tensor(float("nan"), dtype=torch.float64, device=device()) if is_it else None
+
+    run.before_return = spoil
+    run.train(8)
+    return run.result()
+
+
+def fail_in_the_base(kind: str) -> dict[str, Any]:
+    run = Run(kind)
+    run.train(3)
+    base, before = run.optimizer.base_optim, numbers_of(run.model)
+    step = base.step
+
+    def fail() -> None:
+        if dist.get_rank() == 0:
+            raise MemoryError("no room for the moments")
+        step()
+
+    base.step = fail  # type: ignore[method-assign]
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        run.train(1)
+    return {"error": caught.typename, "has_moved": numbers_of(run.model) != before, "calls": run.calls}
+
+
+# --- who belongs together --------------------------------------------------------------------------------------------
+
+
+def train_apart(process_group: str | None) -> dict[str, Any]:
+    """Every rank trains a model of its own, for as long as it likes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = Run("plain", process_group=process_group)
+        run.targets = run.targets * (1 + dist.get_rank())
+        run.train(5 + 7 * dist.get_rank())
+    return {"warnings": [str(each.message) for each in caught], **run.result()}
+
+
+def train_in_named_groups() -> dict[str, Any]:
+    """Two models, each by two ranks that average gradients themselves."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = groups[dist.get_rank() // 2]
+    run = Run("plain", process_group=mine)
+    run.inputs, run.targets = data_of("ddp")
+    if dist.get_rank() >= 2:
+        run.targets = 2.0 * run.targets
+
+    def closure() -> Tensor:
+        loss = run.closure()
+        if not run.optimizer.is_probing:
+            for parameter in run.model.parameters():
+                dist.all_reduce(parameter.grad, group=mine)
+                parameter.grad /= 2
+        return loss
+
+    for _ in range(20):
+        run.optimizer.step(closure)
+    twin = copy.deepcopy(run.optimizer)
+    pickled = pickle.loads(pickle.dumps(run.optimizer))
+    return {"copies": (twin.process_group, pickled.process_group), **run.result()}
+
+
+def wrong_groups() -> list[str]:
+    """What the constructor says to groups that cannot be."""
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    groups = [dist.new_group([0]), dist.new_group([1])]
+    mine, other = groups[dist.get_rank()], groups[1 - dist.get_rank()]
+    model = fsdp(mlp())
+    said = []
+    for group in (mesh, other, mine, "local"):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            GeNOptimizer(torch.optim.SGD(model.parameters()), process_group=group)  # type: ignore[arg-type]
+        said.append(f"{caught.typename}: {caught.value}")
+    return said
+
+
+def older_fsdp() -> None:
+    Run("ddp", wrap=FullyShardedDataParallel, process_group=dist.group.WORLD).train(1)
+
+
+# --- what a probe leaves behind --------------------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives, by name; ``CommDebugMode`` hooks into the backward pass, which probes leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
+            self.counts[func.name().split("::")[1].strip("_")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_collectives(kind: str) -> dict[str, list[dict[str, int]]]:
+    """How many collectives each step runs, of the bare base optimizer and wrapped."""
+    counts: dict[str, list[dict[str, int]]] = {}
+    run = Run(kind, norm=kind == "ddp")
+    with torch.no_grad(), Collectives() as collectives:
+        run.model.eval()(run.inputs)
+    counts["forward"] = [dict(collectives.counts)]
+    for name, options in (("bare", {}), ("wrapped", {"period": 2, "burn_in": 0, "rule": "published"})):
+        run = Run(kind, "sgd", norm=kind == "ddp", **options)
+        run.model.eval()  # a model in training would differ in the last bits of its statistics only
+        optimizer = run.optimizer if name == "wrapped" else run.optimizer.base_optim
+        counts[name] = []
+        for _ in range(6):
+            with Collectives() as collectives:
+                optimizer.step(run.closure)
+            counts[name].append(dict(collectives.counts))
+    return counts
+
+
+def buffers_under_ddp() -> dict[str, Any]:
+    """Statistics that differ between ranks are sent around before each forward pass, probes included."""
+    run = Run("ddp", norm=True, rule="published", period=1)
+    run.model.eval()
+    statistics = run.model.module[1]
+    seen, losses = [], []
+    for step in range(3):
+        with torch.no_grad():
+            statistics.running_mean.fill_(1.0 + step + dist.get_rank())
+        loss = run.optimizer.step(run.closure, probe=run.loss)
+        losses.append(run.ranks_mean(loss))
+        seen.append((statistics.running_mean[0].item(), run.model.require_forward_param_sync))
+    return {"here": [record.losses[1] for record in run.history], "first": losses, "seen": seen}
+
+
+def gradient_penalty(**options: Any) -> dict[str, Any]:
+    """A loss that differentiates inside needs a graph in its probes, which awaits no backward pass all the same."""
+    run = Run("ddp", wrap=functools.partial(ddp, **options))
+    reductions = []
+
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # torch does not take annotations that are strings
+        reductions.append(run.optimizer.is_probing)
+        return allreduce_hook(None, bucket)
+
+    run.model.register_comm_hook(None, hook)
+    run.inputs.requires_grad_()
+
+    def closure() -> Tensor:
+        run.optimizer.zero_grad()
+        loss = run.loss()
+        [slope] = torch.autograd.grad(loss, run.inputs, create_graph=True)
+        loss = loss + slope.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        run.optimizer.step(closure)
+    return {"reductions": reductions, **run.result()}
+
+
+def parameters_after_steps() -> list[str]:
+    """Of which types the parameters of a sharded model are after each step."""
+    run = Run("fsdp", period=2, burn_in=0)
+    types = set()
+    for _ in range(4):
+        run.optimizer.step(run.closure)
+        types |= {type(each).__name__ for each in run.model.parameters()}
+    states = [module._get_fsdp_state() for module in run.model.modules() if isinstance(module, FSDPModule)]
+    assert not any(state._comm_ctx.post_forward_order for state in states)
+    return sorted(types)
+
+
+# --- arithmetic on shards --------------------------------------------------------------------------------------------
+
+
+def inner_products() -> list[tuple[float, float]]:
+    """The inner product of tensors spread in all ways, reduced with another number, and what it should be."""
+    size = dist.get_world_size()
+    line = init_device_mesh(device().type, (size,))
+    generator = torch.Generator().manual_seed(3)
+    left, right = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64).to(device())
+    expected = (left * right).sum().item()
+    spreads: list[tuple[Any, list[Placement], list[Placement]]] = [
+        (line, [Shard(0)], [Shard(0)]),
+        (line, [Shard(1)], [Shard(1)]),
+        (line, [Replicate()], [Replicate()]),
+        (line, [Partial()], [Replicate()]),
+        (line, [Partial("avg")], [Replicate()]),
+    ]
+    if size == 4:
+        grid = init_device_mesh(device().type, (2, 2))
+        spreads += [
+            (grid, [Shard(0), Shard(1)], [Shard(0), Shard(1)]),
+            (grid, [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
+            (grid, [Partial(), Shard(0)], [Replicate(), Shard(0)]),
+        ]
+    found = []
+    for mesh, one, other in spreads:
+        lefts = distribute_tensor(left, mesh, [Replicate() if each.is_partial() else each for each in one])
+        summands = math.prod(mesh.size(axis) for axis, each in enumerate(one) if each == Partial("sum"))
+        lefts = DTensor.from_local(lefts.to_local() / summands, mesh, one, run_check=False)
+        rights = distribute_tensor(right, mesh, other)
+        ranks = ranks_of(None, [rights])
+        for them in (rights, local(rights)):
+            product, rank = ranks.mean([dot([lefts, None, left], [them, right, right]), float(dist.get_rank())])
+            assert rank == (size - 1) / 2
+            found.append((product, 2.0 * expected))
+    for other in ([Replicate()], [Shard(1)]):
+        with pytest.raises(ValueError, match="spread over the ranks in the same way"):
+            dot([distribute_tensor(left, line, [Shard(0)])], [distribute_tensor(right, line, other)])
+    return found
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save(kind: str, folder: str, through: str) -> dict[str, Any]:
+    run = Run(kind)
+    run.train(13)
+    if through == "dcp":
+        model, optimizer = get_model_state_dict(run.model), get_optimizer_state_dict(run.model, run.optimizer)
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+    else:
+        state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+        torch.save(state, f"{folder}/{dist.get_rank()}.pt")  # shards differ between ranks
+    run.train(20)
+    return run.result()
+
+
+def resume(kind: str, folder: str, through: str) -> dict[str, Any]:
+    run = Run(kind)
+    if through == "dcp":
+        model, optimizer = get_model_state_dict(run.model), get_optimizer_state_dict(run.model, run.optimizer)
+        state = {"model": model, "optimizer": optimizer}
+        dcp.load(state, checkpoint_id=folder)
+        set_model_state_dict(run.model, state["model"])
+        set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+    else:
+        state = torch.load(f"{folder}/{dist.get_rank()}.pt", weights_only=True)
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+    run.train(20)
+    return run.result()

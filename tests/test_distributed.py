@@ -1,0 +1,250 @@
+"""Real processes that train one model together, and some that do not."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gen_optim.distributed import Ranks
+from tests import rank_jobs
+from tests.training import gen_adamw, mlp
+from tests.workers import FailedError, Pool
+
+Run = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    pool = Pool(tmp_path_factory.mktemp("stores"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(params=["gloo", "nccl"])
+def run(request: pytest.FixtureRequest, pool: Pool) -> Run:
+    def run(function: Callable[..., Any], *arguments: Any, size: int = 2) -> list[Any]:
+        if request.param == "nccl" and torch.cuda.device_count() < size:
+            pytest.skip(f"nccl needs {size} CUDA devices, one a rank: there are {torch.cuda.device_count()}")
+        return pool.run(function, *arguments, size=size, backend=request.param)
+
+    return run
+
+
+def distance(left: Any, right: Any) -> float:
+    """Of two lists of parameters, relative."""
+    pairs = [
+        (torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64))
+        for one, other in zip(left, right, strict=True)
+    ]
+    difference = sum((one - other).square().sum() for one, other in pairs)
+    return float((difference / sum(other.square().sum() for _, other in pairs)).sqrt())
+
+
+def assert_alike(ranks: list[Any]) -> None:
+    for rank in ranks[1:]:
+        assert rank == ranks[0]
+
+
+def assert_like_one_process(ranks: list[Any], alone: dict[str, Any]) -> None:
+    assert_alike(ranks)
+    assert ranks[0]["statuses"] == alone["statuses"]
+    assert ranks[0]["calls"] == alone["calls"]
+    assert ranks[0]["lrs"] == pytest.approx(alone["lrs"], rel=1e-5)
+    assert distance(ranks[0]["parameters"], alone["parameters"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("tp", 2), ("fsdp_and_tp", 4)]
+)
+def test_ranks_train_as_one_process_on_the_joined_batch(run: Run, kind: str, size: int) -> None:
+    assert_like_one_process(run(rank_jobs.train, kind, 100, size=size), rank_jobs.train("plain", 100))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "tp"])
+def test_exact_mode(run: Run, kind: str) -> None:
+    options = {"mode": "exact", "make": "sgd"}
+    alone = rank_jobs.train("plain", 100, **options)
+    assert_like_one_process(run(functools.partial(rank_jobs.train, kind, 100, **options)), alone)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
+@pytest.mark.parametrize("style", ["only_loss", "probe"])
+def test_other_closures(run: Run, style: str, kind: str) -> None:
+    ranks = run(rank_jobs.train_by, style, kind, 20)
+    assert_like_one_process(ranks, rank_jobs.train_by(style, "plain", 20))
+
+
+def test_gradients_of_the_caller_in_one_shard_are_used_on_all_ranks(run: Run) -> None:
+    for rank in run(rank_jobs.gradients_of_one_rank, "fsdp"):
+        assert rank["after"] == rank["before"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("steps", "call"), [(0, 0), (0, 3), (4, 0), (4, 1), (4, 2)])
+def test_an_exception_on_one_rank_ends_the_step_on_all(run: Run, kind: str, steps: int, call: int) -> None:
+    ranks = run(rank_jobs.fail_on_one_rank, kind, steps, call)
+    errors = [rank.pop("error") for rank in ranks]
+    assert errors[0].startswith("RuntimeError: the step failed on 1 of 2 ranks")
+    assert errors[1] == "KeyError: 'a bad example'"
+    assert_alike(ranks)  # at the end of the step, and after six more
+    assert ranks[0]["step_calls"] == call + 1 if steps == 0 else 3
+    assert ranks[0]["has_moved"] is (steps > 0 or call > 0)
+
+
+def test_an_exception_in_exact_mode_ends_the_step_on_all(run: Run) -> None:
+    ranks = run(functools.partial(rank_jobs.fail_on_one_rank, "ddp", 4, 1, mode="exact"))
+    assert ranks[0].pop("error").startswith("RuntimeError: the step failed on 1 of 2 ranks")
+    assert ranks[1].pop("error").startswith("KeyError")
+    assert_alike(ranks)
+
+
+def test_an_exception_in_the_base_on_one_rank_is_raised_on_all(run: Run) -> None:
+    failed, other = run(rank_jobs.fail_in_the_base, "ddp")
+    assert (failed["error"], failed["has_moved"]) == ("MemoryError", False)
+    assert (other["error"], other["has_moved"]) == ("RuntimeError", True)
+    assert failed["calls"] == other["calls"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("steps", "call", "status"),
+    [(0, 0, "NON_FINITE_LOSS"), (0, 1, "STARTED"), (4, 0, "NON_FINITE_LOSS"), (4, 2, "NON_FINITE_PROBE")],
+)
+def test_nan_on_one_rank_is_nan_on_all(run: Run, kind: str, steps: int, call: int, status: str) -> None:
+    ranks = run(rank_jobs.nan_on_one_rank, kind, steps, call)
+    assert ranks[0]["statuses"][steps] == status
+    for rank in ranks:
+        rank.pop("losses")  # NaN is not equal to itself
+    assert_alike(ranks)
+
+
+def test_models_of_each_rank_are_not_coupled(run: Run) -> None:
+    one, other = run(rank_jobs.train_apart, "local")
+    assert not one["warnings"]
+    assert not other["warnings"]
+    assert one["losses"][0] != other["losses"][0]
+    assert one["calls"] < other["calls"]
+
+
+def test_processes_that_nothing_couples_are_told(run: Run) -> None:
+    for rank in run(rank_jobs.train_apart, None):
+        [warning] = rank["warnings"]
+        assert "runs in 2 processes" in warning
+
+
+def test_named_groups_are_coupled_within(run: Run) -> None:
+    ranks = run(rank_jobs.train_in_named_groups, size=4)
+    assert ranks[0] == ranks[1]
+    assert ranks[2] == ranks[3]
+    assert ranks[0]["losses"] != ranks[2]["losses"]
+    assert {rank["copies"] for rank in ranks} == {(None, None)}
+
+
+def test_groups_that_cannot_be_are_refused(run: Run) -> None:
+    for mesh, other, mine, local in run(rank_jobs.wrong_groups):
+        assert mesh.startswith("TypeError: process_group must be None, 'local' or a torch")
+        assert "Of a DeviceMesh give mesh.get_group()" in mesh
+        assert other.startswith("ValueError: process_group must be one that this process is a member of")
+        for partly in (mine, local):
+            assert partly.startswith("ValueError: process_group must hold all ranks that parameters are spread over")
+
+
+@pytest.mark.parametrize("value", ["global", 3, True, [0, 1]])
+def test_process_group_is_checked_without_processes(value: Any) -> None:
+    with pytest.raises(TypeError, match="process_group must be None, 'local' or a torch"):
+        gen_adamw(mlp().parameters(), process_group=value)
+
+
+def test_local_survives_copies() -> None:
+    optimizer = gen_adamw(mlp().parameters(), process_group="local")
+    assert copy.deepcopy(optimizer).process_group == "local"
+    assert pickle.loads(pickle.dumps(optimizer)).process_group == "local"
+
+
+def test_exact_mode_is_refused_under_fully_shard(run: Run) -> None:
+    with pytest.raises(FailedError, match="differentiates the loss twice, which fully_shard does not support"):
+        run(functools.partial(rank_jobs.train, "fsdp", 1, mode="exact"))
+
+
+def test_the_older_fsdp_is_refused(run: Run) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("FullyShardedDataParallel needs an accelerator: no CUDA device here")
+    with pytest.raises(FailedError, match="Apply fully_shard to the model instead"):
+        run(rank_jobs.older_fsdp)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
+def test_probes_run_the_collectives_of_a_forward_pass_and_one_reduction(run: Run, kind: str) -> None:
+    counts, others = run(rank_jobs.count_collectives, kind)
+    assert others == counts
+    [forward] = map(Counter, counts["forward"])
+    assert forward
+    for step, (bare, wrapped) in enumerate(zip(counts["bare"], counts["wrapped"], strict=True)):
+        probes = Counter() if step % 2 else forward + forward + Counter(allreduce=1)
+        assert Counter(wrapped) == Counter(bare) + probes
+
+
+def test_probes_see_the_buffers_that_ddp_sends_around(run: Run) -> None:
+    ranks = run(rank_jobs.buffers_under_ddp)
+    assert_alike(ranks)
+    assert ranks[0]["here"] == pytest.approx(ranks[0]["first"], rel=1e-14)
+    assert ranks[0]["seen"] == [(1.0, True), (2.0, True), (3.0, True)]
+
+
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view"])
+def test_options_of_ddp(run: Run, option: str) -> None:
+    ranks = run(rank_jobs.train, "ddp", 20, {option: True})
+    assert_like_one_process(ranks, rank_jobs.train("plain", 20))
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}])
+def test_losses_that_differentiate_under_ddp(run: Run, options: dict[str, Any]) -> None:
+    ranks = run(functools.partial(rank_jobs.gradient_penalty, **options))
+    assert_alike(ranks)
+    assert ranks[0]["losses"][-1][0] < ranks[0]["losses"][0][0]
+    assert not any(ranks[0]["reductions"])
+    assert len(ranks[0]["reductions"]) == 20
+
+
+def test_parameters_are_sharded_after_every_step(run: Run) -> None:
+    assert run(rank_jobs.parameters_after_steps) == [["DTensor"]] * 2
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_inner_products_of_shards_are_reduced_once(run: Run, size: int) -> None:
+    for rank in run(rank_jobs.inner_products, size=size):
+        assert len(rank) >= 10
+        for found, expected in rank:
+            assert found == pytest.approx(expected, rel=1e-14)
+
+
+def test_without_processes_a_mean_is_the_number() -> None:
+    ranks = Ranks()
+    assert len(ranks) == 1
+    assert ranks.mean([1.5, torch.tensor(2.0)]) == [1.5, 2.0]
+    with pytest.raises(KeyError):
+        ranks.attempt(lambda: {}["nothing"], instead=0.0)
+    assert not ranks.keep(KeyError())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("through", ["dcp", "torch.save"])
+def test_training_resumes_from_a_checkpoint(run: Run, through: str, kind: str, tmp_path: Path) -> None:
+    saved = run(rank_jobs.save, kind, str(tmp_path), through, size=4)
+    assert_alike(saved)
+    resumed = run(rank_jobs.resume, kind, str(tmp_path), through, size=4)
+    assert_alike(resumed)
+    assert resumed[0]["parameters"] == saved[0]["parameters"]
+    assert resumed[0]["lrs"] == saved[0]["lrs"][-len(resumed[0]["lrs"]) :]
+    if through == "dcp":  # each rank of the other checkpoint holds shards for four
+        fewer = run(rank_jobs.resume, kind, str(tmp_path), through, size=2)
+        assert_alike(fewer)
+        assert distance(fewer[0]["parameters"], saved[0]["parameters"]) < 1e-5
