@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import pickle
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -248,3 +252,22 @@ def test_training_resumes_from_a_checkpoint(run: Run, through: str, kind: str, t
         fewer = run(rank_jobs.resume, kind, str(tmp_path), through, size=2)
         assert_alike(fewer)
         assert distance(fewer[0]["parameters"], saved[0]["parameters"]) < 1e-5
+
+
+def test_the_script_of_the_documentation_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
+    [script] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len([line for line in script.splitlines() if line.strip()]) <= 40
+    (tmp_path / "train.py").write_text(script, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"rank (\d), epoch (\d): its loss (\S+), learning rate (\S+)", done.stdout)
+    assert len(found) == 20
+    rates = {rank: [rate for other, _, _, rate in sorted(found) if other == rank] for rank in "01"}
+    assert rates["0"] == rates["1"]
+    losses = [float(loss) for _, epoch, loss, _ in found if epoch == "9"]
+    assert max(losses) < 0.1
