@@ -183,6 +183,16 @@ def gradients_of_one_rank(kind: str) -> dict[str, Any]:
     return {"before": expected, "after": [whole(each.grad).cpu().tolist() for each in run.model.parameters()]}
 
 
+def gradients_added_by_the_caller(kind: str) -> dict[str, Any]:
+    """To those that the last step has used: new ones, though the tensors are the same."""
+    run = Run(kind)
+    run.train(1)
+    run.loss().backward()
+    expected = [whole(each.grad).cpu().tolist() for each in run.model.parameters()]
+    run.optimizer.step(run.loss)
+    return {"before": expected, "after": [whole(each.grad).cpu().tolist() for each in run.model.parameters()]}
+
+
 # --- what goes wrong on one rank -------------------------------------------------------------------------------------
 
 
@@ -328,14 +338,19 @@ def count_collectives(kind: str) -> dict[str, list[dict[str, int]]]:
     return counts
 
 
-def buffers_under_ddp() -> dict[str, Any]:
-    """Statistics that differ between ranks are sent around before each forward pass, probes included."""
+def buffers_under_ddp(evaluates: bool) -> dict[str, Any]:
+    """Statistics that differ between ranks are sent around before a forward pass, unless the last had no gradients.
+
+    Probes do as the step's first call did, and leave the next one to do as if there had been none.
+    """
     run = Run("ddp", norm=True, rule="published", period=1)
     run.model.eval()
     statistics = run.model.module[1]
     seen, losses = [], []
     for step in range(3):
         with torch.no_grad():
+            if evaluates:
+                run.model(run.inputs)
             statistics.running_mean.fill_(1.0 + step + dist.get_rank())
         loss = run.optimizer.step(run.closure, probe=run.loss)
         losses.append(run.ranks_mean(loss))
@@ -346,7 +361,10 @@ def buffers_under_ddp() -> dict[str, Any]:
 def gradient_penalty(**options: Any) -> dict[str, Any]:
     """A loss that differentiates inside needs a graph in its probes, which awaits no backward pass all the same."""
     run = Run("ddp", wrap=functools.partial(ddp, **options))
-    reductions = []
+    reductions, awaits_backward = [], set()
+    run.model.register_forward_pre_hook(
+        lambda model, _: awaits_backward.add((run.optimizer.is_probing, model.require_backward_grad_sync))
+    )
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # torch does not take annotations that are strings
         reductions.append(run.optimizer.is_probing)
@@ -365,7 +383,7 @@ def gradient_penalty(**options: Any) -> dict[str, Any]:
 
     for _ in range(20):
         run.optimizer.step(closure)
-    return {"reductions": reductions, **run.result()}
+    return {"reductions": reductions, "awaits_backward": awaits_backward, **run.result()}
 
 
 def parameters_after_steps() -> list[str]:
@@ -375,9 +393,27 @@ def parameters_after_steps() -> list[str]:
     for _ in range(4):
         run.optimizer.step(run.closure)
         types |= {type(each).__name__ for each in run.model.parameters()}
-    states = [module._get_fsdp_state() for module in run.model.modules() if isinstance(module, FSDPModule)]
-    assert not any(state._comm_ctx.post_forward_order for state in states)
+        states = [module._get_fsdp_state() for module in run.model.modules() if isinstance(module, FSDPModule)]
+        assert not any(state._comm_ctx.post_forward_order for state in states)
     return sorted(types)
+
+
+def fail_within_the_model(kind: str) -> dict[str, Any]:
+    """A probe fails on all ranks while the model's forward pass is under way."""
+    run = Run(kind)
+    run.train(3)
+    middle = run.model.module[2] if kind == "ddp" else run.model[2]
+
+    def fail(*_: Any) -> None:
+        if run.optimizer.is_probing:
+            raise KeyError("in the middle")
+
+    handle = middle.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="in the middle"):
+        run.train(1)
+    handle.remove()
+    run.train(8)
+    return run.result()
 
 
 # --- arithmetic on shards --------------------------------------------------------------------------------------------

@@ -92,6 +92,12 @@ def test_gradients_of_the_caller_in_one_shard_are_used_on_all_ranks(run: Run) ->
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_gradients_that_the_caller_adds_are_used(run: Run, kind: str) -> None:
+    for rank in run(rank_jobs.gradients_added_by_the_caller, kind):
+        assert rank["after"] == rank["before"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("steps", "call"), [(0, 0), (0, 3), (4, 0), (4, 1), (4, 2)])
 def test_an_exception_on_one_rank_ends_the_step_on_all(run: Run, kind: str, steps: int, call: int) -> None:
     ranks = run(rank_jobs.fail_on_one_rank, kind, steps, call)
@@ -101,6 +107,13 @@ def test_an_exception_on_one_rank_ends_the_step_on_all(run: Run, kind: str, step
     assert_alike(ranks)  # at the end of the step, and after six more
     assert ranks[0]["step_calls"] == call + 1 if steps == 0 else 3
     assert ranks[0]["has_moved"] is (steps > 0 or call > 0)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_training_goes_on_after_an_exception_within_the_model(run: Run, kind: str) -> None:
+    ranks = run(rank_jobs.fail_within_the_model, kind)
+    assert_alike(ranks)
+    assert ranks[0]["losses"][-1][1] < ranks[0]["losses"][0][0]
 
 
 def test_an_exception_in_exact_mode_ends_the_step_on_all(run: Run) -> None:
@@ -196,11 +209,14 @@ def test_probes_run_the_collectives_of_a_forward_pass_and_one_reduction(run: Run
         assert Counter(wrapped) == Counter(bare) + probes
 
 
-def test_probes_see_the_buffers_that_ddp_sends_around(run: Run) -> None:
-    ranks = run(rank_jobs.buffers_under_ddp)
-    assert_alike(ranks)
-    assert ranks[0]["here"] == pytest.approx(ranks[0]["first"], rel=1e-14)
-    assert ranks[0]["seen"] == [(1.0, True), (2.0, True), (3.0, True)]
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_probes_see_the_buffers_that_ddp_sends_around(run: Run, evaluates: bool) -> None:
+    ranks = run(rank_jobs.buffers_under_ddp, evaluates)
+    for rank, result in enumerate(ranks):
+        assert result["here"] == ranks[0]["here"]
+        assert result["here"] == pytest.approx(result["first"], rel=1e-14)
+        own = rank if evaluates else 0
+        assert result["seen"] == [(1.0 + own, True), (2.0 + own, True), (3.0 + own, True)]
 
 
 @pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view"])
@@ -214,6 +230,7 @@ def test_losses_that_differentiate_under_ddp(run: Run, options: dict[str, Any]) 
     ranks = run(functools.partial(rank_jobs.gradient_penalty, **options))
     assert_alike(ranks)
     assert ranks[0]["losses"][-1][0] < ranks[0]["losses"][0][0]
+    assert ranks[0]["awaits_backward"] == {(False, True), (True, False)}
     assert not any(ranks[0]["reductions"])
     assert len(ranks[0]["reductions"]) == 20
 
