@@ -173,7 +173,7 @@ class GeNOptimizer(OptimizerWrapper):
 
     @property
     def is_probing(self) -> bool:
-        """Whether a probe runs right now: a closure can skip its logging and metrics then."""
+        """Whether a probe runs right now, so that a closure can skip its logging and metrics."""
         return self._evaluator.is_probing
 
     def get_last_lr(self) -> list[float]:
