@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 
+import torch
 from torch import Tensor
 
 from gen_optim.differentiating import slope_and_curvature, twice_differentiable_kernels
@@ -52,7 +53,8 @@ class Line:
         call: Evaluates the loss where the parameters are.
         call_with_graph: Likewise, with a graph.
         read: Turns losses into numbers to be minimised, all at once: one transfer from the device.
-        tolerance: Relative error of a loss, in machine epsilons of its dtype.
+        tolerance: Relative error of a loss, in units of rounding.
+        computed_in: Dtypes in which losses are computed, besides their own.
     """
 
     move: Move
@@ -62,6 +64,7 @@ class Line:
     call_with_graph: Callable[[], Tensor]
     read: Callable[[Sequence[Loss]], list[float]]
     tolerance: float
+    computed_in: Collection[torch.dtype] = ()
 
     def evaluate(self, multiple: float) -> Loss:
         """The loss at a multiple of the step."""
@@ -69,6 +72,10 @@ class Line:
             return self.here
         self.move.write(multiple)
         return self.call()
+
+    def rounding(self, losses: Sequence[Loss]) -> float:
+        """The relative error of losses that have been evaluated."""
+        return self.tolerance * rounding_of(losses, self.computed_in)
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def probe_around(line: Line) -> Measurement:
     here = line.evaluate(0.0)
     raw = [line.evaluate(-1.0), here, line.evaluate(1.0)]
     learning_rates, losses = (-line.lr, 0.0, line.lr), tuple(line.read(raw))
-    parabola = fit_parabola(learning_rates, losses, rounding=line.tolerance * rounding_of(raw))
+    parabola = fit_parabola(learning_rates, losses, rounding=line.rounding(raw))
     return Measurement(learning_rates, losses, here, losses[1], parabola)
 
 
@@ -127,7 +134,7 @@ def search(line: Line) -> Measurement:
     found = search_start(
         lambda multiple: line.read([line.evaluate(multiple)])[0],
         loss,
-        rounding=line.tolerance * rounding_of([here]),
+        rounding=line.rounding([here]),
         largest=_REACH,
     )
     learning_rates = tuple(multiple * line.lr for multiple in found.learning_rates)

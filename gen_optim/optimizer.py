@@ -84,8 +84,9 @@ class GeNOptimizer(OptimizerWrapper):
             ``rule="published"``.
         explosion: A loss above the first one, and above the moving average of losses by this many times their mean
             absolute deviation, has exploded, and the learning rate is cut. Not used by ``rule="published"``.
-        tolerance: Relative rounding error of a loss, in machine epsilons of its dtype. A slope or curvature that this
-            alone can produce is taken as unknown. Not used by ``rule="published"``.
+        tolerance: Relative rounding error of a loss, in machine epsilons of its dtype (in sixteenths of those where the
+            loss, or what autocast computes it from, is of half precision). A slope or curvature that this alone can
+            produce is taken as unknown. Not used by ``rule="published"``.
 
     Raises:
         TypeError: If ``base_optim`` is no optimizer, another GeNOptimizer, or one that requires a closure; if
@@ -279,6 +280,7 @@ class GeNOptimizer(OptimizerWrapper):
                         call_with_graph=lambda: session.differentiable(probed, caller),
                         read=self._read,
                         tolerance=self._tolerance,
+                        computed_in=session.computed_in,
                     )
                     measurement = measure(line)
                 decision = self._rule.decide(state, measurement.loss, measurement.found)
