@@ -63,7 +63,7 @@ def rounding_of(losses: Iterable[Loss], computed_in: Collection[torch.dtype] = (
 
     It is the machine epsilon, and a sixteenth of it for dtypes below 32 bits: sums of their numbers add up in float32,
     so that a loss is rounded once, at the end, and the errors of many activations largely cancel (by measurement to a
-    tenth of an epsilon and less in the median). A plain number is taken to come from torch's default dtype.
+    quarter of an epsilon and less in the median). A plain number is taken to come from torch's default dtype.
     """
     dtypes = {loss.dtype if isinstance(loss, Tensor) else torch.get_default_dtype() for loss in losses}
     infos = map(torch.finfo, dtypes.union(computed_in))
@@ -142,7 +142,7 @@ class Session:
         self._buffers.end_first_call()
         # The base optimizer may have drawn from them since, for noise or for rounding.
         random_after = RandomStreams(self._devices)
-        self._gradients = [(parameter, parameter.grad) for parameter in self._all_parameters()]
+        self._gradients = [(parameter, parameter.grad) for parameter in self.parameters()]
         fast_path = torch.backends.mha.get_fastpath_enabled()
         try:
             self._evaluator.is_probing = True
@@ -159,6 +159,16 @@ class Session:
             self._buffers.restore()
             random_after.restore()
             torch.clear_autocast_cache()
+
+    def rewind(self) -> None:
+        """Put buffers and random streams back to where the first call found them."""
+        self._buffers.rewind()
+        self._random_before.restore()
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Every parameter whose gradient a probe could touch: the optimizer's and those of the modules called."""
+        theirs = (each for module in self._buffers.modules() for each in module._parameters.values())
+        yield from dict.fromkeys(each for each in chain(self._parameters, theirs) if each is not None)
 
     def probe(self, closure: Callable[[], Any], caller: str) -> Loss:
         """Call ``closure`` once more, without gradients, as if it were the first time.
@@ -216,8 +226,7 @@ class Session:
     @contextmanager
     def _replaying(self, *, with_graph: bool) -> Iterator[None]:
         """Let a closure see what the first call saw."""
-        self._buffers.rewind()
-        self._random_before.restore()
+        self.rewind()
         for parameter, _ in self._gradients:
             # Of the probe before, too: one that calls an imported ``backward`` cannot be kept from writing them.
             parameter.grad = None
@@ -233,8 +242,3 @@ class Session:
             watching_autocast(self.computed_in, self._device_types),
         ):
             yield
-
-    def _all_parameters(self) -> Iterator[Tensor]:
-        """Every parameter whose gradient a probe could touch: the optimizer's and those of the modules called."""
-        theirs = (each for module in self._buffers.modules() for each in module._parameters.values())
-        yield from dict.fromkeys(each for each in chain(self._parameters, theirs) if each is not None)
