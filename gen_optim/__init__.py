@@ -6,6 +6,7 @@ from gen_optim.directional import Derivatives, derivatives_along, loss_along, qu
 from gen_optim.optimizer import GeNOptimizer
 from gen_optim.proposing import optimizer_direction
 from gen_optim.quadratic import Parabola
+from gen_optim.repeating import check_closure
 
 __all__ = [
     "Derivatives",
@@ -14,6 +15,7 @@ __all__ = [
     "Parabola",
     "ProbeRecord",
     "ProbeStatus",
+    "check_closure",
     "derivatives_along",
     "loss_along",
     "optimizer_direction",

@@ -1,13 +1,15 @@
-"""Which base optimizers can be wrapped: those whose update is proportional to their learning rate.
+"""Which base optimizers can be wrapped: those whose update is proportional to their present learning rate.
 
 GeN reads the direction off one step at one learning rate and then moves to another, so a base optimizer's update must
-be its learning rate times something that does not depend on it. Some are not, without saying so: that is measured on
-a twin, made of the same class and options, which takes a few steps on a handful of numbers.
+be its learning rate times something that depends neither on it nor on those of the steps before. Some are not, without
+saying so: that is measured on a twin, made of the same class and options, which takes a few steps on a handful of
+numbers.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from typing import Any
 
@@ -24,6 +26,9 @@ __all__ = ["check_wrappable"]
 _FURTHER = 1024.0
 """How many times the learning rate of one update is that of the other it is compared with; caps show themselves."""
 
+_STEPS = 7
+"""Steps of a twin; some optimizers stand still for the first five."""
+
 
 def check_wrappable(base_optim: Any) -> None:
     """Refuse a base optimizer that GeN cannot wrap.
@@ -31,7 +36,7 @@ def check_wrappable(base_optim: Any) -> None:
     Raises:
         TypeError: If it is no ``torch.optim.Optimizer``, or one that evaluates the closure itself.
         ValueError: If its groups lack a learning rate or disagree on ``maximize``, if it is ``differentiable``, or if
-            its update is not proportional to its learning rate.
+            its update is not proportional to its learning rate, or depends on earlier ones.
     """
     name = type(base_optim).__name__
     if not isinstance(base_optim, Optimizer):
@@ -56,48 +61,65 @@ def check_wrappable(base_optim: Any) -> None:
         raise ValueError(
             "base_optim must have the same maximize in all groups: one loss cannot be measured as both better and worse"
         )
-    growth = _growth(base_optim)
-    if growth is not None and abs(growth / _FURTHER - 1.0) > 0.01:
+    growth, memory = _growth_and_memory(base_optim)
+    if abs(growth / _FURTHER - 1.0) > 0.01:  # not so where it is NaN
         raise ValueError(
             f"base_optim must make updates proportional to its learning rate, but at {_FURTHER:.0f} times the learning "
             f"rate {name} moves {growth:.3g} times as far. Use it bare, or wrap another optimizer, such as AdamW."
         )
+    if abs(memory - 1.0) > 0.01:
+        raise ValueError(
+            "base_optim must take each step by the learning rate of that step alone, but after steps at "
+            f"{_FURTHER:.0f} times the learning rate {name} moves {memory:.3g} times as far. Optimizers that estimate "
+            "their own learning rate from the way covered, or average along it, do that: they and GeN would each "
+            "correct what the other does. Use it bare, or wrap another optimizer, such as AdamW."
+        )
 
 
-def _growth(base_optim: Optimizer) -> float | None:
-    """How much further an optimizer of this class and these options moves at ``_FURTHER`` times the learning rate.
+def _growth_and_memory(base_optim: Optimizer) -> tuple[float, float]:
+    """How a step of an optimizer of this class and these options depends on learning rates: its own, and earlier ones.
 
     Returns:
-        The ratio of two updates, ``_FURTHER`` where they are proportional; None where no twin can be made or stepped,
-        because the class asks for more than parameters and options, or is particular about gradients or devices.
+        How many times as long a step is at ``_FURTHER`` times the learning rate, and after steps at ``_FURTHER`` times
+        the learning rate; NaN where no twin can be made or stepped, because the class asks for more than parameters
+        and options, or is particular about gradients or devices.
     """
     streams = RandomStreams(random_devices(each for group in base_optim.param_groups for each in group["params"]))
+
+    def length(earlier: float, last: float, *, decays: bool = True) -> float:
+        streams.restore()  # all see the same noise, where there is any
+        return torch.linalg.vector_norm(_last_update(base_optim, earlier, last, decays=decays)).item() or math.nan
+
     try:
         with warnings.catch_warnings(), without_global_hooks():
             warnings.simplefilter("ignore")
-            once = _third_update(base_optim, 1.0)
-            streams.restore()  # both see the same noise, where there is any
-            further = _third_update(base_optim, _FURTHER)
+            growth = length(1.0, _FURTHER) / length(1.0, 1.0)
+            # Where weight decay is part of the gradient, momentum remembers the way covered as it should.
+            memory = length(_FURTHER, 1.0, decays=False) / length(1.0, 1.0, decays=False)
     except Exception:  # noqa: BLE001 - whatever a class demands of its parameters, it is no proof of anything
-        return None
+        return math.nan, math.nan
     finally:
         streams.restore()
-    length = torch.linalg.vector_norm(once).item()
-    return torch.linalg.vector_norm(further).item() / length if 0.0 < length < float("inf") else None
+    return growth, memory
 
 
-def _third_update(base_optim: Optimizer, lr: float) -> Tensor:
-    """The update of a twin at its third step, the first two being at learning rate 1."""
+def _last_update(base_optim: Optimizer, earlier: float, last: float, *, decays: bool) -> Tensor:
+    """A twin's last update, from the point where it began, after steps at an earlier learning rate."""
     twin, parameters = _twin(base_optim)
-    before: list[Tensor] = []
-    for step, step_lr in enumerate((1.0, 1.0, lr)):
-        before = [parameter.detach().clone() for parameter in parameters]
-        for group, parameter in zip(twin.param_groups, parameters, strict=True):
-            write_lr(group, step_lr)
+    begin = [parameter.detach().clone() for parameter in parameters]
+    if not decays:
+        for group in twin.param_groups:
+            group.update(dict.fromkeys({"weight_decay"}.intersection(group), 0.0))
+    for step in range(_STEPS):
+        is_last = step == _STEPS - 1
+        for group, parameter, start in zip(twin.param_groups, parameters, begin, strict=True):
+            write_lr(group, last if is_last else earlier)
             slope = torch.linspace(0.1 + step, 1.0, parameter.numel(), device=parameter.device, dtype=parameter.dtype)
             parameter.grad = slope.reshape(parameter.shape)
+            if is_last:
+                parameter.detach().copy_(start)
         twin.step()
-    moved = [(parameter.detach() - start).flatten() for parameter, start in zip(parameters, before, strict=True)]
+    moved = [(parameter.detach() - start).flatten() for parameter, start in zip(parameters, begin, strict=True)]
     return torch.cat([update.to("cpu", torch.float64) for update in moved])
 
 
@@ -116,4 +138,7 @@ def _twin(base_optim: Optimizer) -> tuple[Optimizer, list[Tensor]]:
         groups.append({**kept, "params": [parameter]})
         parameters.append(parameter)
     defaults = {key: value for key, value in base_optim.defaults.items() if key in options}
-    return type(base_optim)(groups, **defaults), parameters
+    twin = type(base_optim)(groups, **defaults)
+    if callable(train := getattr(twin, "train", None)):
+        train()  # schedule-free ones step in this mode alone
+    return twin, parameters

@@ -140,7 +140,7 @@ def derivatives_along(
     LayerNorm, BatchNorm and InstanceNorm, in every mode; write these out where that is needed.)
 
     ``"graph_free"`` carries both derivatives forward through a single evaluation (second-order Taylor arithmetic,
-    :mod:`gen_optim.jets`), in four to five times the memory of a forward pass without a graph, where the reference
+    ``gen_optim.jets``), in four to five times the memory of a forward pass without a graph, where the reference
     takes thirty to eighty times. Every operation it knows is proven against the reference; others are refused. It
     works on plain tensors, outside of transforms, and under ``torch.compile`` it runs uncompiled. What it gives cannot
     be differentiated.
@@ -155,7 +155,7 @@ def derivatives_along(
         method: How to differentiate.
 
     Returns:
-        Value, slope and curvature: tensors without axes, in float32 at least.
+        Value, slope and curvature, tensors without axes, in float32 at least.
 
     Raises:
         ValueError: If ``direction`` does not fit ``params``, or ``method`` is unknown.

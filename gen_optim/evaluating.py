@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from numbers import Real
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gen_optim.parallel import ParallelModules
 from gen_optim.preserving import Buffers, RandomStreams, owners_of, random_devices
-from gen_optim.watching import watch, watching_gradients, watching_modules
+from gen_optim.watching import watch, watching_autocast, watching_gradients, watching_modules
 
 __all__ = ["Evaluator", "Loss", "Session", "check_loss", "losses_to_floats", "rounding_of"]
 
@@ -59,10 +59,16 @@ def losses_to_floats(losses: Sequence[Loss]) -> list[float]:
     return [next(read) if isinstance(loss, Tensor) else float(loss) for loss in losses]
 
 
-def rounding_of(losses: Iterable[Loss]) -> float:
-    """The machine epsilon of the coarsest loss; a plain number is taken to come from torch's default dtype."""
+def rounding_of(losses: Iterable[Loss], computed_in: Collection[torch.dtype] = ()) -> float:
+    """The unit of rounding of the coarsest dtype: that of a loss, or one it was computed in.
+
+    It is the machine epsilon, and a sixteenth of it for dtypes below 32 bits: sums of their numbers add up in float32,
+    so that a loss is rounded once, at the end, and the errors of many activations largely cancel (by measurement to a
+    quarter of an epsilon and less in the median). A plain number is taken to come from torch's default dtype.
+    """
     dtypes = {loss.dtype if isinstance(loss, Tensor) else torch.get_default_dtype() for loss in losses}
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
+    infos = map(torch.finfo, dtypes.union(computed_in))
+    return max(info.eps / 16.0 if info.bits < 32 else info.eps for info in infos)
 
 
 class Evaluator:
@@ -109,12 +115,18 @@ class Evaluator:
 
 
 class Session:
-    """The calls of one probe step; made by :meth:`Evaluator.session`."""
+    """The calls of one probe step; made by :meth:`Evaluator.session`.
+
+    Attributes:
+        computed_in: The dtypes to which autocast has cast operations in the calls so far.
+    """
 
     def __init__(self, evaluator: Evaluator, parameters: Sequence[Tensor]) -> None:
         self._evaluator = evaluator
         self._parameters = parameters
+        self.computed_in: set[torch.dtype] = set()
         self._devices = random_devices(parameters)
+        self._device_types = {parameter.device.type for parameter in parameters} - {"meta"}
         self._random_before = RandomStreams(self._devices)
         owners = evaluator.owners(parameters)
         self._buffers = Buffers(owners)
@@ -123,7 +135,7 @@ class Session:
 
     def first(self, call: Callable[[], Loss]) -> Loss:
         """Make the first call, gradients included; later ones see what it saw."""
-        with watching_modules(self._buffers.enter, self._buffers.leave):
+        with self._watching():
             loss = call()
         return loss.clone() if isinstance(loss, Tensor) else loss
 
@@ -133,7 +145,7 @@ class Session:
         self._buffers.end_first_call()
         # The base optimizer may have drawn from them since, for noise or for rounding.
         random_after = RandomStreams(self._devices)
-        self._gradients = [(parameter, parameter.grad) for parameter in self._all_parameters()]
+        self._gradients = [(parameter, parameter.grad) for parameter in self.parameters()]
         fast_path = torch.backends.mha.get_fastpath_enabled()
         try:
             self._evaluator.is_probing = True
@@ -150,6 +162,16 @@ class Session:
             self._buffers.restore()
             random_after.restore()
             torch.clear_autocast_cache()
+
+    def rewind(self) -> None:
+        """Put buffers and random streams back to where the first call found them."""
+        self._buffers.rewind()
+        self._random_before.restore()
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Every parameter whose gradient a probe could touch: the optimizer's and those of the modules called."""
+        theirs = (each for module in self._buffers.modules() for each in module._parameters.values())
+        yield from dict.fromkeys(each for each in chain(self._parameters, theirs) if each is not None)
 
     def probe(self, closure: Callable[[], Any], caller: str) -> Loss:
         """Call ``closure`` once more, without gradients, as if it were the first time.
@@ -207,8 +229,7 @@ class Session:
     @contextmanager
     def _replaying(self, *, with_graph: bool) -> Iterator[None]:
         """Let a closure see what the first call saw."""
-        self._buffers.rewind()
-        self._random_before.restore()
+        self.rewind()
         for parameter, _ in self._gradients:
             # Of the probe before, too: one that calls an imported ``backward`` cannot be kept from writing them.
             parameter.grad = None
@@ -216,12 +237,15 @@ class Session:
         torch.clear_autocast_cache()
         with (
             torch.set_grad_enabled(with_graph),
-            watching_modules(self._buffers.enter, self._buffers.leave),
+            self._watching(),
             self._parallel.replaying(self._buffers.modules),
         ):
             yield
 
-    def _all_parameters(self) -> Iterator[Tensor]:
-        """Every parameter whose gradient a probe could touch: the optimizer's and those of the modules called."""
-        theirs = (each for module in self._buffers.modules() for each in module._parameters.values())
-        yield from dict.fromkeys(each for each in chain(self._parameters, theirs) if each is not None)
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        with (
+            watching_modules(self._buffers.enter, self._buffers.leave),
+            watching_autocast(self.computed_in, self._device_types),
+        ):
+            yield

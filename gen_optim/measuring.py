@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from numbers import Real
 
+import torch
 from torch import Tensor
 
 from gen_optim.differentiating import slope_and_curvature, twice_differentiable_kernels
@@ -54,7 +55,8 @@ class Line:
         call_with_graph: Likewise, with a graph.
         read: Turns losses into numbers to be minimised, averaged over the ranks, all at once: one transfer from the
             device.
-        tolerance: Relative error of a loss, in machine epsilons of its dtype.
+        tolerance: Relative error of a loss, in units of rounding.
+        computed_in: Dtypes in which losses are computed, besides their own.
         ranks: The processes that measure together. What fails on one of them is raised by ``read``.
     """
 
@@ -65,6 +67,7 @@ class Line:
     call_with_graph: Callable[[], Tensor]
     read: Callable[[Sequence[Loss]], list[float]]
     tolerance: float
+    computed_in: Collection[torch.dtype] = ()
     ranks: Ranks = field(default_factory=Ranks)
 
     def evaluate(self, multiple: float) -> Loss:
@@ -73,6 +76,10 @@ class Line:
             return self.here
         self.move.write(multiple)
         return self.ranks.attempt(self.call, instead=math.nan)
+
+    def rounding(self, losses: Sequence[Loss]) -> float:
+        """The relative error of losses that have been evaluated."""
+        return self.tolerance * rounding_of(losses, self.computed_in)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def probe_around(line: Line) -> Measurement:
     here = line.evaluate(0.0)
     raw = [line.evaluate(-1.0), here, line.evaluate(1.0)]
     learning_rates, losses = (-line.lr, 0.0, line.lr), tuple(line.read(raw))
-    parabola = fit_parabola(learning_rates, losses, rounding=line.tolerance * rounding_of(raw))
+    parabola = fit_parabola(learning_rates, losses, rounding=line.rounding(raw))
     return Measurement(learning_rates, losses, here, losses[1], parabola)
 
 
@@ -136,7 +143,7 @@ def search(line: Line) -> Measurement:
     found = search_start(
         lambda multiple: line.read([line.evaluate(multiple)])[0],
         loss,
-        rounding=line.tolerance * rounding_of([here]),
+        rounding=line.rounding([here]),
         largest=_REACH,
     )
     learning_rates = tuple(multiple * line.lr for multiple in found.learning_rates)

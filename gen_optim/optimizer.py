@@ -90,8 +90,9 @@ class GeNOptimizer(OptimizerWrapper):
             ``rule="published"``.
         explosion: A loss above the first one, and above the moving average of losses by this many times their mean
             absolute deviation, has exploded, and the learning rate is cut. Not used by ``rule="published"``.
-        tolerance: Relative rounding error of a loss, in machine epsilons of its dtype. A slope or curvature that this
-            alone can produce is taken as unknown. Not used by ``rule="published"``.
+        tolerance: Relative rounding error of a loss, in machine epsilons of its dtype (in sixteenths of those where the
+            loss, or what autocast computes it from, is of half precision). A slope or curvature that this alone can
+            produce is taken as unknown. Not used by ``rule="published"``.
         process_group: The processes over which measured losses are averaged, so that all choose the same learning
             rate. By default those of the DistributedDataParallel module to which the parameters belong, and those over
             which parameters are spread that are DTensors (``fully_shard``, tensor parallel). A
@@ -193,7 +194,7 @@ class GeNOptimizer(OptimizerWrapper):
 
     @property
     def is_probing(self) -> bool:
-        """Whether a probe runs right now: a closure can skip its logging and metrics then."""
+        """Whether a probe runs right now, so that a closure can skip its logging and metrics."""
         return self._evaluator.is_probing
 
     def get_last_lr(self) -> list[float]:
@@ -312,6 +313,7 @@ class GeNOptimizer(OptimizerWrapper):
                         ranks=ranks,
                         read=partial(self._read, ranks),
                         tolerance=self._tolerance,
+                        computed_in=session.computed_in,
                     )
                     measurement = measure(line)
                 decision = self._rule.decide(state, measurement.loss, measurement.found)

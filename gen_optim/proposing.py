@@ -44,8 +44,8 @@ def optimizer_direction(
             if wanted.
 
     Returns:
-        The direction ω by name, shaped as the parameters; zeros for those that would not move: frozen by learning
-        rate 0, without gradient, or not the optimizer's.
+        The direction ω by name, shaped as the parameters; zeros for those that would not move, which are frozen by
+        learning rate 0, without gradient, or not the optimizer's.
 
     Raises:
         TypeError: If ``optimizer`` is no optimizer, or one that requires a closure.

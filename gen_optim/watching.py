@@ -1,21 +1,21 @@
-"""Noticing what a closure does: which modules it calls, and what it does to gradients.
+"""Noticing what a closure does: which modules it calls, what it does to gradients, and in which precision it computes.
 
-torch has no hook for either that would do: module hooks make compiled modules compile anew, and nothing announces a
-backward pass. So three functions of torch are replaced while a closure runs, for the thread that runs it.
+torch has no hook for any that would do: module hooks make compiled modules compile anew, and nothing announces a
+backward pass or an autocast. So some functions of torch are replaced while a closure runs, for the thread that runs it.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["watch", "watching_gradients", "watching_modules"]
+__all__ = ["watch", "watching_autocast", "watching_gradients", "watching_modules"]
 
 
 class _Watch(threading.local):
@@ -28,6 +28,8 @@ class _Watch(threading.local):
     """What to call before and after a module is called; None inside of such a call, and where nobody asks."""
     differentiated: list[Tensor] | None = None
     """Where to collect the tensors on which backward is called; None if nobody asks."""
+    autocast: set[torch.dtype] | None = None
+    """Where to collect the dtypes to which operations are cast; None if nobody asks."""
 
 
 class _Patch:
@@ -159,3 +161,39 @@ def watching_modules(enter: Callable[[nn.Module], None], leave: Callable[[nn.Mod
     finally:
         watch.modules = outer
         _module_call.release()
+
+
+@functools.cache
+def _noted(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def enter(context: torch.autocast) -> Any:
+        entered = original(context)
+        if watch.autocast is not None:
+            watch.autocast |= _autocast_dtypes([context.device])
+        return entered
+
+    return enter
+
+
+_autocast = _Patch((torch.autocast, "__enter__", _noted))
+
+
+def _autocast_dtypes(device_types: Iterable[str]) -> set[torch.dtype]:
+    return {torch.get_autocast_dtype(each) for each in device_types if torch.is_autocast_enabled(each)}
+
+
+@contextmanager
+def watching_autocast(dtypes: set[torch.dtype], device_types: Iterable[str]) -> Iterator[None]:
+    """Add the dtypes of autocasts to ``dtypes``: those in force on the devices already, and those this thread enters.
+
+    Autocasts inside of a function that torch.compile traces are not noticed.
+    """
+    outer = watch.autocast
+    _autocast.hold()
+    try:
+        watch.autocast = dtypes
+        dtypes |= _autocast_dtypes(device_types)
+        yield
+    finally:
+        watch.autocast = outer
+        _autocast.release()

@@ -138,8 +138,54 @@ def test_rounding_is_that_of_the_coarsest_loss() -> None:
 
     double, half = torch.tensor(1.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.bfloat16)
     assert rounding_of([double]) == epsilon(torch.float64)
-    assert rounding_of([double, half]) == epsilon(torch.bfloat16)
     assert rounding_of([double, 1.0]) == epsilon(torch.float32)
+    assert rounding_of([double, half]) == epsilon(torch.bfloat16) / 16
+    assert rounding_of([double], {torch.float16}) == epsilon(torch.float16) / 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("place", ["around", "in the closure", "in the model"])
+def test_a_session_notices_in_what_autocast_computes(dtype: torch.dtype, place: str) -> None:
+    model = nn.Linear(4, 1)
+    if place == "in the model":  # as Accelerate does it
+        model.forward = torch.autocast("cpu", dtype)(model.forward)  # type: ignore[method-assign]
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=place == "in the closure"):
+            return model(torch.ones(2, 4)).float().mean()
+
+    enter = torch.autocast.__enter__
+    for has_first_call in (True, False):
+        session = Evaluator().session(list(model.parameters()))
+        with torch.autocast("cpu", dtype, enabled=place == "around"):
+            if has_first_call and place != "around":
+                session.first(closure)
+            else:
+                with session.probing():
+                    session.probe(closure if place != "around" else lambda: 1.0, "probe")
+        assert session.computed_in == {dtype}
+    assert torch.autocast.__enter__ is enter
+
+
+def test_an_autocast_that_is_off_or_another_threads_is_not_noticed() -> None:
+    def autocast(enabled: bool) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return 1.0
+
+    session = Evaluator().session([nn.Parameter(torch.ones(1))])
+    session.first(lambda: autocast(enabled=False))
+
+    def elsewhere() -> float:
+        thread = threading.Thread(target=autocast, args=[True])
+        thread.start()
+        thread.join()
+        return 1.0
+
+    session.first(elsewhere)
+    assert session.computed_in == set()
+    with torch.autocast("cpu", torch.bfloat16):
+        session.first(lambda: 1.0)
+    assert session.computed_in == {torch.bfloat16}
 
 
 # --- the first call --------------------------------------------------------------------------------------------------

@@ -1,37 +1,87 @@
-"""Autocast and gradient scaling around the optimizer, on the real components."""
+"""Low precision around the optimizer, on the real components: autocast, gradient scaling, parameters in bfloat16."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 
-from gen_optim import GeNOptimizer, ProbeStatus
-from tests.training import gen_adamw, mlp, parameters_of, regression_data, same
+from benchmarks import workloads
+from gen_optim import GeNOptimizer, History, ProbeStatus
+from tests.training import Training, gen_adamw, mlp, parameters_of, regression_data, same
+
+HALF = [torch.bfloat16, torch.float16]
 
 
-def low_precision_loss(model: nn.Module) -> Tensor:
+def low_precision_loss(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     inputs, targets = regression_data()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         return nn.functional.mse_loss(model(inputs), targets)
 
 
-def scaled_step(model: nn.Module, optimizer: GeNOptimizer, scaler: torch.amp.GradScaler, factor: float = 1.0) -> None:
+def scaled_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    factor: float = 1.0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor | None:
     optimizer.zero_grad()
-    scaler.scale(factor * low_precision_loss(model)).backward()
+    scaler.scale(factor * low_precision_loss(model, dtype)).backward()
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    scaler.step(optimizer, probe=lambda: low_precision_loss(model))
+    options = {"probe": lambda: low_precision_loss(model, dtype)} if isinstance(optimizer, GeNOptimizer) else {}
+    loss = scaler.step(optimizer, **options)
     scaler.update()
+    return loss
 
 
-def test_a_grad_scaler_steps_it_with_a_probe() -> None:
+# --- gradient scaling ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_grad_scaler_steps_it_with_a_probe(dtype: torch.dtype) -> None:
     model = mlp()
     optimizer, scaler = gen_adamw(model.parameters()), torch.amp.GradScaler("cpu")
     before = low_precision_loss(model).item()
     for _ in range(60):
-        scaled_step(model, optimizer, scaler)
+        scaled_step(model, optimizer, scaler, dtype=dtype)
     assert low_precision_loss(model).item() < 0.5 * before
     assert optimizer.last_probe.status in (ProbeStatus.FITTED, ProbeStatus.CONCAVE, ProbeStatus.BELOW_NOISE)
+
+
+def test_the_base_optimizer_sees_unscaled_and_clipped_gradients() -> None:
+    """So that its moments are those of the bare optimizer under the same scaler, wherever it is led."""
+    seen: dict[str, list[Tensor]] = {"bare": [], "wrapped": []}
+    for name, gradients in seen.items():
+        model = mlp()
+        base = SGD(model.parameters(), lr=0.1)
+        base.register_step_pre_hook(
+            lambda *_, to=gradients, of=model: to.extend(p.grad.clone() for p in of.parameters())
+        )
+        optimizer = base if name == "bare" else GeNOptimizer(base)
+        scaled_step(model, optimizer, torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    assert same(seen["bare"], seen["wrapped"])
+    assert torch.linalg.vector_norm(torch.cat([each.flatten() for each in seen["wrapped"]])).item() <= 1.0 + 1e-5
+
+
+def test_lazy_steps_under_a_grad_scaler_are_the_bare_optimizers() -> None:
+    bare, wrapped = mlp(), mlp()
+    theirs, ours = AdamW(bare.parameters(), lr=1e-2), GeNOptimizer(AdamW(wrapped.parameters(), lr=1e-2))
+    scalers = [torch.amp.GradScaler("cpu") for _ in range(2)]
+    for _ in range(5):
+        scaled_step(bare, theirs, scalers[0])
+        ours.zero_grad()
+        scalers[1].scale(low_precision_loss(wrapped)).backward()
+        scalers[1].unscale_(ours)
+        nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        assert scalers[1].step(ours) is None  # no probe, no closure: the base optimizer's step
+        scalers[1].update()
+    assert same(parameters_of(bare), parameters_of(wrapped))
 
 
 def test_a_step_that_a_grad_scaler_skips_leaves_it_untouched() -> None:
@@ -40,12 +90,39 @@ def test_a_step_that_a_grad_scaler_skips_leaves_it_untouched() -> None:
     for _ in range(3):
         scaled_step(model, optimizer, scaler)
     kept, remembered, record = parameters_of(model), str(optimizer.state_dict()), optimizer.last_probe
+    scale = scaler.get_scale()
     scaled_step(model, optimizer, scaler, factor=float("inf"))
+    assert scaler.get_scale() == 0.5 * scale
     assert same(parameters_of(model), kept)
     assert str(optimizer.state_dict()) == remembered
     assert optimizer.last_probe is record
     scaled_step(model, optimizer, scaler)
     assert optimizer.last_probe.step == record.step + 1
+
+
+@pytest.mark.parametrize("given", ["closure", "probe"])
+def test_a_grad_scaler_steps_it_bare_with_what_the_constructor_was_given(given: str) -> None:
+    """For frameworks that call ``scaler.step(optimizer)``; gradients are the caller's, computed before."""
+    model = mlp()
+    optimizer = GeNOptimizer(AdamW(model.parameters()), **{given: lambda: low_precision_loss(model)})
+    scaler = torch.amp.GradScaler("cpu")
+    seen: list[Tensor] = []
+    optimizer.base_optim.register_step_pre_hook(lambda *_: seen.append(model[0].weight.grad.clone()))
+    before = low_precision_loss(model).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        scaler.scale(low_precision_loss(model)).backward()
+        scaler.unscale_(optimizer)
+        model[0].weight.grad.mul_(0.5)  # what the caller makes of the gradients is what the base optimizer gets
+        expected = model[0].weight.grad.clone()
+        scaler.step(optimizer)
+        assert torch.equal(seen[-1], expected)
+        scaler.update()
+    assert low_precision_loss(model).item() < 0.5 * before
+    assert optimizer.last_probe.status is not ProbeStatus.START_FAILED
+
+
+# --- autocast --------------------------------------------------------------------------------------------------------
 
 
 def test_an_autocast_around_the_step_changes_nothing() -> None:
@@ -58,3 +135,88 @@ def test_an_autocast_around_the_step_changes_nothing() -> None:
                 optimizer.step(lambda model=model: low_precision_loss(model))
         runs.append(parameters_of(model))
     assert same(*runs)
+
+
+def final_loss(dtype: torch.dtype, *, stored: bool = False, steps: int = 200) -> tuple[float, History]:
+    """Train the digits MLP under autocast, or with everything in that dtype."""
+    workload, history = workloads.digits_mlp(), History()
+    if stored:
+        workload.model.to(dtype)
+    optimizer = GeNOptimizer(AdamW(workload.model.parameters()))
+    optimizer.register_probe_hook(history)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    is_cast = dtype != torch.float32 and not stored
+    losses = []
+    for _ in range(steps):
+        inputs, targets = next(workload.batches)
+        batch = (inputs.to(dtype), targets) if stored else (inputs, targets)
+
+        def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype) if is_cast else nullcontext():
+                loss = workload.loss_of(batch)
+            loss.backward()
+            return loss
+
+        losses.append(optimizer.step(closure).item())
+        scheduler.step()
+    return sum(losses[-20:]) / 20, history
+
+
+def test_autocast_trains_as_single_precision_does() -> None:
+    full, full_history = final_loss(torch.float32)
+    for dtype in HALF:
+        loss, history = final_loss(dtype)
+        assert loss < 1.3 * full
+        assert history[-1].lr_after == pytest.approx(full_history[-1].lr_after, rel=0.5)
+
+
+def test_parameters_and_losses_in_bfloat16_train_too() -> None:
+    full, _ = final_loss(torch.float32)
+    loss, history = final_loss(torch.bfloat16, stored=True)
+    assert loss < 1.5 * full + 0.01
+    assert statuses(history).count(ProbeStatus.FITTED) > len(history) / 2
+
+
+def statuses(history: Iterable[object]) -> list[ProbeStatus]:
+    return [record.status for record in history]
+
+
+def test_a_tiny_learning_rate_under_autocast_is_not_judged_from_noise() -> None:
+    """At a three thousandth of what it found, low precision hides the parabola: the value is kept, not cut further."""
+    for dtype in HALF:
+        training = Training.of(gen_adamw)
+        inputs, targets = regression_data(512)
+        probed: list[ProbeStatus] = []
+
+        def closure(training: Training = training, dtype: torch.dtype = dtype) -> Tensor:
+            training.optimizer.zero_grad()
+            with torch.autocast("cpu", dtype):
+                loss = nn.functional.mse_loss(training.model(inputs), targets)  # noqa: B023
+            loss.backward()
+            return loss
+
+        for _ in range(60):
+            training.optimizer.step(closure)
+        training.optimizer.param_groups[0]["lr"] /= 3000.0
+        written = training.optimizer.param_groups[0]["lr"]
+        training.optimizer.register_probe_hook(lambda _, record, probed=probed: probed.append(record.status))
+        for _ in range(80):
+            training.optimizer.step(closure)
+        assert probed.count(ProbeStatus.BELOW_NOISE) >= len(probed) / 2
+        assert training.optimizer.get_last_lr()[0] >= 0.9 * written
+
+
+@pytest.mark.parametrize("make", [AdamW, lambda p: SGD(p, lr=0.1, momentum=0.9)], ids=["AdamW", "SGD"])
+def test_no_parameter_in_bfloat16_changes_by_being_probed(make: type[Optimizer]) -> None:
+    """What a frozen step leaves is θ itself: none is restored by arithmetic."""
+    model = mlp(dtype=torch.bfloat16)
+    optimizer = GeNOptimizer(make(model.parameters()))
+    training = Training(model, optimizer, *regression_data(dtype=torch.bfloat16))
+    training.train(10)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.0)
+    before = parameters_of(model)
+    probes = training.probes
+    training.train(10, scheduler)
+    assert training.probes > probes
+    assert same(parameters_of(model), before)
