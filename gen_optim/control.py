@@ -1,4 +1,4 @@
-"""From measured parabolas to a learning rate: limits, smoothing, fallbacks, rules. Numbers only, no tensors.
+"""From measured parabolas to a learning rate: what a rule remembers and decides. Numbers only, no tensors.
 
 A rule is a pure function of what it remembers (:class:`ControlState`) and of what a probe step measured. That makes
 it possible to read, test and replay it without a model. What it minimises is called the loss; under ``maximize=True``
@@ -22,16 +22,16 @@ __all__ = [
     "Decision",
     "ProbeStatus",
     "PublishedRule",
-    "SafeguardedRule",
-    "make_rule",
+    "check_option",
+    "is_whole",
 ]
 
 
 _SMALLEST, _LARGEST = 1e-30, 1e30
 """Where a learning rate that is cut or grown for ever stops: 0 would freeze the group, infinity break it."""
 
-_ROUNDING = 2.0**-20
-"""A loss may rise by this fraction because it is rounded in single precision; that is no explosion."""
+_FORGETTING = 0.02
+"""By this fraction of the distance the lowest mean loss follows the present one up, in case the task has changed."""
 
 
 class ProbeStatus(Enum):
@@ -43,11 +43,14 @@ class ProbeStatus(Enum):
             tries again.
         FITTED: The parabola has a lowest point, and the learning rate moved towards it.
         CONCAVE: The loss descends and curves downwards, or not measurably: the optimum lies further out; grown.
-        NO_MINIMUM: The parabola has no lowest point ahead; the learning rate is kept.
+        NO_MINIMUM: The parabola has no lowest point ahead. The default rule lowers the learning rate, the published one
+            keeps it.
         BELOW_NOISE: The differences between the losses are rounding; the learning rate is kept.
         NON_FINITE_LOSS: The loss where the step began is NaN or infinite; nothing is learned from it.
         NON_FINITE_PROBE: A probed loss is NaN or infinite. The default rule cuts the learning rate, the published one
             keeps it.
+        TAKEN_BACK: The last step has led to a loss far above the one where it began, on the same batch: the parameters
+            are put back, the base optimizer does not step, and the learning rate is cut.
         EXPLODED: The loss rose far above where training began: the learning rate is cut and the parabola not used.
     """
 
@@ -59,6 +62,7 @@ class ProbeStatus(Enum):
     BELOW_NOISE = "below_noise"
     NON_FINITE_LOSS = "non_finite_loss"
     NON_FINITE_PROBE = "non_finite_probe"
+    TAKEN_BACK = "taken_back"
     EXPLODED = "exploded"
 
 
@@ -76,6 +80,15 @@ class ControlState:
         loss_mean: Moving average of the losses at which probe steps began.
         loss_deviation: Moving average of their absolute deviation from ``loss_mean``.
         loss_count: Number of losses in these two averages.
+        loss_lowest: The lowest ``loss_mean`` of late.
+        slope_mean: Moving average of slopes.
+        curvature_mean: Moving average of curvatures.
+        change_mean: Moving average of how much the loss changes along a step to first and second order.
+        rise_mean: Moving average of how much the loss has changed along a step that was taken.
+        agreement_mean: Moving average of the share of the first order in that, negative where the loss ascends.
+        agreement_square: Moving average of its square.
+        parabola_count: Number of parabolas in these averages.
+        lr_unstable: The learning rate at which training was last seen to be unstable; 0 if it never was.
     """
 
     lr: float
@@ -87,6 +100,15 @@ class ControlState:
     loss_mean: float = 0.0
     loss_deviation: float = 0.0
     loss_count: int = 0
+    loss_lowest: float = 0.0
+    slope_mean: float = 0.0
+    curvature_mean: float = 0.0
+    change_mean: float = 0.0
+    rise_mean: float = 0.0
+    agreement_mean: float = 0.0
+    agreement_square: float = 0.0
+    parabola_count: int = 0
+    lr_unstable: float = 0.0
 
     @staticmethod
     def is_in(group: Mapping[str, Any]) -> bool:
@@ -106,6 +128,15 @@ class ControlState:
 _KEYS = {field.name: f"gen_{field.name}" for field in fields(ControlState)}
 """Under which keys the state's entries stand in a parameter group."""
 
+_AVERAGES = tuple(
+    field.name
+    for field in fields(ControlState)
+    if field.name not in ("lr", "step", "probes", "next_probe", "started", "loss_start")
+)
+"""What a learning rate written by hand makes obsolete."""
+
+_FRESH = ControlState(lr=0.0)
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -119,12 +150,19 @@ class Decision:
         """The learning rate of the step: that of the state, but 0 where no start was found to begin at."""
         return 0.0 if self.status is ProbeStatus.START_FAILED else self.state.lr
 
+    @property
+    def takes_back(self) -> bool:
+        """Whether the last step is to be taken back, and no other one taken instead."""
+        return self.status is ProbeStatus.TAKEN_BACK
 
-def _is_whole(value: object, *, least: int) -> bool:
+
+def is_whole(value: object, *, least: int) -> bool:
+    """Whether an option is a whole number of at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _check(name: str, value: object, expected: str, holds: bool) -> None:
+def check_option(name: str, value: object, expected: str, holds: bool) -> None:
+    """Raise a ValueError that names the option, unless what is expected of it holds."""
     if not holds:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
@@ -162,16 +200,16 @@ class PublishedRule:
         """
         for option in fields(self):
             value = getattr(self, option.name)
-            _check(option.name, value, "a number", isinstance(value, Real) and not isinstance(value, bool))
+            check_option(option.name, value, "a number", isinstance(value, Real) and not isinstance(value, bool))
             if not isinstance(value, int):  # numpy's numbers would end up in checkpoints, which refuse them
                 plain = int(value) if isinstance(value, Integral) else float(value)
                 object.__setattr__(self, option.name, plain)
-        _check("period", self.period, "a whole number of at least 1", _is_whole(self.period, least=1))
-        _check("smoothing", self.smoothing, "in [0, 1)", 0 <= self.smoothing < 1)
-        _check("max_change", self.max_change, "a finite number above 1", 1 < self.max_change < math.inf)
-        _check("lr_min", self.lr_min, "a finite number of at least 0", 0 <= self.lr_min < math.inf)
-        _check("lr_max", self.lr_max, f"at least lr_min ({self.lr_min})", self.lr_max >= self.lr_min)
-        _check("lr_max", self.lr_max, "above 0", self.lr_max > 0)
+        check_option("period", self.period, "a whole number of at least 1", is_whole(self.period, least=1))
+        check_option("smoothing", self.smoothing, "in [0, 1)", 0 <= self.smoothing < 1)
+        check_option("max_change", self.max_change, "a finite number above 1", 1 < self.max_change < math.inf)
+        check_option("lr_min", self.lr_min, "a finite number of at least 0", 0 <= self.lr_min < math.inf)
+        check_option("lr_max", self.lr_max, f"at least lr_min ({self.lr_min})", self.lr_max >= self.lr_min)
+        check_option("lr_max", self.lr_max, "above 0", self.lr_max > 0)
 
     def is_probe_due(self, state: ControlState) -> bool:
         """Whether the next step probes."""
@@ -187,16 +225,26 @@ class PublishedRule:
 
     def restart_averages(self, state: ControlState, lr: float) -> ControlState:
         """The state after somebody else set the learning rate: nothing averaged is kept."""
-        return replace(state, lr=lr, loss_mean=0.0, loss_deviation=0.0, loss_count=0)
+        return replace(state, lr=lr, **{name: getattr(_FRESH, name) for name in _AVERAGES})
 
-    def decide(self, state: ControlState, loss: float, found: Parabola | StartSearch) -> Decision:
+    def decide(
+        self,
+        state: ControlState,
+        loss: float,
+        found: Parabola | StartSearch,
+        *,
+        factor: float = 1.0,
+        arrival: float | None = None,
+    ) -> Decision:
         """Judge what a probe step found, and choose the learning rate.
 
         Args:
             state: What the rule remembers.
-            loss: The loss where the step began.
+            loss: The loss where the measured step began.
             found: The loss along the direction, not finite where a probe was not; or the outcome of the start's
                 search, where the rule asked for that.
+            factor: The scheduler's factor.
+            arrival: The loss where the measured step has led, if it has been taken already.
 
         Returns:
             The new state and why.
@@ -205,20 +253,24 @@ class PublishedRule:
             return Decision(self.skip(state), ProbeStatus.NON_FINITE_LOSS)
         if isinstance(found, StartSearch):
             return self.start(state, loss, found)
-        lr, status = self.propose(state, loss, found)
-        return Decision(self._probed(state, lr, loss, status), status)
+        return self.judge(state, loss, found, factor=factor, arrival=arrival)
 
     def start(self, state: ControlState, loss: float, search: StartSearch) -> Decision:
         """Turn the start's search into a learning rate; one that found none keeps it. This rule asks for none."""
         raise NotImplementedError
 
-    def propose(self, state: ControlState, loss: float, parabola: Parabola) -> tuple[float, ProbeStatus]:
-        """The learning rate that a finite loss and its parabola call for, limits apart, and why."""
+    def judge(
+        self, state: ControlState, loss: float, parabola: Parabola, *, factor: float, arrival: float | None
+    ) -> Decision:
+        """What a parabola at a finite loss calls for."""
+        lr, status = state.lr, ProbeStatus.FITTED
         if not parabola.is_finite:
-            return state.lr, ProbeStatus.NON_FINITE_PROBE
-        if parabola.optimal_lr is None or parabola.slope <= 0:
-            return state.lr, ProbeStatus.NO_MINIMUM
-        return self.towards(state, parabola.optimal_lr), ProbeStatus.FITTED
+            status = ProbeStatus.NON_FINITE_PROBE
+        elif parabola.optimal_lr is None or parabola.slope <= 0:
+            status = ProbeStatus.NO_MINIMUM
+        else:
+            lr = self.towards(state, parabola.optimal_lr)
+        return Decision(self._probed(state, lr, loss, status), status)
 
     def towards(self, state: ControlState, lr: float) -> float:
         """The average of the present learning rate and ``lr``, as far as ``max_change`` lets it count."""
@@ -233,112 +285,16 @@ class PublishedRule:
         """The state after a probe step that began at a finite ``loss`` and chose ``lr``."""
         weight = max(1.0 - self.smoothing, 1.0 / (state.loss_count + 1))
         surprise = loss - state.loss_mean if state.loss_count else 0.0
+        mean = loss if not state.loss_count else state.loss_mean + weight * surprise
+        lowest = state.loss_lowest + _FORGETTING * max(mean - state.loss_lowest, 0.0)
         return replace(
             state,
             lr=min(max(lr, self.lr_min, _SMALLEST), self.lr_max, _LARGEST),
             step=state.step + 1,
             probes=state.probes + 1,
             next_probe=state.step + 1 + self.steps_to_next_probe(state.probes + 1, status),
-            loss_mean=loss if not state.loss_count else state.loss_mean + weight * surprise,
+            loss_mean=mean,
             loss_deviation=state.loss_deviation + weight * (abs(surprise) - state.loss_deviation),
             loss_count=state.loss_count + 1,
+            loss_lowest=min(lowest, mean) if state.loss_count else mean,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SafeguardedRule(PublishedRule):
-    """The published rule, made independent of the initial learning rate and safe where its parabola says nothing.
-
-    What it adds, in the order in which a training run meets it:
-
-    - a start taken from the loss itself (:func:`search_start`); training begins at ``start_fraction`` of the learning
-      rate found, because the first gradient points down an untypically steep slope and no momentum is built up yet;
-    - a burn-in: the first ``burn_in`` probe steps follow each other at every step;
-    - a slope or curvature that rounding alone explains counts as unknown;
-    - where the loss descends and no positive curvature is seen, the optimum lies further out, and the learning rate
-      grows as fast as its limits let it; the published rule would stay there for ever;
-    - where the loss is unusually high (above its moving average by more than its mean absolute deviation) there is no
-      such growth, and a lower optimum holds at once;
-    - a probe that is not finite, and a loss that exploded, cut the learning rate by ``max_change`` at once, and the
-      next step probes again.
-
-    Attributes:
-        start_fraction: Fraction of the learning rate found by the start's search at which training begins.
-        burn_in: Number of probe steps at the beginning that follow each other at every step.
-        explosion: The loss has exploded when it is above the loss where training began and above its own moving
-            average by this many times its mean absolute deviation; ``inf`` turns that off.
-    """
-
-    start_fraction: float = 0.03
-    burn_in: int = 50
-    explosion: float = 10.0
-
-    def __post_init__(self) -> None:
-        """Check every option.
-
-        Raises:
-            ValueError: Names the option, what was expected and what came.
-        """
-        super().__post_init__()
-        _check("start_fraction", self.start_fraction, "in (0, 1]", 0 < self.start_fraction <= 1)
-        _check("burn_in", self.burn_in, "a whole number of at least 0", _is_whole(self.burn_in, least=0))
-        _check("explosion", self.explosion, "above 0", self.explosion > 0)
-
-    def needs_start(self, state: ControlState) -> bool:
-        """Whether the next probe step searches for a start instead of fitting a parabola."""
-        return not state.started
-
-    def start(self, state: ControlState, loss: float, search: StartSearch) -> Decision:
-        """Turn the start's search into a learning rate; one that found none keeps it."""
-        if search.lr is None:
-            return Decision(self._probed(state, state.lr, loss, ProbeStatus.START_FAILED), ProbeStatus.START_FAILED)
-        begun = self._probed(state, self.start_fraction * search.lr, loss, ProbeStatus.STARTED)
-        return Decision(replace(begun, started=True, loss_start=loss), ProbeStatus.STARTED)
-
-    def propose(self, state: ControlState, loss: float, parabola: Parabola) -> tuple[float, ProbeStatus]:
-        """The learning rate that a finite loss and its parabola call for, limits apart, and why."""
-        if self._has_exploded(state, loss):
-            return state.lr / self.max_change, ProbeStatus.EXPLODED
-        if not parabola.is_finite:
-            return state.lr / self.max_change, ProbeStatus.NON_FINITE_PROBE
-        descends = parabola.slope > parabola.slope_noise
-        # Where training has gone astray, losses that saturate are concave all around: no reason to go faster.
-        is_usual = not state.loss_count or loss <= state.loss_mean + state.loss_deviation
-        if parabola.curvature <= parabola.curvature_noise and descends and is_usual:
-            return self.towards(state, math.inf), ProbeStatus.CONCAVE
-        if max(abs(parabola.curvature) - parabola.curvature_noise, abs(parabola.slope) - parabola.slope_noise) <= 0:
-            return state.lr, ProbeStatus.BELOW_NOISE
-        if parabola.optimal_lr is None or parabola.curvature <= parabola.curvature_noise:
-            return state.lr, ProbeStatus.NO_MINIMUM
-        if not is_usual and parabola.optimal_lr < state.lr:
-            return max(parabola.optimal_lr, state.lr / self.max_change), ProbeStatus.FITTED
-        return self.towards(state, parabola.optimal_lr), ProbeStatus.FITTED
-
-    def steps_to_next_probe(self, probes: int, status: ProbeStatus) -> int:
-        """The distance to the next probe step after ``probes`` of them, the last of which concluded ``status``."""
-        is_urgent = status in (ProbeStatus.START_FAILED, ProbeStatus.EXPLODED, ProbeStatus.NON_FINITE_PROBE)
-        return 1 if is_urgent or probes < self.burn_in else self.period
-
-    def _has_exploded(self, state: ControlState, loss: float) -> bool:
-        # Below this many losses their deviation says little; a shift or a scaling of the loss changes nothing here.
-        settled = state.loss_count >= 1.0 / (1.0 - self.smoothing)
-        surprise = loss - state.loss_mean
-        usual = max(state.loss_deviation, _ROUNDING * abs(state.loss_mean))
-        return settled and loss > state.loss_start and surprise > self.explosion * usual
-
-
-_RULES: dict[str, type[PublishedRule]] = {"published": PublishedRule, "safeguarded": SafeguardedRule}
-
-
-def make_rule(name: str, **options: Any) -> PublishedRule:
-    """The rule that ``GeNOptimizer(rule=name)`` asks for, with those of the options that it has.
-
-    Raises:
-        ValueError: If there is no such rule, or an option is out of range.
-    """
-    if name not in list(_RULES):
-        raise ValueError(f"rule must be one of {', '.join(map(repr, _RULES))}, got {name!r}")
-    if name != "safeguarded":
-        SafeguardedRule(**options)  # what this rule does not use has to be in range all the same
-    taken = {field.name for field in fields(_RULES[name])}
-    return _RULES[name](**{option: value for option, value in options.items() if option in taken})

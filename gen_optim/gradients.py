@@ -1,4 +1,4 @@
-"""Whose gradients a step uses: those of the closure, of the caller, or its own.
+"""Whose gradients a step uses: those of the closure, of the caller, or its own; and of what they are the gradients.
 
 A closure may run backward itself, or only return the loss. In the latter case gradients that the caller has computed
 since the last step are used, and where there are none the loss is differentiated here. Looking at every parameter
@@ -8,15 +8,17 @@ would cost more than a lazy step may, so one gradient stands for all: the first 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from gen_optim.distributed import is_dtensor, local, whole
 from gen_optim.evaluating import Loss
 
-__all__ = ["GradientMark", "complete_gradients", "mark_used"]
+__all__ = ["GradientMark", "GradientOrigin", "complete_gradients", "mark_used"]
 
 _USED = "_gen_used_version"
 """Set on a gradient when a step has used it. The mark goes where the tensor goes: ids are recycled."""
@@ -52,13 +54,54 @@ def mark_used(groups: Sequence[dict[str, Any]]) -> None:
         setattr(gradient, _USED, _version(gradient))
 
 
-def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: GradientMark) -> None:
+class GradientOrigin:
+    """Of what the gradients are the gradients that a closure leaves.
+
+    Watched while the closure runs: each backward pass adds what it differentiates, and gradients that were there
+    before, or were written to afterwards, are those of nothing in particular.
+
+    Args:
+        groups: The optimizer's parameter groups.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self._groups = groups
+        self._differentiated: list[Tensor] = []
+        self._left: list[tuple[int, int]] | None = None
+        self._is_clean = True
+
+    @contextmanager
+    def around_backward(self, differentiated: list[Tensor]) -> Iterator[None]:
+        """Watch a backward pass, which differentiates these scalars."""
+        found = self._gradients()
+        self._is_clean &= found == (self._left or [])
+        yield
+        self._differentiated += [each.detach() for each in differentiated]
+        self._left = self._gradients()
+
+    def note(self, loss: Loss) -> None:
+        """Take notice that the loss has been differentiated for the closure, with nothing there before."""
+        self._differentiated, self._left, self._is_clean = [torch.as_tensor(loss).detach()], self._gradients(), True
+
+    def differentiated(self) -> list[Tensor] | None:
+        """Numbers of whose sum the present gradients are the gradients; None where that is not known."""
+        is_known = self._is_clean and self._left is not None and self._left == self._gradients()
+        return self._differentiated if is_known else None
+
+    def _gradients(self) -> list[tuple[int, int]]:
+        return [(id(each), _version(each)) for each in _gradients(self._groups)]
+
+
+def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: GradientMark) -> bool:
     """Differentiate ``loss`` unless there are gradients to use; for closures that ran no backward of their own.
 
     Args:
         groups: The optimizer's parameter groups.
         loss: What the closure returned.
         before: The gradients before it was called.
+
+    Returns:
+        Whether it has differentiated the loss.
 
     Raises:
         TypeError: If there is nothing to use, and the loss has no graph either.
@@ -67,11 +110,11 @@ def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: Gra
     has_graph = isinstance(loss, Tensor) and loss.requires_grad
     if gradient is not None:
         if gradient is not before.gradient:
-            return  # the closure has assigned it
+            return False  # the closure has assigned it
         is_new = before.is_fresh or _version(gradient) != before.version
         # Zeros are what zero_grad(set_to_none=False) leaves, be it in the closure or before: no gradient of a loss.
         if is_new and (not has_graph or any(bool(whole(each.any())) for each in _gradients(groups))):
-            return
+            return False
     if not has_graph:
         raise TypeError(
             "closure must either call backward() or return a loss that has a graph, but it did not call backward(), "
@@ -85,6 +128,7 @@ def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: Gra
     # ``fully_shard`` gathers parameters, those that the loss was computed from are others.
     inputs = None if any(map(is_dtensor, trained)) else trained
     cast(Tensor, loss).backward(inputs=inputs)  # type: ignore[no-untyped-call]
+    return True
 
 
 def _describe(loss: Loss) -> str:

@@ -92,6 +92,7 @@ class Measurement:
         raw: The one at learning rate 0, as the closure returned it.
         loss: The same as a number to be minimised.
         found: The parabola through them, or the outcome of the start's search.
+        arrival: The loss where the measured step has led; None where it has not been taken yet.
     """
 
     learning_rates: tuple[float, ...]
@@ -99,6 +100,7 @@ class Measurement:
     raw: Loss
     loss: float
     found: Parabola | StartSearch
+    arrival: float | None = None
 
     @property
     def parabola(self) -> Parabola:
@@ -177,13 +179,18 @@ class Mode:
     """A way to measure.
 
     Attributes:
-        measure: Measures slope and curvature.
+        measure: Measures slope and curvature along the step that is about to be taken; None where the step before is
+            looked back at instead.
         kernels: Around all calls of the closure in a probe step.
     """
 
-    measure: Callable[[Line], Measurement]
+    measure: Callable[[Line], Measurement] | None
     kernels: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-MODES = {"approximate": Mode(probe_around), "exact": Mode(differentiate, twice_differentiable_kernels)}
+MODES = {
+    "lookback": Mode(None),
+    "approximate": Mode(probe_around),
+    "exact": Mode(differentiate, twice_differentiable_kernels),
+}
 """Modes by the name that ``GeNOptimizer(mode=...)`` takes."""

@@ -6,27 +6,28 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gen_optim.checking import check_wrappable
-from gen_optim.control import ControlState, Decision, ProbeStatus, PublishedRule, make_rule
+from gen_optim.control import ControlState, Decision, ProbeStatus
 from gen_optim.diagnostics import ProbeRecord
 from gen_optim.distributed import Ranks, ranks_of, whole
-from gen_optim.evaluating import Evaluator, Loss
-from gen_optim.gradients import GradientMark, complete_gradients, mark_used
+from gen_optim.evaluating import Evaluator, Loss, Session, rounding_of
+from gen_optim.gradients import GradientMark, GradientOrigin, complete_gradients
+from gen_optim.looking_back import KeptPoint, look_back
 from gen_optim.measuring import MODES, Line, Measurement, check_tolerance, search, searched_lr
 from gen_optim.moving import Move
 from gen_optim.parallel import check_twice_differentiable
-from gen_optim.scheduling import Group, LearningRates
-from gen_optim.wrapping import OptimizerWrapper
+from gen_optim.remembering import RememberingOptimizer
+from gen_optim.rules import make_rule
+from gen_optim.scheduling import Group
+from gen_optim.watching import around_backward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,7 +41,7 @@ _PATIENCE = 10
 """Failed starts after which the user is warned."""
 
 
-class GeNOptimizer(OptimizerWrapper):
+class GeNOptimizer(RememberingOptimizer):
     r"""Finds the learning rate of any optimizer while training, by the generalized Newton's method.
 
     The base optimizer proposes a step from θ to θ − αω. Along it the loss is modelled as a parabola,
@@ -133,7 +134,6 @@ class GeNOptimizer(OptimizerWrapper):
     mode: str
     rule: str
     process_group: ProcessGroup | Literal["local"] | None
-    _rule: PublishedRule
     _tolerance: float
 
     def __init__(
@@ -142,8 +142,8 @@ class GeNOptimizer(OptimizerWrapper):
         closure: Closure | None = None,
         *,
         probe: Closure | None = None,
-        mode: str = "approximate",
-        rule: str = "safeguarded",
+        mode: str = "lookback",
+        rule: str = "relaxed",
         period: int = 8,
         smoothing: float = 0.9,
         max_change: float = 2.0,
@@ -151,6 +151,7 @@ class GeNOptimizer(OptimizerWrapper):
         lr_max: float = math.inf,
         start_fraction: float = 0.03,
         burn_in: int = 50,
+        relaxation: float = 1.8,
         explosion: float = 10.0,
         tolerance: float = 8.0,
         process_group: ProcessGroup | Literal["local"] | None = None,
@@ -160,7 +161,7 @@ class GeNOptimizer(OptimizerWrapper):
         check_wrappable(base_optim)
         if mode not in list(MODES):
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-        self._rule = make_rule(
+        chosen_rule = make_rule(
             rule,
             period=period,
             smoothing=smoothing,
@@ -170,8 +171,9 @@ class GeNOptimizer(OptimizerWrapper):
             start_fraction=start_fraction,
             burn_in=burn_in,
             explosion=explosion,
+            relaxation=relaxation,
         )
-        super().__init__(base_optim)
+        super().__init__(base_optim, chosen_rule)
         self._set_up()
         self.mode, self.rule, self._tolerance = mode, rule, check_tolerance(tolerance)
         self.closure = _check_callable("closure", closure)
@@ -246,50 +248,107 @@ class GeNOptimizer(OptimizerWrapper):
         probe = _check_callable("probe", self.probe if probe is None else probe)
         probed = closure if probe is None else probe
         state = self._recall()
+        kept = self._take_kept()
         is_frozen = not any(self._rates.shares(self.param_groups, state.lr))
         if probed is None or is_frozen or not self._rule.is_probe_due(state):
             return self._lazy_step(state, closure)
-        return self._probe_step(state, closure, probed)
+        measure = search if self._rule.needs_start(state) else MODES[self.mode].measure
+        if measure is not None:
+            return self._probe_step(state, closure, probed, measure)
+        if kept is None:
+            return self._lazy_step(state, closure)
+        return self._look_back_step(state, closure, probed, kept)
 
     def _lazy_step(self, state: ControlState, closure: Closure | None) -> Loss | None:
         loss = None if closure is None else self._call(closure)
-        rates = self._rates_in_force(state)
-        with self._rates.in_force(self.param_groups, rates):
-            self.step_base()
-        self._remember(self._rule.skip(state), rates)
+        self._advance(self._rule.skip(state))
         return loss
 
-    def _probe_step(self, state: ControlState, closure: Closure | None, probed: Closure) -> Loss | None:
+    def _advance(self, state: ControlState) -> None:
+        """Let the base optimizer step, and remember; keep where the step began if the next one looks back at it."""
+        rates = self._rates_in_force(state.lr)
+        lr = next(compress(rates, self._rates.shares(self.param_groups, state.lr)), 0.0)
+        looks_back = MODES[self.mode].measure is None and lr > 0.0 and self._rule.is_probe_due(state)
+        kept = KeptPoint(list(chain(*self._moving())), lr) if looks_back else None
+        with self._rates.in_force(self.param_groups, rates):
+            self.step_base()
+        if kept is not None:
+            kept.arrive()
+        self._kept = kept
+        self._remember(state, rates)
+
+    def _look_back_step(
+        self, state: ControlState, closure: Closure | None, probed: Closure, kept: KeptPoint
+    ) -> Loss | None:
+        caller = "closure" if probed is closure else "probe"
+        session, ranks, probe = self._begin(probed, caller)
+        origin = GradientOrigin(self.param_groups)
+        loss: Loss | None = None
+        if closure is not None:
+            with around_backward(origin.around_backward):
+                first = partial(session.first, lambda: whole(self._call(closure, origin)))
+                loss = ranks.attempt(first, instead=math.nan)
+        end = loss if probed is closure else None
+        after, is_done = self._rule.skip(state), False
+        try:
+            gradient_of = origin.differentiated() if probed is closure else None
+            rise = None if gradient_of is None else kept.rise()
+            with session.probing():
+                measurement = look_back(
+                    kept,
+                    end,
+                    gradient_of=gradient_of,
+                    rise=rise,
+                    call=lambda: ranks.attempt(probe, instead=math.nan),
+                    read=partial(self._read, ranks),
+                    rounding=lambda losses: self._tolerance * rounding_of(losses, session.computed_in),
+                )
+            factor = next(
+                compress(self._rates.factors(self.param_groups), self._rates.shares(self.param_groups, state.lr))
+            )
+            decision = self._rule.decide(
+                state, measurement.loss, measurement.found, factor=factor, arrival=measurement.arrival
+            )
+            after, is_done = decision.state, decision.takes_back
+        finally:
+            # After an exception in a probe this is the lazy step, as it would have been without looking back.
+            if is_done:
+                kept.stay()
+                self._remember(after, self._rates_in_force(after.lr))
+            else:
+                kept.leave()
+                self._advance(after)
+        self._report(state, measurement, decision, factor)
+        return measurement.raw if loss is None else loss
+
+    def _probe_step(
+        self,
+        state: ControlState,
+        closure: Closure | None,
+        probed: Closure,
+        measure: Callable[[Line], Measurement],
+    ) -> Loss | None:
         groups = self.param_groups
         caller = "closure" if probed is closure else "probe"
-        mode = MODES[self.mode]
-        everything = [parameter for group in groups for parameter in group["params"]]
-        session = self._evaluator.session(everything)
-        ranks = ranks_of(self.process_group, everything, self._evaluator.owners(everything))
+        session, ranks, probe = self._begin(probed, caller)
         if not state.probes and self.process_group is None:
             ranks.warn_if_apart()
-
-        def probe() -> Loss:
-            return whole(session.probe(probed, caller))
-
-        with mode.kernels():
+        with MODES[self.mode].kernels():
             loss: Loss | None = None
             if closure is not None:
                 first = partial(session.first, lambda: whole(self._call(closure)))
                 loss = ranks.attempt(first, instead=math.nan)
             here = loss if probed is closure else None
-            measure, lr = mode.measure, state.lr
-            if self._rule.needs_start(state):
+            lr = state.lr
+            if measure is search:
                 if here is None:
                     with session.probing():
                         here = ranks.attempt(probe, instead=math.nan)
-                measure = search
                 # A loss that is not finite asks for the base optimizer's own step, bit for bit.
                 lr = searched_lr(state.probes) if math.isfinite(self._read(ranks, [here])[0]) else state.lr
 
-            is_moving = [share > 0.0 for share in self._rates.shares(groups, state.lr)]
-            factors = list(compress(self._rates.factors(groups), is_moving))
-            move = Move([_movable(group) for group in compress(groups, is_moving)])
+            factors = list(compress(self._rates.factors(groups), self._rates.shares(groups, state.lr)))
+            move = Move(self._moving())
             after = self._rule.skip(state)
             try:
                 with self._rates.in_force(groups, self._rates.shares(groups, lr)):
@@ -316,12 +375,12 @@ class GeNOptimizer(OptimizerWrapper):
                         computed_in=session.computed_in,
                     )
                     measurement = measure(line)
-                decision = self._rule.decide(state, measurement.loss, measurement.found)
+                decision = self._rule.decide(state, measurement.loss, measurement.found, factor=factors[0])
                 after, taken = decision.state, decision.taken_lr
             finally:
                 # After an exception in a probe this is the lazy step, to which the base's moments belong.
                 move.settle([taken * factor / lr for factor in factors])
-                self._remember(after, self._rates_in_force(replace(after, lr=taken)))
+                self._remember(after, self._rates_in_force(taken))
         self._report(state, measurement, decision, factors[0])
         return measurement.raw if loss is None else loss
 
@@ -348,11 +407,18 @@ class GeNOptimizer(OptimizerWrapper):
         for hook in list(self._probe_hooks.values()):
             hook(self, record)
 
-    def _call(self, closure: Closure) -> Loss:
+    def _begin(self, probed: Closure, caller: str) -> tuple[Session, Ranks, Callable[[], Loss]]:
+        """What a step that measures needs: the session, the ranks that take part, and how to evaluate the loss."""
+        everything = [parameter for group in self.param_groups for parameter in group["params"]]
+        session = self._evaluator.session(everything)
+        ranks = ranks_of(self.process_group, everything, self._evaluator.owners(everything))
+        return session, ranks, lambda: whole(session.probe(probed, caller))
+
+    def _call(self, closure: Closure, origin: GradientOrigin | None = None) -> Loss:
         before = GradientMark.of(self.param_groups)
         loss, went_backward = self._evaluator.call(closure)
-        if not went_backward:
-            complete_gradients(self.param_groups, loss, before)
+        if not went_backward and complete_gradients(self.param_groups, loss, before) and origin is not None:
+            origin.note(loss)
         return loss
 
     def _read(self, ranks: Ranks, losses: Sequence[Loss]) -> list[float]:
@@ -360,43 +426,15 @@ class GeNOptimizer(OptimizerWrapper):
         sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
         return [sign * loss for loss in ranks.mean(losses)]
 
-    # --- what it remembers ---------------------------------------------------------------------------------------
-
-    def _recall(self) -> ControlState:
-        """Read the state from the parameter groups, and take in what others have written there."""
-        groups = self.param_groups
-        if not ControlState.is_in(groups[0]):
-            # Constructed just now, or loaded from a checkpoint of the bare base optimizer.
-            state = ControlState(lr=self._rates.begin(groups))
-        else:
-            state = ControlState.load(groups[0])
-            lr = self._rates.refresh(groups, state.lr, self.defaults.get("lr"))
-            if lr is None:
-                return state
-            state = self._rule.restart_averages(state, lr)
-        groups[0].update(state.dump())
-        return state
-
-    def _remember(self, state: ControlState, used: Sequence[float]) -> None:
-        # In a group and in plain numbers: distributed checkpoints drop what stands elsewhere, and refuse enums.
-        self.param_groups[0].update(state.dump())
-        mark_used(self.param_groups)
-        self._rates.settle(self.param_groups, state.lr, used)
-
-    def _rates_in_force(self, state: ControlState) -> list[float]:
-        groups = self.param_groups
-        return [
-            share * factor
-            for share, factor in zip(self._rates.shares(groups, state.lr), self._rates.factors(groups), strict=True)
-        ]
+    # --- copies and pickles --------------------------------------------------------------------------------------
 
     def _after_loading(self) -> None:
         self.last_probe = None
-        self._recall()
+        super()._after_loading()
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep: not the closures, the records and their hooks, nor a process group."""
-        dropped = ("closure", "probe", "last_probe", "_evaluator", "_rates", "_probe_hooks")
+        dropped = ("closure", "probe", "last_probe", "_evaluator", "_probe_hooks")
         kept = {name: value for name, value in super().__getstate__().items() if name not in dropped}
         if not isinstance(self.process_group, str):
             kept["process_group"] = None
@@ -405,13 +443,12 @@ class GeNOptimizer(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was kept, and set up the rest."""
         super().__setstate__(state)
-        if "_rates" not in self.__dict__:
+        if "_evaluator" not in self.__dict__:
             self._set_up()
 
     def _set_up(self) -> None:
         self.closure = self.probe = self.last_probe = None
         self._evaluator = Evaluator()
-        self._rates = LearningRates(self, self.base_optim)
         self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
 
 
@@ -419,8 +456,3 @@ def _check_callable(name: str, value: Closure | None) -> Closure | None:
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a callable that returns the loss, or None, got {type(value).__name__}")
     return value
-
-
-def _movable(group: Group) -> list[Tensor]:
-    """The parameters of a group that a step can change."""
-    return [each for each in group["params"] if each.requires_grad or each.grad is not None]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["watch", "watching_autocast", "watching_gradients", "watching_modules"]
+__all__ = ["around_backward", "watch", "watching_autocast", "watching_gradients", "watching_modules"]
 
 
 class _Watch(threading.local):
@@ -28,6 +28,8 @@ class _Watch(threading.local):
     """What to call before and after a module is called; None inside of such a call, and where nobody asks."""
     differentiated: list[Tensor] | None = None
     """Where to collect the tensors on which backward is called; None if nobody asks."""
+    around_backward: Callable[[list[Tensor]], AbstractContextManager[None]] | None = None
+    """What to enter around a backward pass, with the scalars it differentiates; None inside, and if nobody asks."""
     autocast: set[torch.dtype] | None = None
     """Where to collect the dtypes to which operations are cast; None if nobody asks."""
 
@@ -83,6 +85,14 @@ def _watched(original: Callable[..., Any], *, is_backward: bool) -> Callable[...
                 watch.differentiated += _summands(*args, **kwargs)
             if watch.is_suppressing:
                 return None
+            if is_backward and watch.around_backward is not None:
+                # Not around the backward passes of checkpointed blocks, which are part of this one.
+                around, watch.around_backward = watch.around_backward, None
+                try:
+                    with around(_summands(*args, **kwargs)):
+                        return original(*args, **kwargs)
+                finally:
+                    watch.around_backward = around
         return original(*args, **kwargs)
 
     return wrapper
@@ -120,6 +130,16 @@ def watching_gradients(*, suppress: bool) -> Iterator[None]:
     finally:
         watch.is_on, watch.is_suppressing, watch.saw_backward = outer
         _gradient_functions.release()
+
+
+@contextmanager
+def around_backward(around: Callable[[list[Tensor]], AbstractContextManager[None]]) -> Iterator[None]:
+    """Have ``around`` entered around this thread's backward passes, with the scalars that they differentiate."""
+    outer, watch.around_backward = watch.around_backward, around
+    try:
+        yield
+    finally:
+        watch.around_backward = outer
 
 
 @functools.cache

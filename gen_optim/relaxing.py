@@ -1,0 +1,223 @@
+"""The default rule: a relaxed learning rate from averaged slopes and curvatures. Numbers only, no tensors.
+
+One step's best learning rate is slope / curvature, and following it is too cautious for a whole run: where training
+stands still at α, the expected change of the loss, −slope · α + curvature · α² / 2, is zero, so that slope / curvature
+is exactly α / 2. The noise shrinks with α, slope / curvature halves again, and so on (the short-horizon bias of Wu et
+al., 2018). A multiple κ of it with 1 < κ < 2 holds the learning rate as long as steps descend on average, and lowers
+it when they stop (relaxed steepest descent: Raydan and Svaiter, 2002; the edge of stability: Roulet et al.,
+arXiv:2407.06183). For that, slope and curvature have to be of another batch than the gradient's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from gen_optim.control import ControlState, Decision, ProbeStatus, PublishedRule, check_option, is_whole
+from gen_optim.quadratic import Parabola
+from gen_optim.starting import StartSearch
+
+__all__ = ["RelaxedRule"]
+
+_GREEDY = 1.3
+"""κ where slopes are nothing but noise."""
+
+_CHANGE = 1.1
+"""Factor by which the learning rate changes at most in a probe step: training has to show what the last change did."""
+
+_LATER_GROWTH, _CAREFUL_GROWTH = 1.05, 1.02
+"""Factors by which it grows at most after the burn-in, and near where training was unstable before. With momentum 0.9,
+a learning rate 10 % above the edge of stability multiplies what is unstable by a hundred within eight steps, one 5 %
+above by 23, one 2 % above by six: that is seen in time."""
+
+_NEAR = 0.5
+"""From which fraction of the learning rate at which it was unstable growth is careful."""
+
+_ASTRAY = 8.0
+"""A step has gone astray when the loss rises by this many times what it usually changes."""
+
+_FEW = 3
+"""Below this many parabolas nothing is usual."""
+
+_SOON = 0.3
+"""Weight of a parabola in the average of how much the loss changes, which others are measured by."""
+
+_RISEN = 0.5
+"""Growth ends where the mean loss is above its lowest by this many mean absolute deviations of the losses (a mean of
+them varies by about a third of one), and the learning rate falls from twice that on."""
+
+_ROUNDING = 2.0**-20
+"""A loss may rise by this fraction because it is rounded in single precision; that is no explosion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelaxedRule(PublishedRule):
+    """A multiple κ of mean slope / mean curvature, from a start found in the loss itself, safe where steps go astray.
+
+    In the order in which a training run meets it:
+
+    - a start taken from the loss itself (:func:`search_start`); training begins at ``start_fraction`` of the learning
+      rate found, because the first gradient points down an untypically steep slope and no momentum is built up yet;
+    - a burn-in: the first ``burn_in`` probe steps follow each other at every step;
+    - slope and curvature are averaged, each relative to how much the loss changes in a step at the time (or what was
+      measured when losses were large would count for ever), and the learning rate moves towards κ times their ratio by
+      at most 10 % a probe step;
+    - how far to trust them is told by the parabolas themselves: the share of their agreement among all there is in
+      their slopes, 1 without noise and 0 where slopes are nothing but noise. κ runs from 1.3 in pure noise to
+      ``relaxation`` without. The learning rate grows by 5 % at most in pure noise and by 10 % without, and falls by
+      10 % in any case, so that it anneals where training has come down to its noise;
+    - a scheduler's factor f and this rule must not shrink the same thing twice. In pure noise the learning rate is
+      raised only where the target lies above α itself, and lowered only where it lies below the step taken, α · f:
+      the horizon anneals the noise, and what the estimate says about that is not followed. Without noise there is
+      nothing to anneal, and the target is followed from both sides;
+    - a step that led to a loss far above the one where it began, on the same batch, is taken back, and the learning
+      rate cut by ``max_change``; a loss that exploded cuts it too. From half of where that happened it grows by 2 %.
+
+    Attributes:
+        relaxation: κ without noise, in [1, 2).
+        start_fraction: Fraction of the learning rate found by the start's search at which training begins.
+        burn_in: Number of probe steps at the beginning that follow each other at every step.
+        explosion: The loss has exploded when it is above the loss where training began and above its own moving
+            average by this many times its mean absolute deviation; ``inf`` turns that off.
+    """
+
+    relaxation: float = 1.8
+    start_fraction: float = 0.03
+    burn_in: int = 50
+    explosion: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Check every option.
+
+        Raises:
+            ValueError: Names the option, what was expected and what came.
+        """
+        super().__post_init__()
+        check_option("relaxation", self.relaxation, "in [1, 2)", 1 <= self.relaxation < 2)
+        check_option("start_fraction", self.start_fraction, "in (0, 1]", 0 < self.start_fraction <= 1)
+        check_option("burn_in", self.burn_in, "a whole number of at least 0", is_whole(self.burn_in, least=0))
+        check_option("explosion", self.explosion, "above 0", self.explosion > 0)
+
+    def needs_start(self, state: ControlState) -> bool:
+        """Whether the next probe step searches for a start instead of fitting a parabola."""
+        return not state.started
+
+    def start(self, state: ControlState, loss: float, search: StartSearch) -> Decision:
+        """Turn the start's search into a learning rate; one that found none keeps it."""
+        if search.lr is None:
+            return Decision(self._probed(state, state.lr, loss, ProbeStatus.START_FAILED), ProbeStatus.START_FAILED)
+        begun = self._probed(state, self.start_fraction * search.lr, loss, ProbeStatus.STARTED)
+        return Decision(replace(begun, started=True, loss_start=loss), ProbeStatus.STARTED)
+
+    def steps_to_next_probe(self, probes: int, status: ProbeStatus) -> int:
+        """The distance to the next probe step after ``probes`` of them, the last of which concluded ``status``."""
+        is_urgent = status in (
+            ProbeStatus.START_FAILED,
+            ProbeStatus.EXPLODED,
+            ProbeStatus.NON_FINITE_PROBE,
+            ProbeStatus.TAKEN_BACK,
+        )
+        return 1 if is_urgent or probes < self.burn_in else self.period
+
+    def judge(
+        self, state: ControlState, loss: float, parabola: Parabola, *, factor: float, arrival: float | None
+    ) -> Decision:
+        """What a parabola at a finite loss calls for."""
+        if arrival is not None and self._went_astray(state, loss, arrival):
+            return self._cut(state, loss, ProbeStatus.TAKEN_BACK)
+        if self._has_exploded(state, loss):
+            return self._cut(state, loss, ProbeStatus.EXPLODED)
+        if not parabola.is_finite:
+            return self._cut(state, loss, ProbeStatus.NON_FINITE_PROBE)
+        if abs(parabola.slope) <= parabola.slope_noise and abs(parabola.curvature) <= parabola.curvature_noise:
+            return Decision(self._probed(state, state.lr, loss, ProbeStatus.BELOW_NOISE), ProbeStatus.BELOW_NOISE)
+        state = self._average(state, parabola, state.lr * factor, 0.0 if arrival is None else abs(arrival - loss))
+        lr, status = self._relaxed(state, factor)
+        return Decision(self._probed(state, lr, loss, status), status)
+
+    def _average(self, state: ControlState, parabola: Parabola, lr: float, rise: float) -> ControlState:
+        """The state with a parabola in its averages, and what the loss has changed along the step at ``lr``."""
+        first, second = parabola.slope * lr, parabola.curvature * lr * lr
+        change = abs(first) + abs(second)
+        if not 0.0 < change < math.inf:
+            return state
+        weight = max(1.0 - self.smoothing, 1.0 / (state.parabola_count + 1))
+        # What a parabola counts is fixed before it is measured, so that averages of noise stay unbiased.
+        unit = state.change_mean or change
+
+        def average(mean: float, value: float, weight: float = weight) -> float:
+            return mean + weight * (value - mean)
+
+        return replace(
+            state,
+            slope_mean=average(state.slope_mean, parabola.slope / unit),
+            curvature_mean=average(state.curvature_mean, parabola.curvature / unit),
+            change_mean=average(state.change_mean, change, max(weight, _SOON)),
+            rise_mean=average(state.rise_mean, rise),
+            agreement_mean=average(state.agreement_mean, first / change),
+            agreement_square=average(state.agreement_square, (first / change) ** 2),
+            parabola_count=state.parabola_count + 1,
+        )
+
+    def _relaxed(self, state: ControlState, factor: float) -> tuple[float, ProbeStatus]:
+        """The learning rate that the averages call for, and why."""
+        agreement = self.agreement(state)
+        kappa = _GREEDY + (self.relaxation - _GREEDY) * agreement
+        status = ProbeStatus.FITTED
+        if state.slope_mean <= 0:
+            target, status = 0.0, ProbeStatus.NO_MINIMUM
+        elif state.curvature_mean <= 0:
+            target, status = math.inf, ProbeStatus.CONCAVE
+        else:
+            target = kappa * state.slope_mean / state.curvature_mean
+        growth = (_CHANGE if state.probes < self.burn_in else _LATER_GROWTH) ** (0.5 + 0.5 * agreement)
+        if state.lr_unstable and state.lr * growth > _NEAR * state.lr_unstable:
+            growth = min(growth, _CAREFUL_GROWTH)
+        if self._is_settled(state):
+            risen = state.loss_mean - state.loss_lowest
+            if risen > _RISEN * state.loss_deviation:
+                growth = 1.0
+            if risen > 2.0 * _RISEN * state.loss_deviation:
+                target = 0.0
+        low, high = state.lr * factor, state.lr * factor**agreement
+        if target > high:
+            return state.lr * min(growth, target / high), status
+        if target < low:
+            return state.lr * max(1.0 / _CHANGE, target / low), status
+        return state.lr, status
+
+    def agreement(self, state: ControlState) -> float:
+        """The share of what slopes have in common among all there is in them, in [0, 1].
+
+        Of ``n`` slopes that are nothing but noise, the squared mean is still the n-th part of the mean square, which
+        is taken off. For a moving average, ``n`` is the number of equal weights with its variance.
+        """
+        count = min(state.parabola_count, (1.0 + self.smoothing) / (1.0 - self.smoothing))
+        if count <= 1 or not state.agreement_square:
+            return 0.0
+        share = state.agreement_mean**2 / state.agreement_square
+        return max(0.0, (count * share - 1.0) / (count - 1.0))
+
+    def _cut(self, state: ControlState, loss: float, status: ProbeStatus) -> Decision:
+        """The learning rate cut, and averages that do not call for the old one again at once."""
+        lr = state.lr / self.max_change
+        allowed = max(state.curvature_mean, 0.0) * lr / self.relaxation
+        state = replace(state, slope_mean=min(state.slope_mean, allowed), lr_unstable=state.lr)
+        return Decision(self._probed(state, lr, loss, status), status)
+
+    def _went_astray(self, state: ControlState, loss: float, arrival: float) -> bool:
+        """Whether a step has led up so far that it must be taken back."""
+        if not math.isfinite(arrival):
+            return True
+        rise = max(_ASTRAY * state.rise_mean, _ROUNDING * abs(loss))
+        return state.parabola_count >= _FEW and arrival > state.loss_start and arrival - loss > rise
+
+    def _is_settled(self, state: ControlState) -> bool:
+        """Whether the averages of losses are of enough of them."""
+        return state.loss_count >= 1.0 / (1.0 - self.smoothing)
+
+    def _has_exploded(self, state: ControlState, loss: float) -> bool:
+        # A shift or a scaling of the loss changes nothing here.
+        surprise = loss - state.loss_mean
+        usual = max(state.loss_deviation, _ROUNDING * abs(state.loss_mean))
+        return self._is_settled(state) and loss > state.loss_start and surprise > self.explosion * usual
