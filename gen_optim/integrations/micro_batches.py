@@ -75,7 +75,7 @@ class MicroBatches:
         loss = loss_of(*args, **kwargs)
         checked = check_loss(loss, "loss_of")
         self._calls.append((streams, lambda: loss_of(*args, **kwargs)))
-        self._losses.append(checked.detach() if isinstance(checked, Tensor) else checked)
+        self._losses.append(checked.detach().clone() if isinstance(checked, Tensor) else checked)
         self._is_complete = self._is_last()
         return loss
 
