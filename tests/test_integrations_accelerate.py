@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gen_optim import GeNOptimizer, History
 from gen_optim.integrations.accelerate import micro_batches
+from tests import documentation
 from tests.training import mlp, parameters_of, regression_data, same
 
 pytest.importorskip("accelerate", reason="needs the extra accelerate")
@@ -172,3 +173,8 @@ def test_without_accumulation_and_scaling_a_closure_will_do() -> None:
 
         optimizer.step(closure)
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_script_of_its_page() -> None:
+    history = documentation.run("accelerate.md")["history"]
+    assert sum(history[-16:]) < 0.3 * sum(history[:16])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gen_optim import GeNOptimizer, History
+from tests import documentation
 from tests.training import mlp, parameters_of, regression_data, same
 
 pytest.importorskip("lightning", reason="needs the extra lightning")
@@ -303,3 +304,10 @@ def test_the_optimizers_are_left_as_they_were(tmp_path: Path) -> None:
     fit(module, tmp_path)
     assert not module.gen._optimizer_step_pre_hooks
     assert module.log.__func__ is LightningModule.log
+
+
+@pytest.mark.filterwarnings("ignore:.*Checkpoint directory")
+def test_the_script_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = documentation.run("lightning.md")
+    assert names["trainer"].callback_metrics["loss_epoch"] < 0.3 * names["inputs"][:, :2].prod(dim=1).var()

@@ -11,6 +11,7 @@ import torch
 from gen_optim import History
 from gen_optim.integrations.logging import logging_hook
 from gen_optim.integrations.tensorboard import tensorboard_hook
+from tests import documentation
 from tests.training import Training, gen_adamw, mlp
 
 
@@ -61,3 +62,11 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     assert [event.step for event in rates] == [record.step for record in history]
     assert torch.tensor([event.value for event in rates]).allclose(torch.tensor(history.column("lr_after")).float())
     assert len(events.Scalars("gen/curvature")) > 30
+
+
+def test_the_script_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
+    monkeypatch.chdir(tmp_path)
+    names = documentation.run("logging.md")
+    assert names["losses"][-1] < 0.5 * names["losses"][0]
+    assert list((tmp_path / "runs").iterdir())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gen_optim import GeNOptimizer, History
 from gen_optim.integrations.micro_batches import unwrap
 from gen_optim.integrations.transformers import GeNTrainerMixin
+from tests import documentation
 from tests.training import parameters_of, same
 
 pytest.importorskip("transformers", reason="needs the extra transformers")
@@ -252,3 +253,9 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
     run.is_deepspeed_enabled = True
     with pytest.raises(ValueError, match="DeepSpeed"):
         run.create_optimizer()
+
+
+def test_the_script_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    losses = documentation.run("transformers.md")["losses"]
+    assert losses[-1] < 0.6 * losses[0]
