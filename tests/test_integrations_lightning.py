@@ -299,6 +299,23 @@ def test_a_module_that_draws_its_own_batches_is_refused(tmp_path: Path) -> None:
         fit(Drawing(), tmp_path)
 
 
+def test_a_batch_that_a_hook_skips_is_not_probed(tmp_path: Path) -> None:
+    class Skipping(Regression):
+        probed: tuple[int, ...] = ()
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 2 else None
+
+        def loss_of(self, batch: list[Tensor]) -> Tensor:
+            self.probed += (len(batch[0]),) if self.gen.is_probing else ()
+            return super().loss_of(batch)
+
+    module = Skipping(burn_in=50)
+    fit(module, tmp_path, max_epochs=2)
+    assert len(module.history) == 4
+    assert len(module.probed) == sum(len(record.losses) - 1 for record in module.history)
+
+
 def test_the_optimizers_are_left_as_they_were(tmp_path: Path) -> None:
     module = Regression()
     fit(module, tmp_path)

@@ -210,7 +210,7 @@ def test_it_adapts_a_model_with_low_rank_adapters(tmp_path: Path) -> None:
 
 
 def test_it_trains_under_bfloat16_autocast(tmp_path: Path) -> None:
-    run = trainer(tmp_path, bf16=True, max_steps=60, activation_checkpointing=True)
+    run = trainer(tmp_path, bf16=True, max_steps=60, activation_checkpointing=True, label_smoothing_factor=0.05)
     run.train()
     assert mean(losses(run)[-5:]) < 0.75 * losses(run)[0]
 
@@ -246,6 +246,11 @@ def test_a_given_optimizer_is_wrapped_and_a_given_gen_optimizer_kept(tmp_path: P
     run.train()
     assert unwrap(run.optimizer) is own
     assert own.last_probe.step == 4
+
+
+def test_a_mixin_that_comes_last_is_refused() -> None:
+    with pytest.raises(TypeError, match="before Trainer"):
+        type("Late", (Trainer, GeNTrainerMixin), {})
 
 
 def test_deepspeed_is_refused(tmp_path: Path) -> None:

@@ -67,6 +67,10 @@ class GeNCallback(Callback):
         before_step = partial(self._before_step, trainer, pl_module)
         self._handles = [each.register_step_pre_hook(before_step) for each in self._optimizers]
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget a batch that a hook has skipped."""
+        self._batches = []
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the batch until the step that it belongs to."""
         if not pl_module.automatic_optimization:

@@ -34,11 +34,22 @@ class GeNTrainerMixin(Trainer):
         kwargs: The Trainer's.
 
     Raises:
+        TypeError: If a class is made that has the mixin after the Trainer.
         ValueError: When training begins under DeepSpeed, whose engine runs the backward pass and the step itself.
     """
 
     _gen_options: Mapping[str, Any]
     _gen_micro_batches: MicroBatches | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class in which the Trainer comes first and hides the mixin."""
+        super().__init_subclass__(**kwargs)
+        first = next(each for each in cls.__mro__ if "create_optimizer" in vars(each))
+        if not issubclass(first, GeNTrainerMixin):
+            raise TypeError(
+                f"GeNTrainerMixin must come before {first.__name__} in the bases of {cls.__name__}: "
+                f"class {cls.__name__}(GeNTrainerMixin, {first.__name__})"
+            )
 
     def __init__(self, *args: Any, gen_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self._gen_options = dict(gen_options or {})
