@@ -51,8 +51,10 @@ class Job:
         )
         self.losses_of = micro_batches(accelerator, self.optimizer)
         self.losses: list[float] = []
+        self.calls = 0
 
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
         return nn.functional.mse_loss(self.model(inputs), targets)
 
     def train(self, skip: int = 0, stop: int = 10**9) -> Job:
@@ -129,6 +131,8 @@ def float16_accelerator(**arguments: int) -> Accelerator:
 def test_float16_with_a_gradient_scaler_and_its_skipped_steps() -> None:
     job = Job(float16_accelerator(gradient_accumulation_steps=2)).train()
     assert 20 < job.gen.param_groups[0]["gen_step"] < 40
+    # Probes see the micro-batches of their own step, and not those of a skipped one before it.
+    assert job.calls == 2 * 40 + sum(2 * (len(record.losses) - 1) for record in job.history)
     assert job.has_learned(0.7)
 
 
