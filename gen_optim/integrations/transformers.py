@@ -60,7 +60,7 @@ class GeNTrainerMixin(Trainer):
         if self.is_deepspeed_enabled:
             raise ValueError(
                 "GeNTrainerMixin cannot train under DeepSpeed, whose engine runs the backward pass and the step "
-                "itself. Use FSDP or DistributedDataParallel, or train without the mixin."
+                "itself. Use DistributedDataParallel, or train without the mixin."
             )
         optimizer = super().create_optimizer(*args, **kwargs)
         # On a second call of train() it is what Accelerate has made of ours.
