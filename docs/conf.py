@@ -21,7 +21,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 # Frameworks that integrations build on; the reference is made with or without them.
-_frameworks = ("accelerate", "lightning", "matplotlib", "peft", "tensorboard", "transformers")
+_frameworks = ("accelerate", "lightning", "matplotlib", "peft", "tensorboard", "torchmetrics", "transformers")
 autodoc_mock_imports = [name for name in _frameworks if importlib.util.find_spec(name) is None]
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -30,7 +30,7 @@ nitpicky = True
 # Nothing is fetched while building, so what other projects document cannot be resolved.
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(('torch', 'numpy', 'collections', 'typing', 'np', 'npt', *_frameworks))})\..*"),
-    ("py:class", "optional|Any|Axes|Tensor|Optimizer|ArrayLike"),
+    ("py:class", "optional|Any|Axes|Tensor|Optimizer|ArrayLike|Closure|ProcessGroup|Accelerator|SummaryWriter"),
 ]
 
 if not Path(gen_optim.__file__).is_relative_to(Path(__file__).parent.parent):

@@ -1,0 +1,184 @@
+"""Accelerate without a trainer: prepared optimizers, accumulation, gradient scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from gen_optim import GeNOptimizer, History
+from gen_optim.integrations.accelerate import micro_batches
+from tests import documentation
+from tests.training import mlp, parameters_of, regression_data, same
+
+pytest.importorskip("accelerate", reason="needs the extra accelerate")
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+
+@pytest.fixture(autouse=True)
+def _forget_the_accelerator() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def line_data(size: int) -> tuple[Tensor, Tensor]:
+    inputs, _ = regression_data(size)
+    return inputs, inputs.sum(dim=1, keepdim=True)
+
+
+class Job:
+    """A loop as Accelerate's documentation writes it."""
+
+    def __init__(self, accelerator: Accelerator, *, steps: int = 40, dropout: float = 0.1) -> None:
+        accumulation = accelerator.gradient_accumulation_steps
+        inputs, targets = line_data(8 * steps * accumulation)
+        self.accelerator = accelerator
+        self.loader = DataLoader(TensorDataset(inputs, targets), batch_size=8)
+        model = mlp(dropout=dropout)
+        self.gen = GeNOptimizer(torch.optim.AdamW(model.parameters()), burn_in=4, period=4)
+        self.gen.register_probe_hook(history := History())
+        self.history = history
+        scheduler = torch.optim.lr_scheduler.LinearLR(self.gen, 1.0, 0.1, total_iters=steps)
+        self.model, self.optimizer, self.scheduler, self.loader = accelerator.prepare(
+            model, self.gen, scheduler, self.loader
+        )
+        self.losses_of = micro_batches(accelerator, self.optimizer)
+        self.losses: list[float] = []
+        self.calls = 0
+
+    def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return nn.functional.mse_loss(self.model(inputs), targets)
+
+    def train(self, skip: int = 0, stop: int = 10**9) -> Job:
+        torch.manual_seed(skip)
+        for index, (inputs, targets) in enumerate(self.loader):
+            if not skip <= index < stop:
+                continue
+            with self.accelerator.accumulate(self.model):
+                loss = self.losses_of.evaluate(self.loss_of, inputs, targets)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), 0.5)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+            self.losses.append(loss.item())
+        return self
+
+    def has_learned(self, factor: float = 0.6) -> bool:
+        return sum(self.losses[-8:]) < factor * sum(self.losses[:8])
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_it_trains_as_a_hand_written_loop_does_bit_for_bit(accumulation: int) -> None:
+    steps = 10
+    job = Job(Accelerator(cpu=True, gradient_accumulation_steps=accumulation), steps=steps)
+    model = mlp(dropout=0.1)
+    optimizer = GeNOptimizer(torch.optim.AdamW(model.parameters()), burn_in=4, period=4)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
+    inputs, targets = line_data(8 * steps * accumulation)
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=8)
+    torch.manual_seed(0)
+    batches = iter(loader)
+    for _ in range(steps):
+        of_this_step = [next(batches) for _ in range(accumulation)]
+
+        def closure(of_this_step: list[list[Tensor]] = of_this_step) -> Tensor:
+            optimizer.zero_grad()
+            losses = []
+            for x, y in of_this_step:
+                losses.append(nn.functional.mse_loss(model(x), y))
+                (losses[-1] / accumulation).backward()
+            if not optimizer.is_probing:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            return sum(loss.detach() for loss in losses) / accumulation
+
+        optimizer.step(closure)
+        scheduler.step()
+
+    job.train()
+    assert same(parameters_of(job.model), parameters_of(model))
+    assert job.gen.get_last_lr() == optimizer.get_last_lr()
+    assert job.gen.last_probe == optimizer.last_probe
+
+
+def test_gradients_are_accumulated_and_the_loss_goes_down() -> None:
+    job = Job(Accelerator(cpu=True, gradient_accumulation_steps=3)).train()
+    assert job.gen.param_groups[0]["gen_step"] == 40
+    assert job.has_learned()
+
+
+def test_bfloat16() -> None:
+    job = Job(Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)).train()
+    assert job.has_learned()
+
+
+def float16_accelerator(**arguments: int) -> Accelerator:
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="fp16", **arguments)
+    if accelerator.scaler is None:  # what Accelerate sets on an accelerator and not on a CPU
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    return accelerator
+
+
+def test_float16_with_a_gradient_scaler_and_its_skipped_steps() -> None:
+    job = Job(float16_accelerator(gradient_accumulation_steps=2)).train()
+    assert 20 < job.gen.param_groups[0]["gen_step"] < 40
+    # Probes see the micro-batches of their own step, and not those of a skipped one before it.
+    assert job.calls == 2 * 40 + sum(2 * (len(record.losses) - 1) for record in job.history)
+    assert job.has_learned(0.7)
+
+
+def test_a_checkpoint_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole = Job(Accelerator(cpu=True, gradient_accumulation_steps=2), steps=10).train(stop=10)
+    whole.accelerator.save_state(str(tmp_path))
+    whole.train(skip=10)
+    resumed = Job(Accelerator(cpu=True, gradient_accumulation_steps=2), steps=10)
+    resumed.accelerator.load_state(str(tmp_path))
+    resumed.train(skip=10)
+    assert same(parameters_of(resumed.model), parameters_of(whole.model))
+    assert resumed.gen.last_probe == whole.gen.last_probe
+
+
+def test_a_step_without_a_loss_says_what_to_do() -> None:
+    job = Job(Accelerator(cpu=True))
+    with pytest.raises(RuntimeError, match=r"evaluate\(loss_of"):
+        job.optimizer.step()
+
+
+def test_an_optimizer_that_is_no_gen_optimizer_is_refused() -> None:
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(torch.optim.SGD(mlp().parameters()))
+    with pytest.raises(TypeError, match="GeNOptimizer"):
+        micro_batches(accelerator, prepared)
+
+
+def test_without_accumulation_and_scaling_a_closure_will_do() -> None:
+    accelerator = Accelerator(cpu=True)
+    model = mlp()
+    inputs, targets = regression_data()
+    model, optimizer = accelerator.prepare(model, GeNOptimizer(torch.optim.AdamW(model.parameters())))
+    losses = []
+    for _ in range(40):
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(inputs), targets)
+            accelerator.backward(loss)
+            losses.append(loss.item())
+            return loss
+
+        optimizer.step(closure)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_script_of_its_page() -> None:
+    history = documentation.run("accelerate.md")["history"]
+    assert sum(history[-16:]) < 0.3 * sum(history[:16])
