@@ -37,6 +37,7 @@ class Ranks:
     Args:
         groups: Process groups to reduce over, one after the other; together they span all that take part.
         device: Where the parameters are.
+        is_joined: Whether backward passes wait for each other.
 
     Example:
         >>> ranks = Ranks()
@@ -44,8 +45,11 @@ class Ranks:
         [0.5, 2.0]
     """
 
-    def __init__(self, groups: Sequence[dist.ProcessGroup] = (), device: torch.device | None = None) -> None:
+    def __init__(
+        self, groups: Sequence[dist.ProcessGroup] = (), device: torch.device | None = None, *, is_joined: bool = False
+    ) -> None:
         self._groups = tuple(groups)
+        self._is_joined = is_joined
         self._size = math.prod(group.size() for group in groups)
         self._device = _device_for(groups[0], device) if groups else None
         self._failure: Exception | None = None
@@ -54,30 +58,26 @@ class Ranks:
         """How many processes take part."""
         return self._size
 
-    def warn_if_apart(self) -> None:
-        """Warn where there are several processes and none of them takes part with another."""
-        if not self._groups and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            warnings.warn(
-                f"GeNOptimizer runs in {dist.get_world_size()} processes and has found neither a "
-                "DistributedDataParallel module nor DTensors: each process chooses a learning rate of its own. Where "
-                "they train one model together, give it process_group=torch.distributed.group.WORLD; where each trains "
-                "its own, process_group='local'.",
-                stacklevel=5,
-            )
-
-    def attempt(self, call: Callable[[], T], *, instead: Instead) -> T | Instead:
+    def attempt(
+        self, call: Callable[[], T], *, instead: Instead, went_backward: Callable[[], bool] | None = None
+    ) -> T | Instead:
         """Make a call that may fail on this rank alone.
 
         Where other ranks take part, a failure is kept for the next :meth:`mean`, so that this rank goes on making the
         calls that the others make.
 
-        Returns:
-            What the call returns; ``instead`` after a failure.
+        Args:
+            call: What to call.
+            instead: What to return after a failure.
+            went_backward: Of a call that runs a backward pass, whether it got that far. The others are alone in the
+                collectives of a backward pass that is missing, and would take later ones for these: such a failure is
+                raised at once, and they learn of it from their process group.
         """
         try:
             return call()
         except Exception as error:
-            if not self.keep(error):
+            leaves_others = self._is_joined and went_backward is not None and not went_backward()
+            if leaves_others or not self.keep(error):
                 raise
             return instead
 
@@ -108,8 +108,13 @@ class Ranks:
         flag = 0.0 if self._failure is None else 1.0
         scalars = [torch.as_tensor(each).detach().reshape(()) for each in (*numbers, flag)]
         sums = torch.stack([each.to(self._device, torch.float64) for each in scalars])
-        for group in self._groups:
-            dist.all_reduce(sums, group=group)
+        try:
+            for group in self._groups:
+                dist.all_reduce(sums, group=group)
+        except Exception as error:
+            if self._failure is None:
+                raise
+            raise self._failure from error  # which is why it did not fit what the others did
         *means, failures = sums.tolist()
         if self._failure is not None:
             raise self._failure
@@ -129,7 +134,9 @@ def _device_for(group: dist.ProcessGroup, device: torch.device | None) -> torch.
     return torch.device(capable[0] if "cpu" not in capable else "cpu")
 
 
-def ranks_of(process_group: Any, parameters: Sequence[Tensor], modules: Iterable[nn.Module] = ()) -> Ranks:
+def ranks_of(
+    process_group: Any, parameters: Sequence[Tensor], modules: Iterable[nn.Module] = (), *, warns: bool = False
+) -> Ranks:
     """The processes that train these parameters together.
 
     Args:
@@ -137,6 +144,7 @@ def ranks_of(process_group: Any, parameters: Sequence[Tensor], modules: Iterable
             DistributedDataParallel modules and of the meshes of the parameters that are DTensors.
         parameters: The parameters of an optimizer.
         modules: Those to which they belong.
+        warns: Whether to warn where there are several processes, and nothing says whether they belong together.
 
     Raises:
         TypeError: If ``process_group`` is none of these.
@@ -144,11 +152,12 @@ def ranks_of(process_group: Any, parameters: Sequence[Tensor], modules: Iterable
     """
     groups: list[dist.ProcessGroup]
     meshes = list(dict.fromkeys(each.device_mesh for each in parameters if is_dtensor(each)))
+    replicas = [each for each in modules if isinstance(each, DistributedDataParallel)]
     if process_group is None:
         groups = []
         for mesh in meshes:
             groups += [_world()] if mesh.size() == _world().size() else mesh.get_all_groups()
-        groups += [each.process_group for each in modules if isinstance(each, DistributedDataParallel)]
+        groups += [each.process_group for each in replicas]
     elif isinstance(process_group, str) and process_group == "local":
         groups = []
     elif dist.is_available() and isinstance(process_group, dist.ProcessGroup):
@@ -171,8 +180,15 @@ def ranks_of(process_group: Any, parameters: Sequence[Tensor], modules: Iterable
                 f"process_group must hold all ranks that parameters are spread over, but lacks {missing}: they hold "
                 "parts of the same model. Leave it at None, which takes the parameters' own mesh."
             )
+    if warns and process_group is None and not groups and _processes() > 1:
+        warnings.warn(
+            f"GeNOptimizer runs in {_processes()} processes and has found neither a DistributedDataParallel module nor "
+            "DTensors: each process chooses a learning rate of its own. Where they train one model together, give it "
+            "process_group=torch.distributed.group.WORLD; where each trains its own, process_group='local'.",
+            stacklevel=5,
+        )
     device = local(parameters[0]).device if parameters else None
-    return Ranks(_without_subsets(groups), device)
+    return Ranks(_without_subsets(groups), device, is_joined=bool(meshes or replicas))
 
 
 def _without_subsets(groups: Sequence[dist.ProcessGroup]) -> list[dist.ProcessGroup]:
@@ -193,6 +209,10 @@ def _world() -> dist.ProcessGroup:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 # --- parameters of which each rank holds a part -----------------------------------------------------------------------

@@ -23,10 +23,21 @@ from gen_optim.parallel import ParallelModules
 from gen_optim.preserving import Buffers, RandomStreams, owners_of, random_devices
 from gen_optim.watching import watch, watching_autocast, watching_gradients, watching_modules
 
-__all__ = ["Evaluator", "Loss", "Session", "check_loss", "losses_to_floats", "rounding_of"]
+__all__ = ["Evaluator", "Loss", "Session", "check_callable", "check_loss", "losses_to_floats", "rounding_of"]
 
 Loss = Tensor | float
 """What a closure returns: a number or a one-element tensor."""
+
+
+def check_callable(name: str, value: Callable[[], Any] | None) -> Callable[[], Any] | None:
+    """Return a closure if it is one, or None.
+
+    Raises:
+        TypeError: If it cannot be called; says its ``name``.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a callable that returns the loss, or None, got {type(value).__name__}")
+    return value
 
 
 def check_loss(loss: Any, caller: str) -> Loss:

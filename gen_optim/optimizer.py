@@ -8,9 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, compress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -18,7 +19,7 @@ from gen_optim.checking import check_wrappable
 from gen_optim.control import ControlState, Decision, ProbeStatus
 from gen_optim.diagnostics import ProbeRecord
 from gen_optim.distributed import Ranks, ranks_of, whole
-from gen_optim.evaluating import Evaluator, Loss, Session, rounding_of
+from gen_optim.evaluating import Evaluator, Loss, Session, check_callable, rounding_of
 from gen_optim.gradients import GradientMark, GradientOrigin, complete_gradients
 from gen_optim.looking_back import KeptPoint, look_back
 from gen_optim.measuring import MODES, Line, Measurement, check_tolerance, search, searched_lr
@@ -27,10 +28,7 @@ from gen_optim.parallel import check_twice_differentiable
 from gen_optim.remembering import RememberingOptimizer
 from gen_optim.rules import make_rule
 from gen_optim.scheduling import Group
-from gen_optim.watching import around_backward
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from gen_optim.watching import around_backward, watch
 
 __all__ = ["GeNOptimizer"]
 
@@ -133,7 +131,7 @@ class GeNOptimizer(RememberingOptimizer):
     last_probe: ProbeRecord | None
     mode: str
     rule: str
-    process_group: ProcessGroup | Literal["local"] | None
+    process_group: dist.ProcessGroup | Literal["local"] | None
     _tolerance: float
 
     def __init__(
@@ -154,7 +152,7 @@ class GeNOptimizer(RememberingOptimizer):
         relaxation: float = 1.8,
         explosion: float = 10.0,
         tolerance: float = 8.0,
-        process_group: ProcessGroup | Literal["local"] | None = None,
+        process_group: dist.ProcessGroup | Literal["local"] | None = None,
     ) -> None:
         if isinstance(base_optim, GeNOptimizer):
             raise TypeError("base_optim must be the optimizer to wrap, got another GeNOptimizer; wrap its base_optim")
@@ -176,10 +174,10 @@ class GeNOptimizer(RememberingOptimizer):
         super().__init__(base_optim, chosen_rule)
         self._set_up()
         self.mode, self.rule, self._tolerance = mode, rule, check_tolerance(tolerance)
-        self.closure = _check_callable("closure", closure)
-        self.probe = _check_callable("probe", probe)
+        self.closure = check_callable("closure", closure)
+        self.probe = check_callable("probe", probe)
         self.process_group = process_group
-        parameters = [parameter for group in base_optim.param_groups for parameter in group["params"]]
+        parameters = list(chain.from_iterable(group["params"] for group in base_optim.param_groups))
         ranks_of(process_group, parameters)
         if mode == "exact":
             check_twice_differentiable(parameters)
@@ -244,8 +242,8 @@ class GeNOptimizer(RememberingOptimizer):
             # Asked for nothing but the base optimizer's state, as distributed checkpoints do before they load.
             self.step_base()
             return None
-        closure = _check_callable("closure", self.closure if closure is None else closure)
-        probe = _check_callable("probe", self.probe if probe is None else probe)
+        closure = check_callable("closure", self.closure if closure is None else closure)
+        probe = check_callable("probe", self.probe if probe is None else probe)
         probed = closure if probe is None else probe
         state = self._recall()
         kept = self._take_kept()
@@ -281,13 +279,10 @@ class GeNOptimizer(RememberingOptimizer):
         self, state: ControlState, closure: Closure | None, probed: Closure, kept: KeptPoint
     ) -> Loss | None:
         caller = "closure" if probed is closure else "probe"
-        session, ranks, probe = self._begin(probed, caller)
+        session, ranks, probe = self._begin(probed, caller, state)
         origin = GradientOrigin(self.param_groups)
-        loss: Loss | None = None
-        if closure is not None:
-            with around_backward(origin.around_backward):
-                first = partial(session.first, lambda: whole(self._call(closure, origin)))
-                loss = ranks.attempt(first, instead=math.nan)
+        with around_backward(origin.around_backward):
+            loss = None if closure is None else self._first(session, closure, ranks, origin)
         end = loss if probed is closure else None
         after, is_done = self._rule.skip(state), False
         try:
@@ -330,14 +325,9 @@ class GeNOptimizer(RememberingOptimizer):
     ) -> Loss | None:
         groups = self.param_groups
         caller = "closure" if probed is closure else "probe"
-        session, ranks, probe = self._begin(probed, caller)
-        if not state.probes and self.process_group is None:
-            ranks.warn_if_apart()
+        session, ranks, probe = self._begin(probed, caller, state)
         with MODES[self.mode].kernels():
-            loss: Loss | None = None
-            if closure is not None:
-                first = partial(session.first, lambda: whole(self._call(closure)))
-                loss = ranks.attempt(first, instead=math.nan)
+            loss = None if closure is None else self._first(session, closure, ranks)
             here = loss if probed is closure else None
             lr = state.lr
             if measure is search:
@@ -385,19 +375,7 @@ class GeNOptimizer(RememberingOptimizer):
         return measurement.raw if loss is None else loss
 
     def _report(self, before: ControlState, measurement: Measurement, decision: Decision, factor: float) -> None:
-        record = ProbeRecord(
-            step=decision.state.step,
-            multiples=tuple(lr / before.lr for lr in measurement.learning_rates),
-            losses=measurement.losses,
-            slope=measurement.parabola.slope,
-            curvature=measurement.parabola.curvature,
-            optimal_lr=measurement.optimal_lr,
-            lr_before=before.lr,
-            lr_after=decision.state.lr,
-            factor=factor,
-            status=decision.status,
-        )
-        self.last_probe = record
+        record = self.last_probe = ProbeRecord.of(before, measurement, decision, factor)
         if record.status is ProbeStatus.START_FAILED and decision.state.probes == _PATIENCE:
             warnings.warn(
                 f"GeNOptimizer has found no learning rate that lowers the loss in {_PATIENCE} steps, and stands still. "
@@ -407,12 +385,16 @@ class GeNOptimizer(RememberingOptimizer):
         for hook in list(self._probe_hooks.values()):
             hook(self, record)
 
-    def _begin(self, probed: Closure, caller: str) -> tuple[Session, Ranks, Callable[[], Loss]]:
+    def _begin(self, probed: Closure, caller: str, state: ControlState) -> tuple[Session, Ranks, Callable[[], Loss]]:
         """What a step that measures needs: the session, the ranks that take part, and how to evaluate the loss."""
-        everything = [parameter for group in self.param_groups for parameter in group["params"]]
+        everything = list(chain.from_iterable(group["params"] for group in self.param_groups))
         session = self._evaluator.session(everything)
-        ranks = ranks_of(self.process_group, everything, self._evaluator.owners(everything))
+        ranks = ranks_of(self.process_group, everything, self._evaluator.owners(everything), warns=not state.probes)
         return session, ranks, lambda: whole(session.probe(probed, caller))
+
+    def _first(self, session: Session, closure: Closure, ranks: Ranks, origin: GradientOrigin | None = None) -> Loss:
+        first = partial(session.first, lambda: whole(self._call(closure, origin)))
+        return ranks.attempt(first, instead=math.nan, went_backward=lambda: watch.went_backward)
 
     def _call(self, closure: Closure, origin: GradientOrigin | None = None) -> Loss:
         before = GradientMark.of(self.param_groups)
@@ -436,9 +418,7 @@ class GeNOptimizer(RememberingOptimizer):
         """What copies and pickles keep: not the closures, the records and their hooks, nor a process group."""
         dropped = ("closure", "probe", "last_probe", "_evaluator", "_probe_hooks")
         kept = {name: value for name, value in super().__getstate__().items() if name not in dropped}
-        if not isinstance(self.process_group, str):
-            kept["process_group"] = None
-        return kept
+        return kept if self.process_group == "local" else {**kept, "process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was kept, and set up the rest."""
@@ -450,9 +430,3 @@ class GeNOptimizer(RememberingOptimizer):
         self.closure = self.probe = self.last_probe = None
         self._evaluator = Evaluator()
         self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
-
-
-def _check_callable(name: str, value: Closure | None) -> Closure | None:
-    if value is not None and not callable(value):
-        raise TypeError(f"{name} must be a callable that returns the loss, or None, got {type(value).__name__}")
-    return value

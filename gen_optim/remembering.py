@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from gen_optim.control import ControlState, PublishedRule
 from gen_optim.gradients import mark_used
 from gen_optim.looking_back import KeptPoint
+from gen_optim.moving import movable
 from gen_optim.scheduling import LearningRates
 from gen_optim.wrapping import OptimizerWrapper
 
@@ -76,10 +77,7 @@ class RememberingOptimizer(OptimizerWrapper):
     def _moving(self) -> list[list[Tensor]]:
         """The parameters that a step can change, of each group that is not frozen."""
         is_moving = [ratio > 0.0 for ratio in self._rates.shares(self.param_groups, 1.0)]
-        return [
-            [each for each in group["params"] if each.requires_grad or each.grad is not None]
-            for group in compress(self.param_groups, is_moving)
-        ]
+        return [movable(group["params"]) for group in compress(self.param_groups, is_moving)]
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dictionary, and a copy of the parameters where one is pending."""

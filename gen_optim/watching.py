@@ -24,6 +24,9 @@ class _Watch(threading.local):
     is_on = False
     is_suppressing = False
     saw_backward = False
+    """Whether a backward pass has come to its end."""
+    went_backward = False
+    """The same of what was watched last, be it that it failed."""
     modules: tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]] | None = None
     """What to call before and after a module is called; None inside of such a call, and where nobody asks."""
     differentiated: list[Tensor] | None = None
@@ -80,20 +83,23 @@ def _watched(original: Callable[..., Any], *, is_backward: bool) -> Callable[...
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if watch.is_on:
-            watch.saw_backward |= is_backward
             if is_backward and watch.differentiated is not None:
                 watch.differentiated += _summands(*args, **kwargs)
             if watch.is_suppressing:
                 return None
-            if is_backward and watch.around_backward is not None:
-                # Not around the backward passes of checkpointed blocks, which are part of this one.
-                around, watch.around_backward = watch.around_backward, None
-                try:
-                    with around(_summands(*args, **kwargs)):
-                        return original(*args, **kwargs)
-                finally:
-                    watch.around_backward = around
-        return original(*args, **kwargs)
+        around = watch.around_backward if is_backward and watch.is_on else None
+        if around is None:
+            result = original(*args, **kwargs)
+        else:
+            # Not around the backward passes of checkpointed blocks, which are part of this one.
+            watch.around_backward = None
+            try:
+                with around(_summands(*args, **kwargs)):
+                    result = original(*args, **kwargs)
+            finally:
+                watch.around_backward = around
+        watch.saw_backward |= is_backward and watch.is_on
+        return result
 
     return wrapper
 
@@ -128,6 +134,7 @@ def watching_gradients(*, suppress: bool) -> Iterator[None]:
         watch.is_on, watch.is_suppressing, watch.saw_backward = True, suppress, False
         yield
     finally:
+        watch.went_backward = watch.saw_backward
         watch.is_on, watch.is_suppressing, watch.saw_backward = outer
         _gradient_functions.release()
 
