@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, compress
@@ -13,11 +11,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from gen_optim.checking import check_wrappable
-from gen_optim.control import ControlState, Decision, ProbeStatus
-from gen_optim.diagnostics import ProbeRecord
+from gen_optim.control import ControlState
 from gen_optim.distributed import Ranks, ranks_of, whole
 from gen_optim.evaluating import Evaluator, Loss, Session, check_callable, rounding_of
 from gen_optim.gradients import GradientMark, GradientOrigin, complete_gradients
@@ -33,10 +29,6 @@ from gen_optim.watching import around_backward, watch
 __all__ = ["GeNOptimizer"]
 
 Closure = Callable[[], Any]
-ProbeHook = Callable[["GeNOptimizer", ProbeRecord], None]
-
-_PATIENCE = 10
-"""Failed starts after which the user is warned."""
 
 
 class GeNOptimizer(RememberingOptimizer):
@@ -128,7 +120,6 @@ class GeNOptimizer(RememberingOptimizer):
 
     closure: Closure | None
     probe: Closure | None
-    last_probe: ProbeRecord | None
     mode: str
     rule: str
     process_group: dist.ProcessGroup | Literal["local"] | None
@@ -196,25 +187,6 @@ class GeNOptimizer(RememberingOptimizer):
     def is_probing(self) -> bool:
         """Whether a probe runs right now, so that a closure can skip its logging and metrics."""
         return self._evaluator.is_probing
-
-    def get_last_lr(self) -> list[float]:
-        """The learning rates that the last step used, one a parameter group, the scheduler's factor included."""
-        return self._rates.last_lr(self.param_groups)
-
-    def register_probe_hook(self, hook: ProbeHook) -> RemovableHandle:
-        """Have ``hook(optimizer, record)`` called after each probe step.
-
-        Returns:
-            A handle whose ``remove()`` takes the hook away again.
-
-        Raises:
-            TypeError: If ``hook`` cannot be called.
-        """
-        if not callable(hook):
-            raise TypeError(f"hook must be a callable that takes the optimizer and a record, got {type(hook).__name__}")
-        handle = RemovableHandle(self._probe_hooks)
-        self._probe_hooks[handle.id] = hook
-        return handle
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -374,17 +346,6 @@ class GeNOptimizer(RememberingOptimizer):
         self._report(state, measurement, decision, factors[0])
         return measurement.raw if loss is None else loss
 
-    def _report(self, before: ControlState, measurement: Measurement, decision: Decision, factor: float) -> None:
-        record = self.last_probe = ProbeRecord.of(before, measurement, decision, factor)
-        if record.status is ProbeStatus.START_FAILED and decision.state.probes == _PATIENCE:
-            warnings.warn(
-                f"GeNOptimizer has found no learning rate that lowers the loss in {_PATIENCE} steps, and stands still. "
-                "Does the closure return the same loss when it is called twice, and does it depend on the parameters?",
-                stacklevel=4,
-            )
-        for hook in list(self._probe_hooks.values()):
-            hook(self, record)
-
     def _begin(self, probed: Closure, caller: str, state: ControlState) -> tuple[Session, Ranks, Callable[[], Loss]]:
         """What a step that measures needs: the session, the ranks that take part, and how to evaluate the loss."""
         everything = list(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -410,13 +371,9 @@ class GeNOptimizer(RememberingOptimizer):
 
     # --- copies and pickles --------------------------------------------------------------------------------------
 
-    def _after_loading(self) -> None:
-        self.last_probe = None
-        super()._after_loading()
-
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep: not the closures, the records and their hooks, nor a process group."""
-        dropped = ("closure", "probe", "last_probe", "_evaluator", "_probe_hooks")
+        """What copies and pickles keep: not the closures, nor a process group."""
+        dropped = ("closure", "probe", "_evaluator")
         kept = {name: value for name, value in super().__getstate__().items() if name not in dropped}
         return kept if self.process_group == "local" else {**kept, "process_group": None}
 
@@ -427,6 +384,5 @@ class GeNOptimizer(RememberingOptimizer):
             self._set_up()
 
     def _set_up(self) -> None:
-        self.closure = self.probe = self.last_probe = None
+        self.closure = self.probe = None
         self._evaluator = Evaluator()
-        self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()

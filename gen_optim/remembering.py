@@ -1,25 +1,36 @@
-"""What GeN remembers between steps: where it stands, and how checkpoints, copies and pickles keep it."""
+"""What GeN remembers between steps and tells of them; how checkpoints, copies and pickles keep it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from itertools import chain, compress
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from gen_optim.control import ControlState, PublishedRule
+from gen_optim.control import ControlState, Decision, ProbeStatus, PublishedRule
+from gen_optim.diagnostics import ProbeRecord
 from gen_optim.gradients import mark_used
 from gen_optim.looking_back import KeptPoint
+from gen_optim.measuring import Measurement
 from gen_optim.moving import movable
 from gen_optim.scheduling import LearningRates
 from gen_optim.wrapping import OptimizerWrapper
 
 __all__ = ["RememberingOptimizer"]
 
+ProbeHook = Callable[[Any, ProbeRecord], None]
+
 _KEPT = "gen_kept"
 """The entry of a state dictionary for the point where the last step began, where that is kept."""
+
+
+_PATIENCE = 10
+"""Failed starts after which the user is warned."""
 
 
 class RememberingOptimizer(OptimizerWrapper):
@@ -39,6 +50,45 @@ class RememberingOptimizer(OptimizerWrapper):
         self._rule = rule
         self._rates = LearningRates(self, base_optim)
         self._kept: KeptPoint | None = None
+        self._be_silent()
+
+    def _be_silent(self) -> None:
+        self.last_probe: ProbeRecord | None = None
+        self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
+
+    # --- what it tells -------------------------------------------------------------------------------------------
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rates that the last step used, one a parameter group, the scheduler's factor included."""
+        return self._rates.last_lr(self.param_groups)
+
+    def register_probe_hook(self, hook: ProbeHook) -> RemovableHandle:
+        """Have ``hook(optimizer, record)`` called after each probe step.
+
+        Returns:
+            A handle whose ``remove()`` takes the hook away again.
+
+        Raises:
+            TypeError: If ``hook`` cannot be called.
+        """
+        if not callable(hook):
+            raise TypeError(f"hook must be a callable that takes the optimizer and a record, got {type(hook).__name__}")
+        handle = RemovableHandle(self._probe_hooks)
+        self._probe_hooks[handle.id] = hook
+        return handle
+
+    def _report(self, before: ControlState, measurement: Measurement, decision: Decision, factor: float) -> None:
+        record = self.last_probe = ProbeRecord.of(before, measurement, decision, factor)
+        if record.status is ProbeStatus.START_FAILED and decision.state.probes == _PATIENCE:
+            warnings.warn(
+                f"GeNOptimizer has found no learning rate that lowers the loss in {_PATIENCE} steps, and stands still. "
+                "Does the closure return the same loss when it is called twice, and does it depend on the parameters?",
+                stacklevel=4,
+            )
+        for hook in list(self._probe_hooks.values()):
+            hook(self, record)
+
+    # --- what it remembers ---------------------------------------------------------------------------------------
 
     def _recall(self) -> ControlState:
         """Read the state from the parameter groups, and take in what others have written there."""
@@ -95,14 +145,17 @@ class RememberingOptimizer(OptimizerWrapper):
         self._kept = None if kept is None else KeptPoint.load(list(chain(*self._moving())), kept)
 
     def _after_loading(self) -> None:
+        self.last_probe = None
         self._recall()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep; of the schedulers they know nothing."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_rates"}
+        """What copies and pickles keep; not the records and their hooks, and of schedulers they know nothing."""
+        dropped = ("_rates", "last_probe", "_probe_hooks")
+        return {name: value for name, value in super().__getstate__().items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was kept, and set up the rest."""
         super().__setstate__(state)
         if "_rates" not in self.__dict__:
             self._rates = LearningRates(self, self.base_optim)
+            self._be_silent()
