@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import curvature, directions, main_job, modes
+from benchmarks import curvature, directions, main_job, modes, replay
 from benchmarks.battery import job as battery
 
 
@@ -55,6 +55,12 @@ JOBS = (
         "optimizers; resumes where it was interrupted",
         battery.add_options,
         battery.run,
+    ),
+    Job(
+        "replay",
+        "what another rule, or other constants, would have made of the probe steps of a recorded run",
+        replay.add_options,
+        replay.run,
     ),
 )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,3 +51,14 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(head), line(rule), *map(line, rows)])
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """Reads ``name=value`` for argparse; the value is a Python literal or else a string."""
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, but is {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,9 @@ class ProbeRecord:
         lr_after: The learning rate α chosen, without a scheduler's factor.
         factor: The scheduler's factor: the step taken is at ``lr_after · factor``.
         status: Why.
+        slope_noise: How large a slope rounding alone can produce.
+        curvature_noise: How large a curvature rounding alone can produce.
+        arrival: The loss where the measured step has led; None where it had not been taken yet.
     """
 
     step: int
@@ -46,6 +52,9 @@ class ProbeRecord:
     lr_after: float
     factor: float
     status: ProbeStatus
+    slope_noise: float = 0.0
+    curvature_noise: float = 0.0
+    arrival: float | None = None
 
     @classmethod
     def of(cls, before: ControlState, measurement: Measurement, decision: Decision, factor: float) -> ProbeRecord:
@@ -61,6 +70,9 @@ class ProbeRecord:
             lr_after=decision.state.lr,
             factor=factor,
             status=decision.status,
+            slope_noise=measurement.parabola.slope_noise,
+            curvature_noise=measurement.parabola.curvature_noise,
+            arrival=measurement.arrival,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,6 +142,18 @@ class History:
         """
         values = [getattr(record, name) for record in self.records]
         return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write all records to a file, one line of JSON each."""
+        Path(path).write_text("".join(json.dumps(each) + "\n" for each in self.to_dicts()), "utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> History:
+        """Read what :meth:`save` has written."""
+        history = cls()
+        for line in Path(path).read_text("utf-8").splitlines():
+            history.records.append(ProbeRecord.from_dict(json.loads(line)))
+        return history
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """All records as plain dictionaries, in order."""

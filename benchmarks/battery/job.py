@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.battery import storing
 from benchmarks.battery.comparing import Comparison
@@ -20,7 +18,7 @@ from benchmarks.battery.study import Study, matches, trial, tuning
 from benchmarks.battery.summary import summary
 from benchmarks.battery.working import work
 from benchmarks.battery.workloads import WORKLOADS
-from benchmarks.command import add_output, command_line
+from benchmarks.command import add_output, assignment, command_line
 
 FOLDER_VARIABLE = "GEN_OPTIM_DATA"
 QUICK_STEPS = 16
@@ -54,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--set",
         action="append",
         default=[],
-        type=_assignment,
+        type=assignment,
         metavar="NAME=VALUE",
         help="with --tune: an argument of GeNOptimizer that is not its default",
     )
@@ -156,14 +154,3 @@ def write_report(study: Study, results: Results, folder: Path, stem: str) -> Non
 
 def _command() -> str:
     return f"{command_line()}, one CPU thread a run"
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    """Reads ``name=value`` for argparse; the value is a Python literal or else a string."""
-    name, equals, value = text.partition("=")
-    if not (name.isidentifier() and equals):
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, but is {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value

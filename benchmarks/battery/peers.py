@@ -26,10 +26,12 @@ from benchmarks.battery.methods import (
     WEIGHT_DECAY,
     Closure,
     Method,
+    OurStepper,
     Stepper,
     base_optimizer,
 )
 from benchmarks.battery.task import Batch, Task
+from gen_optim import GeNOptimizer
 
 _SPARE = 7919
 """Added to a run's seed for batches of a peer's own, so that the training batches stay the same for all."""
@@ -253,6 +255,14 @@ def _paper_authors(task: Task, config: Config) -> Stepper:
 
 _DECAY = f"weight decay {WEIGHT_DECAY:g} as in AdamW"
 
+# --- a rule of others, on our measurements ----------------------------------------------------------------------------
+
+
+def _edge(task: Task, config: Config) -> Stepper:
+    base = base_optimizer(task, config.base, 1e-3)  # for its first parabola alone
+    return OurStepper(GeNOptimizer(base, rule="cdat", mode="approximate", period=1))
+
+
 PEERS = (
     Method(
         name="prodigy",
@@ -345,6 +355,15 @@ PEERS = (
         package=("gen-optim", "GeN"),
         note="the paper authors' package: AdamW from 1e-4 as in its README, SGD (not named there) from 1e-2, a "
         "parabola every 8 steps on a batch of its own, its `scale` for the horizon",
+    ),
+    Method(
+        name="cdat",
+        title="CDAT",
+        bases=("SGD", "AdamW"),
+        schedules=("constant", "linear"),
+        build=_edge,
+        note="the rule of arXiv:2407.06183 on the edge (2) with averages of 0.9, as a rule of ours: "
+        '`rule="cdat", mode="approximate", period=1`, from 1e-3',
     ),
 )
 
