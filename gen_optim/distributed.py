@@ -37,6 +37,7 @@ class Ranks:
     Args:
         groups: Process groups to reduce over, one after the other; together they span all that take part.
         device: Where the parameters are.
+        is_joined: Whether backward passes wait for each other.
 
     Example:
         >>> ranks = Ranks()
@@ -44,8 +45,11 @@ class Ranks:
         [0.5, 2.0]
     """
 
-    def __init__(self, groups: Sequence[dist.ProcessGroup] = (), device: torch.device | None = None) -> None:
+    def __init__(
+        self, groups: Sequence[dist.ProcessGroup] = (), device: torch.device | None = None, *, is_joined: bool = False
+    ) -> None:
         self._groups = tuple(groups)
+        self._is_joined = is_joined
         self._size = math.prod(group.size() for group in groups)
         self._device = _device_for(groups[0], device) if groups else None
         self._failure: Exception | None = None
@@ -65,19 +69,26 @@ class Ranks:
                 stacklevel=5,
             )
 
-    def attempt(self, call: Callable[[], T], *, instead: Instead) -> T | Instead:
+    def attempt(
+        self, call: Callable[[], T], *, instead: Instead, went_backward: Callable[[], bool] | None = None
+    ) -> T | Instead:
         """Make a call that may fail on this rank alone.
 
         Where other ranks take part, a failure is kept for the next :meth:`mean`, so that this rank goes on making the
         calls that the others make.
 
-        Returns:
-            What the call returns; ``instead`` after a failure.
+        Args:
+            call: What to call.
+            instead: What to return after a failure.
+            went_backward: Of a call that runs a backward pass, whether it got that far. The others are alone in the
+                collectives of a backward pass that is missing, and would take later ones for these: such a failure is
+                raised at once, and they learn of it from their process group.
         """
         try:
             return call()
         except Exception as error:
-            if not self.keep(error):
+            leaves_others = self._is_joined and went_backward is not None and not went_backward()
+            if leaves_others or not self.keep(error):
                 raise
             return instead
 
@@ -108,8 +119,13 @@ class Ranks:
         flag = 0.0 if self._failure is None else 1.0
         scalars = [torch.as_tensor(each).detach().reshape(()) for each in (*numbers, flag)]
         sums = torch.stack([each.to(self._device, torch.float64) for each in scalars])
-        for group in self._groups:
-            dist.all_reduce(sums, group=group)
+        try:
+            for group in self._groups:
+                dist.all_reduce(sums, group=group)
+        except Exception as error:
+            if self._failure is None:
+                raise
+            raise self._failure from error  # which is why it did not fit what the others did
         *means, failures = sums.tolist()
         if self._failure is not None:
             raise self._failure
@@ -144,11 +160,12 @@ def ranks_of(process_group: Any, parameters: Sequence[Tensor], modules: Iterable
     """
     groups: list[dist.ProcessGroup]
     meshes = list(dict.fromkeys(each.device_mesh for each in parameters if is_dtensor(each)))
+    replicas = [each for each in modules if isinstance(each, DistributedDataParallel)]
     if process_group is None:
         groups = []
         for mesh in meshes:
             groups += [_world()] if mesh.size() == _world().size() else mesh.get_all_groups()
-        groups += [each.process_group for each in modules if isinstance(each, DistributedDataParallel)]
+        groups += [each.process_group for each in replicas]
     elif isinstance(process_group, str) and process_group == "local":
         groups = []
     elif dist.is_available() and isinstance(process_group, dist.ProcessGroup):
@@ -172,7 +189,7 @@ def ranks_of(process_group: Any, parameters: Sequence[Tensor], modules: Iterable
                 "parts of the same model. Leave it at None, which takes the parameters' own mesh."
             )
     device = local(parameters[0]).device if parameters else None
-    return Ranks(_without_subsets(groups), device)
+    return Ranks(_without_subsets(groups), device, is_joined=bool(meshes or replicas))
 
 
 def _without_subsets(groups: Sequence[dist.ProcessGroup]) -> list[dist.ProcessGroup]:

@@ -76,10 +76,12 @@ class Evaluator:
 
     Attributes:
         is_probing: Whether a probe runs right now.
+        went_backward: Whether the last closure called with gradients ran a backward pass to its end.
     """
 
     def __init__(self) -> None:
         self.is_probing = False
+        self.went_backward = False
         self._loss_differentiates = False
         self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._owned: frozenset[int] = frozenset()
@@ -91,8 +93,7 @@ class Evaluator:
             self._owners, self._owned = weakref.WeakSet(owners_of(parameters)), identities
         return list(self._owners)
 
-    @staticmethod
-    def call(closure: Callable[[], Any]) -> tuple[Loss, bool]:
+    def call(self, closure: Callable[[], Any]) -> tuple[Loss, bool]:
         """Call ``closure`` with gradients enabled, as the user wrote it.
 
         Returns:
@@ -101,9 +102,13 @@ class Evaluator:
         Raises:
             TypeError: If the closure does not return a loss.
         """
+        self.went_backward = False
         with torch.enable_grad(), watching_gradients(suppress=False):
-            loss = check_loss(closure(), "closure")
-            return loss, watch.saw_backward
+            try:
+                loss = check_loss(closure(), "closure")
+            finally:
+                self.went_backward = watch.saw_backward
+        return loss, self.went_backward
 
     def session(self, parameters: Sequence[Tensor]) -> Session:
         """Begin the calls of a probe step.

@@ -276,7 +276,7 @@ class GeNOptimizer(OptimizerWrapper):
             loss: Loss | None = None
             if closure is not None:
                 first = partial(session.first, lambda: whole(self._call(closure)))
-                loss = ranks.attempt(first, instead=math.nan)
+                loss = ranks.attempt(first, instead=math.nan, went_backward=lambda: self._evaluator.went_backward)
             here = loss if probed is closure else None
             measure, lr = mode.measure, state.lr
             if self._rule.needs_start(state):

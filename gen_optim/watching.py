@@ -24,6 +24,7 @@ class _Watch(threading.local):
     is_on = False
     is_suppressing = False
     saw_backward = False
+    """Whether a backward pass has come to its end."""
     modules: tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]] | None = None
     """What to call before and after a module is called; None inside of such a call, and where nobody asks."""
     differentiated: list[Tensor] | None = None
@@ -78,12 +79,13 @@ def _watched(original: Callable[..., Any], *, is_backward: bool) -> Callable[...
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if watch.is_on:
-            watch.saw_backward |= is_backward
             if is_backward and watch.differentiated is not None:
                 watch.differentiated += _summands(*args, **kwargs)
             if watch.is_suppressing:
                 return None
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        watch.saw_backward |= is_backward and watch.is_on
+        return result
 
     return wrapper
 

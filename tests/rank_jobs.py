@@ -196,6 +196,40 @@ def gradients_added_by_the_caller(kind: str) -> dict[str, Any]:
 # --- what goes wrong on one rank -------------------------------------------------------------------------------------
 
 
+def fail_before_the_model(call: int) -> dict[str, Any]:
+    """A closure whose calls run no collectives fails before it has done anything."""
+    run = Run("plain", process_group=dist.group.WORLD)
+    run.train(3)
+    first = run.calls
+
+    def closure() -> Tensor:
+        if dist.get_rank() == 1 and run.calls == first + call:
+            run.calls += 1
+            raise KeyError("a bad example")
+        return run.closure()
+
+    with pytest.raises((KeyError, RuntimeError)) as caught:
+        run.optimizer.step(closure)
+    return {"error": caught.typename, "calls": run.calls - first}
+
+
+def fail_before_backward(kind: str) -> str:
+    """Where the others wait in the backward pass, whoever does not come says so at once; here all ranks do."""
+    run = Run(kind)
+    run.train(3)
+
+    def closure() -> Tensor:
+        run.optimizer.zero_grad()
+        run.loss()
+        raise KeyError("a bad example")
+
+    before = numbers_of(run.model), run.optimizer.state_dict()["param_groups"]
+    with pytest.raises(KeyError, match="a bad example"):
+        run.optimizer.step(closure)
+    assert before == (numbers_of(run.model), run.optimizer.state_dict()["param_groups"])
+    return kind
+
+
 def fail_on_one_rank(kind: str, steps: int, call: int, **options: Any) -> dict[str, Any]:
     """One call of the step after ``steps`` fails on the last rank, when its model has done what all ranks do."""
     run = Run(kind, **options)

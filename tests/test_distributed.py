@@ -116,6 +116,18 @@ def test_training_goes_on_after_an_exception_within_the_model(run: Run, kind: st
     assert ranks[0]["losses"][-1][1] < ranks[0]["losses"][0][0]
 
 
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_an_exception_before_the_model_ends_the_step_on_all_where_calls_run_no_collectives(run: Run, call: int) -> None:
+    ranks = run(rank_jobs.fail_before_the_model, call)
+    assert [rank["error"] for rank in ranks] == ["RuntimeError", "KeyError"]
+    assert [rank["calls"] for rank in ranks] == [3, 3]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_an_exception_before_the_backward_pass_is_raised_at_once(run: Run, kind: str) -> None:
+    assert run(rank_jobs.fail_before_backward, kind) == [kind] * 2
+
+
 def test_an_exception_in_exact_mode_ends_the_step_on_all(run: Run) -> None:
     ranks = run(functools.partial(rank_jobs.fail_on_one_rank, "ddp", 4, 1, mode="exact"))
     assert ranks[0].pop("error").startswith("RuntimeError: the step failed on 1 of 2 ranks")
