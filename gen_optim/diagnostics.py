@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gen_optim.control import ProbeStatus
+from gen_optim.control import ControlState, Decision, ProbeStatus
+from gen_optim.measuring import Measurement
 
 __all__ = ["History", "ProbeRecord"]
 
@@ -24,7 +25,7 @@ class ProbeRecord:
     Attributes:
         step: Number of the step, counted from 1.
         multiples: Where the loss was evaluated, in multiples of ``lr_before``.
-        losses: The losses there, in the same order.
+        losses: The losses there, in the same order; averaged over the processes that train the model together.
         slope: ``−g′(0)`` along the direction per unit of learning rate; NaN where none was fitted.
         curvature: ``g″(0)``; NaN where none was fitted.
         optimal_lr: The learning rate of the lowest loss: of the parabola, or of the start's search; None where there
@@ -45,6 +46,22 @@ class ProbeRecord:
     lr_after: float
     factor: float
     status: ProbeStatus
+
+    @classmethod
+    def of(cls, before: ControlState, measurement: Measurement, decision: Decision, factor: float) -> ProbeRecord:
+        """What a probe step measured, and what was decided from it."""
+        return cls(
+            step=decision.state.step,
+            multiples=tuple(lr / before.lr for lr in measurement.learning_rates),
+            losses=measurement.losses,
+            slope=measurement.parabola.slope,
+            curvature=measurement.parabola.curvature,
+            optimal_lr=measurement.optimal_lr,
+            lr_before=before.lr,
+            lr_after=decision.state.lr,
+            factor=factor,
+            status=decision.status,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The record as a dictionary of plain numbers, lists and strings.

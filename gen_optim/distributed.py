@@ -58,17 +58,6 @@ class Ranks:
         """How many processes take part."""
         return self._size
 
-    def warn_if_apart(self) -> None:
-        """Warn where there are several processes and none of them takes part with another."""
-        if not self._groups and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            warnings.warn(
-                f"GeNOptimizer runs in {dist.get_world_size()} processes and has found neither a "
-                "DistributedDataParallel module nor DTensors: each process chooses a learning rate of its own. Where "
-                "they train one model together, give it process_group=torch.distributed.group.WORLD; where each trains "
-                "its own, process_group='local'.",
-                stacklevel=5,
-            )
-
     def attempt(
         self, call: Callable[[], T], *, instead: Instead, went_backward: Callable[[], bool] | None = None
     ) -> T | Instead:
@@ -145,7 +134,9 @@ def _device_for(group: dist.ProcessGroup, device: torch.device | None) -> torch.
     return torch.device(capable[0] if "cpu" not in capable else "cpu")
 
 
-def ranks_of(process_group: Any, parameters: Sequence[Tensor], modules: Iterable[nn.Module] = ()) -> Ranks:
+def ranks_of(
+    process_group: Any, parameters: Sequence[Tensor], modules: Iterable[nn.Module] = (), *, warns: bool = False
+) -> Ranks:
     """The processes that train these parameters together.
 
     Args:
@@ -153,6 +144,7 @@ def ranks_of(process_group: Any, parameters: Sequence[Tensor], modules: Iterable
             DistributedDataParallel modules and of the meshes of the parameters that are DTensors.
         parameters: The parameters of an optimizer.
         modules: Those to which they belong.
+        warns: Whether to warn where there are several processes, and nothing says whether they belong together.
 
     Raises:
         TypeError: If ``process_group`` is none of these.
@@ -188,6 +180,13 @@ def ranks_of(process_group: Any, parameters: Sequence[Tensor], modules: Iterable
                 f"process_group must hold all ranks that parameters are spread over, but lacks {missing}: they hold "
                 "parts of the same model. Leave it at None, which takes the parameters' own mesh."
             )
+    if warns and process_group is None and not groups and _processes() > 1:
+        warnings.warn(
+            f"GeNOptimizer runs in {_processes()} processes and has found neither a DistributedDataParallel module nor "
+            "DTensors: each process chooses a learning rate of its own. Where they train one model together, give it "
+            "process_group=torch.distributed.group.WORLD; where each trains its own, process_group='local'.",
+            stacklevel=5,
+        )
     device = local(parameters[0]).device if parameters else None
     return Ranks(_without_subsets(groups), device, is_joined=bool(meshes or replicas))
 
@@ -210,6 +209,10 @@ def _world() -> dist.ProcessGroup:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 # --- parameters of which each rank holds a part -----------------------------------------------------------------------

@@ -23,10 +23,21 @@ from gen_optim.parallel import ParallelModules
 from gen_optim.preserving import Buffers, RandomStreams, owners_of, random_devices
 from gen_optim.watching import watch, watching_autocast, watching_gradients, watching_modules
 
-__all__ = ["Evaluator", "Loss", "Session", "check_loss", "losses_to_floats", "rounding_of"]
+__all__ = ["Evaluator", "Loss", "Session", "check_callable", "check_loss", "losses_to_floats", "rounding_of"]
 
 Loss = Tensor | float
 """What a closure returns: a number or a one-element tensor."""
+
+
+def check_callable(name: str, value: Callable[[], Any] | None) -> Callable[[], Any] | None:
+    """Return a closure if it is one, or None.
+
+    Raises:
+        TypeError: If it cannot be called; says its ``name``.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a callable that returns the loss, or None, got {type(value).__name__}")
+    return value
 
 
 def check_loss(loss: Any, caller: str) -> Loss:
@@ -76,12 +87,10 @@ class Evaluator:
 
     Attributes:
         is_probing: Whether a probe runs right now.
-        went_backward: Whether the last closure called with gradients ran a backward pass to its end.
     """
 
     def __init__(self) -> None:
         self.is_probing = False
-        self.went_backward = False
         self._loss_differentiates = False
         self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._owned: frozenset[int] = frozenset()
@@ -93,7 +102,8 @@ class Evaluator:
             self._owners, self._owned = weakref.WeakSet(owners_of(parameters)), identities
         return list(self._owners)
 
-    def call(self, closure: Callable[[], Any]) -> tuple[Loss, bool]:
+    @staticmethod
+    def call(closure: Callable[[], Any]) -> tuple[Loss, bool]:
         """Call ``closure`` with gradients enabled, as the user wrote it.
 
         Returns:
@@ -102,13 +112,9 @@ class Evaluator:
         Raises:
             TypeError: If the closure does not return a loss.
         """
-        self.went_backward = False
         with torch.enable_grad(), watching_gradients(suppress=False):
-            try:
-                loss = check_loss(closure(), "closure")
-            finally:
-                self.went_backward = watch.saw_backward
-        return loss, self.went_backward
+            loss = check_loss(closure(), "closure")
+            return loss, watch.saw_backward
 
     def session(self, parameters: Sequence[Tensor]) -> Session:
         """Begin the calls of a probe step.

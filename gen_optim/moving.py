@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from gen_optim.distributed import local, placed_like
 
-__all__ = ["Move"]
+__all__ = ["Move", "movable"]
+
+
+def movable(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Those parameters that a step can change."""
+    return [each for each in parameters if each.requires_grad or each.grad is not None]
 
 
 class Move:

@@ -8,11 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -20,12 +19,13 @@ from gen_optim.checking import check_wrappable
 from gen_optim.control import ControlState, Decision, ProbeStatus, PublishedRule, make_rule
 from gen_optim.diagnostics import ProbeRecord
 from gen_optim.distributed import Ranks, ranks_of, whole
-from gen_optim.evaluating import Evaluator, Loss
+from gen_optim.evaluating import Evaluator, Loss, Session, check_callable
 from gen_optim.gradients import GradientMark, complete_gradients, mark_used
 from gen_optim.measuring import MODES, Line, Measurement, check_tolerance, search, searched_lr
-from gen_optim.moving import Move
+from gen_optim.moving import Move, movable
 from gen_optim.parallel import check_twice_differentiable
 from gen_optim.scheduling import Group, LearningRates
+from gen_optim.watching import watch
 from gen_optim.wrapping import OptimizerWrapper
 
 if TYPE_CHECKING:
@@ -174,10 +174,10 @@ class GeNOptimizer(OptimizerWrapper):
         super().__init__(base_optim)
         self._set_up()
         self.mode, self.rule, self._tolerance = mode, rule, check_tolerance(tolerance)
-        self.closure = _check_callable("closure", closure)
-        self.probe = _check_callable("probe", probe)
+        self.closure = check_callable("closure", closure)
+        self.probe = check_callable("probe", probe)
         self.process_group = process_group
-        parameters = [parameter for group in base_optim.param_groups for parameter in group["params"]]
+        parameters = list(chain.from_iterable(group["params"] for group in base_optim.param_groups))
         ranks_of(process_group, parameters)
         if mode == "exact":
             check_twice_differentiable(parameters)
@@ -242,8 +242,8 @@ class GeNOptimizer(OptimizerWrapper):
             # Asked for nothing but the base optimizer's state, as distributed checkpoints do before they load.
             self.step_base()
             return None
-        closure = _check_callable("closure", self.closure if closure is None else closure)
-        probe = _check_callable("probe", self.probe if probe is None else probe)
+        closure = check_callable("closure", self.closure if closure is None else closure)
+        probe = check_callable("probe", self.probe if probe is None else probe)
         probed = closure if probe is None else probe
         state = self._recall()
         is_frozen = not any(self._rates.shares(self.param_groups, state.lr))
@@ -263,20 +263,16 @@ class GeNOptimizer(OptimizerWrapper):
         groups = self.param_groups
         caller = "closure" if probed is closure else "probe"
         mode = MODES[self.mode]
-        everything = [parameter for group in groups for parameter in group["params"]]
+        everything = list(chain.from_iterable(group["params"] for group in groups))
         session = self._evaluator.session(everything)
-        ranks = ranks_of(self.process_group, everything, self._evaluator.owners(everything))
-        if not state.probes and self.process_group is None:
-            ranks.warn_if_apart()
+        owners = self._evaluator.owners(everything)
+        ranks = ranks_of(self.process_group, everything, owners, warns=not state.probes)
 
         def probe() -> Loss:
             return whole(session.probe(probed, caller))
 
         with mode.kernels():
-            loss: Loss | None = None
-            if closure is not None:
-                first = partial(session.first, lambda: whole(self._call(closure)))
-                loss = ranks.attempt(first, instead=math.nan, went_backward=lambda: self._evaluator.went_backward)
+            loss = None if closure is None else self._first(session, closure, ranks)
             here = loss if probed is closure else None
             measure, lr = mode.measure, state.lr
             if self._rule.needs_start(state):
@@ -289,7 +285,7 @@ class GeNOptimizer(OptimizerWrapper):
 
             is_moving = [share > 0.0 for share in self._rates.shares(groups, state.lr)]
             factors = list(compress(self._rates.factors(groups), is_moving))
-            move = Move([_movable(group) for group in compress(groups, is_moving)])
+            move = Move([movable(group["params"]) for group in compress(groups, is_moving)])
             after = self._rule.skip(state)
             try:
                 with self._rates.in_force(groups, self._rates.shares(groups, lr)):
@@ -326,19 +322,7 @@ class GeNOptimizer(OptimizerWrapper):
         return measurement.raw if loss is None else loss
 
     def _report(self, before: ControlState, measurement: Measurement, decision: Decision, factor: float) -> None:
-        record = ProbeRecord(
-            step=decision.state.step,
-            multiples=tuple(lr / before.lr for lr in measurement.learning_rates),
-            losses=measurement.losses,
-            slope=measurement.parabola.slope,
-            curvature=measurement.parabola.curvature,
-            optimal_lr=measurement.optimal_lr,
-            lr_before=before.lr,
-            lr_after=decision.state.lr,
-            factor=factor,
-            status=decision.status,
-        )
-        self.last_probe = record
+        record = self.last_probe = ProbeRecord.of(before, measurement, decision, factor)
         if record.status is ProbeStatus.START_FAILED and decision.state.probes == _PATIENCE:
             warnings.warn(
                 f"GeNOptimizer has found no learning rate that lowers the loss in {_PATIENCE} steps, and stands still. "
@@ -347,6 +331,10 @@ class GeNOptimizer(OptimizerWrapper):
             )
         for hook in list(self._probe_hooks.values()):
             hook(self, record)
+
+    def _first(self, session: Session, closure: Closure, ranks: Ranks) -> Loss:
+        first = partial(session.first, lambda: whole(self._call(closure)))
+        return ranks.attempt(first, instead=math.nan, went_backward=lambda: watch.went_backward)
 
     def _call(self, closure: Closure) -> Loss:
         before = GradientMark.of(self.param_groups)
@@ -398,9 +386,7 @@ class GeNOptimizer(OptimizerWrapper):
         """What copies and pickles keep: not the closures, the records and their hooks, nor a process group."""
         dropped = ("closure", "probe", "last_probe", "_evaluator", "_rates", "_probe_hooks")
         kept = {name: value for name, value in super().__getstate__().items() if name not in dropped}
-        if not isinstance(self.process_group, str):
-            kept["process_group"] = None
-        return kept
+        return kept if self.process_group == "local" else {**kept, "process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was kept, and set up the rest."""
@@ -413,14 +399,3 @@ class GeNOptimizer(OptimizerWrapper):
         self._evaluator = Evaluator()
         self._rates = LearningRates(self, self.base_optim)
         self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
-
-
-def _check_callable(name: str, value: Closure | None) -> Closure | None:
-    if value is not None and not callable(value):
-        raise TypeError(f"{name} must be a callable that returns the loss, or None, got {type(value).__name__}")
-    return value
-
-
-def _movable(group: Group) -> list[Tensor]:
-    """The parameters of a group that a step can change."""
-    return [each for each in group["params"] if each.requires_grad or each.grad is not None]

@@ -25,6 +25,8 @@ class _Watch(threading.local):
     is_suppressing = False
     saw_backward = False
     """Whether a backward pass has come to its end."""
+    went_backward = False
+    """The same of what was watched last, be it that it failed."""
     modules: tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]] | None = None
     """What to call before and after a module is called; None inside of such a call, and where nobody asks."""
     differentiated: list[Tensor] | None = None
@@ -120,6 +122,7 @@ def watching_gradients(*, suppress: bool) -> Iterator[None]:
         watch.is_on, watch.is_suppressing, watch.saw_backward = True, suppress, False
         yield
     finally:
+        watch.went_backward = watch.saw_backward
         watch.is_on, watch.is_suppressing, watch.saw_backward = outer
         _gradient_functions.release()
 
