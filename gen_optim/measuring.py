@@ -77,9 +77,14 @@ class Line:
         self.move.write(multiple)
         return self.ranks.attempt(self.call, instead=math.nan)
 
-    def rounding(self, losses: Sequence[Loss]) -> float:
-        """The relative error of losses that have been evaluated."""
-        return self.tolerance * rounding_of(losses, self.computed_in)
+    def read_with_rounding(self, losses: Sequence[Loss]) -> tuple[tuple[float, ...], float]:
+        """Losses as numbers, and their relative error.
+
+        That is averaged over the ranks too, since judgements depend on it, and a closure may return a tensor on one
+        rank and a plain number on another.
+        """
+        *numbers, rounding = self.read([*losses, self.tolerance * rounding_of(losses, self.computed_in)])
+        return tuple(numbers), abs(rounding)  # under ``maximize`` numbers that are read change their sign
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,8 @@ def probe_around(line: Line) -> Measurement:
     """Approximate GeN: a parabola through the losses at −lr, 0 and +lr (Bu and Xu, arXiv:2407.02772, section 3)."""
     here = line.evaluate(0.0)
     raw = [line.evaluate(-1.0), here, line.evaluate(1.0)]
-    learning_rates, losses = (-line.lr, 0.0, line.lr), tuple(line.read(raw))
-    parabola = fit_parabola(learning_rates, losses, rounding=line.rounding(raw))
+    learning_rates, (losses, rounding) = (-line.lr, 0.0, line.lr), line.read_with_rounding(raw)
+    parabola = fit_parabola(learning_rates, losses, rounding=rounding)
     return Measurement(learning_rates, losses, here, losses[1], parabola)
 
 
@@ -137,13 +142,13 @@ def differentiate(line: Line) -> Measurement:
 def search(line: Line) -> Measurement:
     """Look along the first step for where the loss is lowest; where it is not finite, nowhere."""
     here = line.evaluate(0.0)
-    [loss] = line.read([here])
+    (loss,), rounding = line.read_with_rounding([here])
     if not math.isfinite(loss):
         return Measurement((0.0,), (loss,), here, loss, StartSearch(None, (), ()))
     found = search_start(
         lambda multiple: line.read([line.evaluate(multiple)])[0],
         loss,
-        rounding=line.rounding([here]),
+        rounding=rounding,
         largest=_REACH,
     )
     learning_rates = tuple(multiple * line.lr for multiple in found.learning_rates)

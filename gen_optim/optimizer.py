@@ -265,8 +265,7 @@ class GeNOptimizer(OptimizerWrapper):
         mode = MODES[self.mode]
         everything = list(chain.from_iterable(group["params"] for group in groups))
         session = self._evaluator.session(everything)
-        owners = self._evaluator.owners(everything)
-        ranks = ranks_of(self.process_group, everything, owners, warns=not state.probes)
+        ranks = ranks_of(self.process_group, everything, self._evaluator.owners(everything), warns=not state.probes)
 
         def probe() -> Loss:
             return whole(session.probe(probed, caller))

@@ -196,6 +196,18 @@ def gradients_added_by_the_caller(kind: str) -> dict[str, Any]:
 # --- what goes wrong on one rank -------------------------------------------------------------------------------------
 
 
+def return_numbers_on_one_rank() -> dict[str, Any]:
+    """A plain number is taken to be rounded more coarsely than the tensor that it comes from."""
+    run = Run("ddp", "sgd", rule="safeguarded", tolerance=1e4)
+
+    def only_there() -> float | None:
+        return 0.25 if dist.get_rank() == 1 else None
+
+    run.before_return = only_there
+    run.train(30)
+    return run.result()
+
+
 def fail_before_the_model(call: int) -> dict[str, Any]:
     """A closure whose calls run no collectives fails before it has done anything."""
     run = Run("plain", process_group=dist.group.WORLD)

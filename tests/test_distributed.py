@@ -155,6 +155,10 @@ def test_nan_on_one_rank_is_nan_on_all(run: Run, kind: str, steps: int, call: in
     assert_alike(ranks)
 
 
+def test_a_plain_number_on_one_rank_is_judged_alike_on_all(run: Run) -> None:
+    assert_alike(run(rank_jobs.return_numbers_on_one_rank))
+
+
 def test_models_of_each_rank_are_not_coupled(run: Run) -> None:
     one, other = run(rank_jobs.train_apart, "local")
     assert not one["warnings"]
