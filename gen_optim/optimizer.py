@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, compress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -27,9 +28,6 @@ from gen_optim.parallel import check_twice_differentiable
 from gen_optim.scheduling import Group, LearningRates
 from gen_optim.watching import watch
 from gen_optim.wrapping import OptimizerWrapper
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["GeNOptimizer"]
 
@@ -132,7 +130,7 @@ class GeNOptimizer(OptimizerWrapper):
     last_probe: ProbeRecord | None
     mode: str
     rule: str
-    process_group: ProcessGroup | Literal["local"] | None
+    process_group: dist.ProcessGroup | Literal["local"] | None
     _rule: PublishedRule
     _tolerance: float
 
@@ -153,7 +151,7 @@ class GeNOptimizer(OptimizerWrapper):
         burn_in: int = 50,
         explosion: float = 10.0,
         tolerance: float = 8.0,
-        process_group: ProcessGroup | Literal["local"] | None = None,
+        process_group: dist.ProcessGroup | Literal["local"] | None = None,
     ) -> None:
         if isinstance(base_optim, GeNOptimizer):
             raise TypeError("base_optim must be the optimizer to wrap, got another GeNOptimizer; wrap its base_optim")
