@@ -166,13 +166,13 @@ def look_back(
     is_known = gradient_of is not None and rise is not None
     summed = sum((torch.as_tensor(each).detach().double() for each in gradient_of or ()), torch.zeros(()).double())
     # One reading decides for all ranks: what is known of the gradients must be known on each.
-    known, loss, arrival, far_slope, differentiated = read(
-        [float(is_known), start, end, rise if is_known and rise is not None else 0.0, summed]
+    known, loss, arrival, far_slope, differentiated, error = read(
+        [float(is_known), start, end, rise if is_known and rise is not None else 0.0, summed, rounding([start, end])]
     )
-    error = rounding([start, end])
+    known, error = abs(known), abs(error)  # under ``maximize`` what is read changes its sign
     if not (math.isfinite(loss) and math.isfinite(arrival)):
         parabola = Parabola(math.nan, math.nan, math.nan)
-    elif abs(known) == 1.0 and abs(differentiated - arrival) <= 2.0 * error * max(abs(arrival), abs(differentiated)):
+    elif known == 1.0 and abs(differentiated - arrival) <= 2.0 * error * max(abs(arrival), abs(differentiated)):
         parabola = parabola_from_end(kept.lr, loss, arrival, far_slope, rounding=error)
     else:
         kept.visit_middle()

@@ -292,13 +292,15 @@ def test_the_script_of_the_documentation_runs(tmp_path: Path) -> None:
     [script] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert len([line for line in script.splitlines() if line.strip()]) <= 40
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun += ["--redirects=1", "--log-dir=logs", "train.py"]  # in a file a rank: lines of several would mix
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"rank (\d), epoch (\d): its loss (\S+), learning rate (\S+)", done.stdout)
+    printed = "".join(path.read_text(encoding="utf-8") for path in tmp_path.rglob("stdout.log"))
+    found = re.findall(r"rank (\d), epoch (\d): its loss (\S+), learning rate (\S+)", printed)
     assert len(found) == 20
     rates = {rank: [rate for other, _, _, rate in sorted(found) if other == rank] for rank in "01"}
     assert rates["0"] == rates["1"]
