@@ -19,7 +19,7 @@ from gen_optim.starting import StartSearch
 
 __all__ = ["RelaxedRule"]
 
-_GREEDY = 1.3
+_GREEDY = 1.1
 """κ where slopes are nothing but noise."""
 
 _CHANGE = 1.1
@@ -63,7 +63,7 @@ class RelaxedRule(PublishedRule):
       measured when losses were large would count for ever), and the learning rate moves towards κ times their ratio by
       at most 10 % a probe step;
     - how far to trust them is told by the parabolas themselves: the share of their agreement among all there is in
-      their slopes, 1 without noise and 0 where slopes are nothing but noise. κ runs from 1.3 in pure noise to
+      their slopes, 1 without noise and 0 where slopes are nothing but noise. κ runs from 1.1 in pure noise to
       ``relaxation`` without. The learning rate grows by 5 % at most in pure noise and by 10 % without, and falls by
       10 % in any case, so that it anneals where training has come down to its noise;
     - a scheduler's factor f and this rule must not shrink the same thing twice. In pure noise the learning rate is
@@ -133,7 +133,7 @@ class RelaxedRule(PublishedRule):
             return Decision(self._probed(state, state.lr, loss, ProbeStatus.BELOW_NOISE), ProbeStatus.BELOW_NOISE)
         state = self._average(state, parabola, state.lr * factor, 0.0 if arrival is None else abs(arrival - loss))
         lr, status = self._relaxed(state, factor)
-        return Decision(self._probed(state, lr, loss, status), status)
+        return Decision(self._probed(replace(state, factor=factor), lr, loss, status), status)
 
     def _average(self, state: ControlState, parabola: Parabola, lr: float, rise: float) -> ControlState:
         """The state with a parabola in its averages, and what the loss has changed along the step at ``lr``."""
@@ -181,6 +181,8 @@ class RelaxedRule(PublishedRule):
                 target = 0.0
         low, high = state.lr * factor, state.lr * factor**agreement
         if target > high:
+            # What the scheduler has taken off since is not growth: without noise it is the step that grows so much.
+            growth *= max(1.0, state.factor / factor) ** agreement if factor > 0 else 1.0
             return state.lr * min(growth, target / high), status
         if target < low:
             return state.lr * max(1.0 / _CHANGE, target / low), status

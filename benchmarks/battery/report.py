@@ -54,9 +54,9 @@ def _is_partial(known: Comparison) -> str:
 def _peer_notes(known: Comparison) -> str:
     lines = []
     for each in PEERS:
-        assert each.package is not None
         absent = "" if each.name in known.study.peers else ", **not installed**"
-        lines.append(f"- {each.title} (`{each.package[0]}`{absent}): {each.note}.")
+        source = "" if each.package is None else f" (`{each.package[0]}`{absent})"
+        lines.append(f"- {each.title}{source}: {each.note}.")
     return "\n".join(lines)
 
 
