@@ -30,7 +30,7 @@ __all__ = [
 _SMALLEST, _LARGEST = 1e-30, 1e30
 """Where a learning rate that is cut or grown for ever stops: 0 would freeze the group, infinity break it."""
 
-_FORGETTING = 0.02
+_FORGETTING = 0.1
 """By this fraction of the distance the lowest mean loss follows the present one up, in case the task has changed."""
 
 

@@ -30,6 +30,10 @@ _LATER_GROWTH, _CAREFUL_GROWTH = 1.05, 1.02
 a learning rate 10 % above the edge of stability multiplies what is unstable by a hundred within eight steps, one 5 %
 above by 23, one 2 % above by six: that is seen in time."""
 
+_ANNEALING = 3.0
+"""Divided by the number of parabolas, how much further the learning rate falls than it grows in pure noise, where it
+does either half of the time: without a horizon it anneals like a power of the number of steps."""
+
 _NEAR = 0.5
 """From which fraction of the learning rate at which it was unstable growth is careful."""
 
@@ -161,6 +165,8 @@ class RelaxedRule(PublishedRule):
 
     def _relaxed(self, state: ControlState, factor: float) -> tuple[float, ProbeStatus]:
         """The learning rate that the averages call for, and why."""
+        if factor == 0.0:  # no step, and nothing to compare with
+            return state.lr, ProbeStatus.FITTED
         agreement = self.agreement(state)
         kappa = _GREEDY + (self.relaxation - _GREEDY) * agreement
         status = ProbeStatus.FITTED
@@ -182,11 +188,23 @@ class RelaxedRule(PublishedRule):
         low, high = state.lr * factor, state.lr * factor**agreement
         if target > high:
             # What the scheduler has taken off since is not growth: without noise it is the step that grows so much.
-            growth *= max(1.0, state.factor / factor) ** agreement if factor > 0 else 1.0
+            growth *= max(1.0, state.factor / factor) ** agreement
             return state.lr * min(growth, target / high), status
-        if target < low:
-            return state.lr * max(1.0 / _CHANGE, target / low), status
+        # The horizon will lower it, and there is no hurry while the loss gets lower than ever.
+        waits = factor < 1.0 and self._is_settled(state) and state.loss_mean <= state.loss_lowest
+        if target < low and not waits:
+            return state.lr * max(self._fall(state, agreement), target / low), status
         return state.lr, status
+
+    def _fall(self, state: ControlState, agreement: float) -> float:
+        """The factor by which the learning rate falls at most.
+
+        In pure noise, where nothing tells whether it is too low, it falls further than it grows at first, which
+        anneals it, and less far in the long run, or it would die of chance. That it is too high does show.
+        """
+        in_noise = math.log(_LATER_GROWTH) / 4.0 + _ANNEALING / max(state.parabola_count, 1)
+        change = math.log(_CHANGE)
+        return math.exp(-(agreement * change + (1.0 - agreement) * min(in_noise, change)))
 
     def agreement(self, state: ControlState) -> float:
         """The share of what slopes have in common among all there is in them, in [0, 1].
