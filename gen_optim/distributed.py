@@ -218,8 +218,13 @@ def _processes() -> int:
 # --- parameters of which each rank holds a part -----------------------------------------------------------------------
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor, without importing them: that takes a second."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

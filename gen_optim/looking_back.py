@@ -79,10 +79,10 @@ class KeptPoint:
         Where parameters are DTensors it is this rank's share, as :func:`~gen_optim.distributed.dot` has it.
         """
         alike: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for parameter, start in zip(self._parameters, self._copies, strict=True):
+        for parameter, end, start in zip(self._parameters, self._locals(), self._copies, strict=True):
             if parameter.grad is not None:
                 parts = parts_of(parameter.grad, parameter)
-                alike.setdefault(parts, []).append((_dense(local(parameter.grad)), local(parameter), start))
+                alike.setdefault(parts, []).append((_dense(local(parameter.grad)).detach(), end, start))
         shares = [parts * inner_product(*zip(*tensors, strict=True)) for parts, tensors in alike.items()]
         return torch.stack([share.to(shares[0].device) for share in shares]).sum() if shares else torch.zeros(())
 

@@ -18,6 +18,8 @@ _SIZE = 2**17
 than all else."""
 _SIZE_ELSEWHERE = 2**22
 """Elements of a piece on another device, where each call costs microseconds."""
+_SHARE = 100
+"""Of all tensors together, a piece is at most this part."""
 
 
 def pieces(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Tensor], ...]]:
@@ -25,25 +27,27 @@ def pieces(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Te
 
     Args:
         lists: Tensors in corresponding order and of corresponding shapes.
-        cut: Whether to cut large tensors; else they come alone.
+        cut: Whether to cut large tensors; else they come alone. Where they are, copies of a batch take next to
+            nothing of the memory that all of them take.
 
     Yields:
         One list of pieces for each list of tensors. The pieces are views.
     """
+    share = sum(each.numel() for each in lists[0]) // _SHARE if cut else _SIZE_ELSEWHERE
     batch: tuple[list[Tensor], ...] = tuple([] for _ in lists)
-    kind, room = None, 0
+    kind, limit, room = None, 0, 0
     for row in zip(*lists, strict=True):
         first = row[0]
-        size, limit = first.numel(), _SIZE if first.device.type == "cpu" else _SIZE_ELSEWHERE
-        rows = _cut(row, limit) if cut and size > limit else [row]
-        for each in rows:
-            taken = size if len(rows) == 1 else each[0].numel()
-            if kind != (first.device, first.dtype) or taken > room:
+        if kind != (present := (first.device, first.dtype)):
+            kind, room = present, 0
+            limit = max(1, min(share, _SIZE if first.device.type == "cpu" else _SIZE_ELSEWHERE))
+        for part in _cut(row, limit) if cut and first.numel() > limit else (row,):
+            taken = part[0].numel()
+            if taken > room:
                 if batch[0]:
                     yield batch
-                batch = tuple([] for _ in lists)
-                kind, room = (first.device, first.dtype), limit
-            for collected, piece in zip(batch, each, strict=True):
+                batch, room = tuple([] for _ in lists), limit
+            for collected, piece in zip(batch, part, strict=True):
                 collected.append(piece)
             room -= taken
     if batch[0]:
@@ -84,6 +88,6 @@ def inner_product(gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: S
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors end to end, in real numbers of 32 bits at least."""
-    flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([each.reshape(-1) for each in tensors])
+    flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     real = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
     return real.to(torch.promote_types(real.dtype, torch.float32))
