@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import curvature, directions, main_job, modes, replay
+from benchmarks import curvature, directions, main_job, replay
 from benchmarks.battery import job as battery
+from benchmarks.cost import job as cost
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ JOBS = (
         directions.add_options,
         directions.run,
     ),
-    Job("modes", "time and memory of a probe step in each mode, at three model sizes", modes.add_options, modes.run),
+    Job(
+        "cost",
+        "time, memory and moves of parameters in lazy steps and probe steps, next to the least they could cost",
+        cost.add_options,
+        cost.run,
+    ),
     Job(
         "battery",
         "many small workloads: bare over a sweep of learning rates, wrapped from any, and others' learning-rate-free "

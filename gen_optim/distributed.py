@@ -23,7 +23,7 @@ from gen_optim.evaluating import Loss, losses_to_floats
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["Ranks", "dot", "is_dtensor", "local", "placed_like", "ranks_of", "whole"]
+__all__ = ["Ranks", "dot", "is_dtensor", "local", "parts_of", "placed_like", "ranks_of", "whole"]
 
 T = TypeVar("T")
 Instead = TypeVar("Instead")
@@ -218,8 +218,13 @@ def _processes() -> int:
 # --- parameters of which each rank holds a part -----------------------------------------------------------------------
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor, without importing them: that takes a second."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -268,11 +273,11 @@ def dot(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device)
     for one, other in pairs:
         mine, theirs = local(one).detach(), local(other).detach()
-        total += _parts(one, other) * torch.sum(mine.conj() * theirs).real.to(total)
+        total += parts_of(one, other) * torch.sum(mine.conj() * theirs).real.to(total)
     return total
 
 
-def _parts(left: Tensor, right: Tensor) -> int:
+def parts_of(left: Tensor, right: Tensor) -> int:
     """Into how many parts the inner product of two tensors falls."""
     if not is_dtensor(left):
         return 1

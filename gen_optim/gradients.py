@@ -7,6 +7,7 @@ would cost more than a lazy step may, so one gradient stands for all: the first 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,12 +30,12 @@ class GradientMark:
     """The gradient that stands for all, as it was before the closure was called.
 
     Attributes:
-        gradient: The gradient; None if there is none.
+        gradient: The gradient, which it does not keep alive while a new one is computed; None if there is none.
         version: Its version then.
         is_fresh: Whether it has changed since the last step.
     """
 
-    gradient: Tensor | None
+    gradient: weakref.ref[Tensor] | None
     version: int
     is_fresh: bool
 
@@ -44,7 +45,7 @@ class GradientMark:
         gradient = _first_gradient(groups)
         if gradient is None:
             return cls(None, 0, False)
-        return cls(gradient, _version(gradient), getattr(gradient, _USED, None) != _version(gradient))
+        return cls(weakref.ref(gradient), _version(gradient), getattr(gradient, _USED, None) != _version(gradient))
 
 
 def mark_used(groups: Sequence[dict[str, Any]]) -> None:
@@ -109,7 +110,7 @@ def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: Gra
     gradient = _first_gradient(groups)
     has_graph = isinstance(loss, Tensor) and loss.requires_grad
     if gradient is not None:
-        if gradient is not before.gradient:
+        if before.gradient is None or gradient is not before.gradient():
             return False  # the closure has assigned it
         is_new = before.is_fresh or _version(gradient) != before.version
         # Zeros are what zero_grad(set_to_none=False) leaves, be it in the closure or before: no gradient of a loss.

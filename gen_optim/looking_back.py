@@ -8,15 +8,17 @@ the batch is not the one that the step was made for, at the cost of a single for
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gen_optim.distributed import dot, local, placed_like
+from gen_optim.distributed import local, parts_of
 from gen_optim.evaluating import Loss
 from gen_optim.measuring import Measurement
+from gen_optim.pieces import copy, inner_product, lerp, pieces
 from gen_optim.quadratic import Parabola, fit_parabola
 
 __all__ = ["KeptPoint", "look_back", "parabola_from_end"]
@@ -30,6 +32,7 @@ class KeptPoint:
     Args:
         parameters: Those that move. Of DTensors, each rank keeps what it holds.
         lr: The learning rate of the step, the scheduler's factor included.
+        last: A point that they have just left, whose copy holds what is to be copied now.
 
     Example:
         >>> weight = torch.tensor([1.0])
@@ -44,73 +47,79 @@ class KeptPoint:
     """
 
     @torch.no_grad()
-    def __init__(self, parameters: Sequence[Tensor], lr: float) -> None:
+    def __init__(self, parameters: Sequence[Tensor], lr: float, *, last: KeptPoint | None = None) -> None:
         self.lr = lr
-        self._start: list[Tensor | None] = [local(each).clone() for each in parameters]
-        self._end: list[Tensor | None] = [None] * len(parameters)
-        self._versions: list[int] | None = None
         self._parameters = parameters
+        self._is_visited = self._was_left = False
+        serves = last is not None and last._was_left and all(map(operator.is_, parameters, last._parameters))
+        self._copies: list[Tensor] = (
+            last._copies if last is not None and serves else [each.clone() for each in self._locals()]
+        )
+        self._ends: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._starts: list[Tensor] = []
+        self._versions: list[int] | None = None
+
+    def _locals(self) -> list[Tensor]:
+        return [local(each).detach() for each in self._parameters]
 
     def arrive(self) -> None:
         """Note that the step has been taken; what is written to the parameters from now on is of other origin."""
-        self._versions = [local(each)._version for each in self._parameters]
+        self._versions = [each._version for each in self._locals()]
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
         """Whether it tells where these parameters were before their last step, which nobody has changed since."""
-        starts = [each for each in self._start if each is not None]
-        if [each.shape for each in starts] != [local(each).shape for each in parameters]:
+        if [each.shape for each in self._copies] != [local(each).shape for each in parameters]:
             return False
         return self._versions is None or self._versions == [local(each)._version for each in parameters]
 
+    @torch.no_grad()
     def rise(self) -> Tensor:
         """The slope of the loss at the end of the step in its direction: the gradients times the step, in float64.
 
-        Where parameters are DTensors it is this rank's share, as :func:`dot` has it.
+        Where parameters are DTensors it is this rank's share, as :func:`~gen_optim.distributed.dot` has it.
         """
-        shares = [
-            dot([each.grad], [placed_like(local(each.detach()) - start, each)])
-            for each, start in zip(self._parameters, self._start, strict=True)
-            if each.grad is not None and start is not None
-        ]
+        alike: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for parameter, end, start in zip(self._parameters, self._locals(), self._copies, strict=True):
+            if parameter.grad is not None:
+                parts = parts_of(parameter.grad, parameter)
+                alike.setdefault(parts, []).append((_dense(local(parameter.grad)).detach(), end, start))
+        shares = [parts * inner_product(*zip(*tensors, strict=True)) for parts, tensors in alike.items()]
         return torch.stack([share.to(shares[0].device) for share in shares]).sum() if shares else torch.zeros(())
 
     @torch.no_grad()
     def visit(self) -> None:
-        """Put the parameters where the step began."""
-        for index, (parameter, start) in enumerate(zip(self._parameters, self._start, strict=True)):
-            assert start is not None, "it has been visited before"
-            self._end[index] = local(parameter).clone()
-            local(parameter).copy_(start)
-            self._start[index] = None
+        """Put the parameters where the step began, and where it has led in their place."""
+        for there, kept in pieces(self._locals(), self._copies):
+            end = [each.clone() for each in there]
+            self._ends.append((there, end))  # whatever comes in between, :meth:`leave` finds it here
+            torch._foreach_copy_(there, kept)
+            torch._foreach_copy_(kept, end)
+            self._ends[-1] = (there, kept)
+        self._is_visited = True
 
     @torch.no_grad()
     def visit_middle(self) -> None:
         """Put them half way between there and where the step has led."""
-        for index, (parameter, end) in enumerate(zip(self._parameters, self._end, strict=True)):
-            assert end is not None, "its start comes first"
-            self._start[index] = start = local(parameter).clone()
-            torch.lerp(start, end, 0.5, out=local(parameter))
-
-    def leave(self) -> None:
-        """Put them back to where the step has led."""
-        self._write(self._end)
-
-    def stay(self) -> None:
-        """Put them where the step began, for good."""
-        self._write(self._start)
+        self._starts = [each.clone() for each in self._locals()]
+        lerp(self._locals(), self._starts, self._copies, 0.5)
 
     @torch.no_grad()
-    def _write(self, contents: Sequence[Tensor | None]) -> None:
-        def write() -> None:
-            for parameter, content in zip(self._parameters, contents, strict=True):
-                if content is not None:  # else it is there
-                    local(parameter).copy_(content)
+    def leave(self) -> None:
+        """Put them back to where the step has led."""
 
-        try:
-            write()
-        except BaseException:  # an interrupt, which has to wait until all is written
-            write()
-            raise
+        def write() -> None:
+            for there, end in self._ends:
+                torch._foreach_copy_(there, end)
+
+        _in_spite_of_interrupts(write)
+        self._ends, self._starts, self._was_left = [], [], self._is_visited
+
+    @torch.no_grad()
+    def stay(self) -> None:
+        """Put them where the step began, for good."""
+        if self._starts:  # else they are there
+            _in_spite_of_interrupts(lambda: copy(self._locals(), self._starts))
+        self._ends, self._starts = [], []
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep; versions begin anew in them."""
@@ -118,18 +127,31 @@ class KeptPoint:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the learning rate, and the contents in the order of the parameters."""
-        return {"lr": self.lr, "start": list(self._start)}
+        return {"lr": self.lr, "start": list(self._copies)}
 
     @classmethod
     def load(cls, parameters: Sequence[Tensor], state_dict: dict[str, Any]) -> KeptPoint | None:
         """What :meth:`state_dict` has kept; None if it is of other parameters."""
         kept = cls([], state_dict["lr"])
-        kept._start = [
+        kept._copies = [
             each.to(local(parameter), copy=True)
             for each, parameter in zip(state_dict["start"], parameters, strict=False)
         ]
-        kept._end, kept._parameters = [None] * len(kept._start), parameters
+        kept._parameters = parameters
         return kept if len(state_dict["start"]) == len(parameters) and kept.is_of(parameters) else None
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def _in_spite_of_interrupts(write: Callable[[], None]) -> None:
+    """Write until the end; an interrupt in the middle is raised then."""
+    try:
+        write()
+    except BaseException:
+        write()
+        raise
 
 
 def look_back(

@@ -120,8 +120,9 @@ class Measurement:
 
 def probe_around(line: Line) -> Measurement:
     """Approximate GeN: a parabola through the losses at −lr, 0 and +lr (Bu and Xu, arXiv:2407.02772, section 3)."""
+    ahead = line.evaluate(1.0)  # first: the parameters are there
     here = line.evaluate(0.0)
-    raw = [line.evaluate(-1.0), here, line.evaluate(1.0)]
+    raw = [line.evaluate(-1.0), here, ahead]
     learning_rates, (losses, rounding) = (-line.lr, 0.0, line.lr), line.read_with_rounding(raw)
     parabola = fit_parabola(learning_rates, losses, rounding=rounding)
     return Measurement(learning_rates, losses, here, losses[1], parabola)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gen_optim.distributed import local, placed_like
+from gen_optim.pieces import copy, lerp
 
 __all__ = ["Move", "movable"]
 
@@ -39,17 +40,18 @@ class Move:
     @torch.no_grad()
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
         self._parameters = groups
-        self._groups = [[local(parameter) for parameter in group] for group in groups]
+        self._groups = [[local(parameter).detach() for parameter in group] for group in groups]
         self._before = [[parameter.clone() for parameter in group] for group in self._groups]
         # Taken now, so that memory which runs out does so before the base optimizer has moved anything.
         self._after = [[torch.empty_like(parameter) for parameter in group] for group in self._groups]
+        self._has_arrived = False
 
     @torch.no_grad()
     def arrive(self) -> None:
         """Copy θ_after: where the parameters are now."""
         for group, after in zip(self._groups, self._after, strict=True):
-            for parameter, end in zip(group, after, strict=True):
-                end.copy_(parameter)
+            copy(after, group)
+        self._has_arrived = True
 
     def cancel(self) -> None:
         """Go back to θ, wherever the base optimizer has left off."""
@@ -82,11 +84,12 @@ class Move:
 
     @torch.no_grad()
     def _write(self, multiples: Sequence[float]) -> None:
+        is_there, self._has_arrived = self._has_arrived, False
         for group, before, after, multiple in zip(self._groups, self._before, self._after, multiples, strict=True):
-            for parameter, start, end in zip(group, before, after, strict=True):
-                if multiple == 0.0:
-                    parameter.copy_(start)
-                elif multiple == 1.0:
-                    parameter.copy_(end)
-                else:
-                    torch.lerp(start, end, multiple, out=parameter)
+            if multiple == 1.0:
+                if not is_there:
+                    copy(group, after)
+            elif multiple == 0.0:
+                copy(group, before)
+            else:
+                lerp(group, before, after, multiple)

@@ -234,12 +234,12 @@ class GeNOptimizer(RememberingOptimizer):
         self._advance(self._rule.skip(state))
         return loss
 
-    def _advance(self, state: ControlState) -> None:
+    def _advance(self, state: ControlState, left: KeptPoint | None = None) -> None:
         """Let the base optimizer step, and remember; keep where the step began if the next one looks back at it."""
         rates = self._rates_in_force(state.lr)
         lr = next(compress(rates, self._rates.shares(self.param_groups, state.lr)), 0.0)
         looks_back = MODES[self.mode].measure is None and lr > 0.0 and self._rule.is_probe_due(state)
-        kept = KeptPoint(list(chain(*self._moving())), lr) if looks_back else None
+        kept = KeptPoint(list(chain(*self._moving())), lr, last=left) if looks_back else None
         with self._rates.in_force(self.param_groups, rates):
             self.step_base()
         if kept is not None:
@@ -284,7 +284,7 @@ class GeNOptimizer(RememberingOptimizer):
                 self._remember(after, self._rates_in_force(after.lr))
             else:
                 kept.leave()
-                self._advance(after)
+                self._advance(after, kept)
         self._report(state, measurement, decision, factor)
         return measurement.raw if loss is None else loss
 

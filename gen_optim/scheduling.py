@@ -217,17 +217,17 @@ class LearningRates:
         """Set ``group["lr"]``; a tensor that holds the rate already is not written, and what is written not read."""
         lr = group["lr"]
         if not isinstance(lr, Tensor):
-            write_lr(group, rate)
+            group["lr"] = rate
         elif self._read(lr) != (rounded := torch.tensor(rate, dtype=lr.dtype).item()):
             write_lr(group, rate)
             self._remember(lr, rounded)
 
 
-@torch.no_grad()
 def write_lr(group: Group, rate: float) -> None:
     """Set ``group["lr"]``; a tensor stays the same tensor."""
     if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
+        with torch.no_grad():
+            group["lr"].fill_(rate)
     else:
         group["lr"] = rate
 

@@ -117,9 +117,11 @@ def _summands(
     ]
 
 
-_gradient_functions = _Patch(
-    # ``Tensor.backward`` ends in this one.
-    (torch.autograd, "backward", functools.partial(_watched, is_backward=True)),
+# ``Tensor.backward`` ends in this one.
+_backward = _Patch((torch.autograd, "backward", functools.partial(_watched, is_backward=True)))
+# Held in probes alone: Python looks up everything in modules anew after a change to their class, which a lazy step
+# would feel in its forward pass.
+_zero_grad = _Patch(
     (nn.Module, "zero_grad", functools.partial(_watched, is_backward=False)),
     (torch.optim.Optimizer, "zero_grad", functools.partial(_watched, is_backward=False)),
 )
@@ -129,14 +131,17 @@ _gradient_functions = _Patch(
 def watching_gradients(*, suppress: bool) -> Iterator[None]:
     """Notice this thread's calls of backward, or make them, and those of ``zero_grad``, do nothing."""
     outer = (watch.is_on, watch.is_suppressing, watch.saw_backward)
-    _gradient_functions.hold()
+    patches = (_backward, _zero_grad) if suppress else (_backward,)
+    for patch in patches:
+        patch.hold()
     try:
         watch.is_on, watch.is_suppressing, watch.saw_backward = True, suppress, False
         yield
     finally:
         watch.went_backward = watch.saw_backward
         watch.is_on, watch.is_suppressing, watch.saw_backward = outer
-        _gradient_functions.release()
+        for patch in patches:
+            patch.release()
 
 
 @contextmanager

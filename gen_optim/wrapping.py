@@ -64,7 +64,10 @@ class OptimizerWrapper(Optimizer):
 
     def step_base(self) -> None:
         """Step the base optimizer, once."""
-        with without_global_hooks():
+        if _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+            with without_global_hooks():
+                self.base_optim.step()
+        else:
             self.base_optim.step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from gen_optim.measuring import MODES
         (["--quick", "--no-picture", "--schedule", "constant"], ["digits-constant-quick.md"]),
         (["curvature", "--quick"], ["curvature-quick.md", "curvature-quick.png"]),
         (["directions", "--quick", "--only", "digits-cnn"], ["direction-digits-cnn-quick.png"]),
-        (["modes", "--quick"], ["modes-quick.md"]),
+        (["cost", "--quick"], ["cost-quick.md"]),
     ],
     ids=" ".join,
 )
@@ -33,7 +33,7 @@ def test_a_job_writes_its_files_and_leaves_no_mode_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     printed = capsys.readouterr().out
     assert all(str(tmp_path / name) in printed for name in files)
-    assert set(MODES) == {"approximate", "exact"}
+    assert set(MODES) == {"lookback", "approximate", "exact"}
 
 
 def test_help_lists_every_job(capsys: pytest.CaptureFixture[str]) -> None:

@@ -237,7 +237,8 @@ def test_parameters_without_gradients_and_frozen_ones_are_passed_over() -> None:
     used.grad = torch.ones(2)
     groups: list[dict[str, Any]] = [{"params": []}, {"params": [unused, frozen]}, {"params": [used]}]
     mark = GradientMark.of(groups)
-    assert mark.gradient is used.grad
+    assert mark.gradient is not None
+    assert mark.gradient() is used.grad
     assert mark.is_fresh
     mark_used(groups)
     assert not GradientMark.of(groups).is_fresh

@@ -71,7 +71,7 @@ class Parabolic:
 def test_probes_are_one_step_behind_and_one_ahead() -> None:
     case = Parabolic(lr=0.1)
     measurement = probe_around(case.line)
-    assert case.evaluated == [-0.1, 0.1]
+    assert case.evaluated == [0.1, -0.1]  # first where the parameters are
     assert measurement.learning_rates == (-0.1, 0.0, 0.1)
     assert measurement.losses == pytest.approx((1.22, 1.0, 0.82))
     assert measurement.loss == 1.0

@@ -167,27 +167,56 @@ def test_a_multiple_too_few_or_too_many_is_refused() -> None:
             move.settle(multiples)
 
 
-@pytest.mark.parametrize("interrupted_call", range(4))
-def test_settling_ends_before_an_interrupt_is_raised(monkeypatch: pytest.MonkeyPatch, interrupted_call: int) -> None:
+@pytest.mark.parametrize("writes", ["_foreach_copy_", "_foreach_lerp_"])
+@pytest.mark.parametrize("interrupted_call", range(2))
+def test_settling_ends_before_an_interrupt_is_raised(
+    monkeypatch: pytest.MonkeyPatch, interrupted_call: int, writes: str
+) -> None:
     parameters, move = moved(groups=2)
     move.settle([0.3, 0.6])
     expected = copies(parameters)
     move.write(-1.0)
 
     calls = 0
-    lerp = torch.lerp
+    write = getattr(torch, writes)
 
-    def interrupted_lerp(*args: object, **kwargs: object) -> Tensor:
+    def interrupted(*args: object) -> None:
         nonlocal calls
         calls += 1
         if calls == interrupted_call + 1:
             raise KeyboardInterrupt
-        return lerp(*args, **kwargs)  # type: ignore[call-overload, no-any-return]
+        write(*args)
 
-    monkeypatch.setattr(torch, "lerp", interrupted_lerp)
+    monkeypatch.setattr(torch, writes, interrupted)
     with pytest.raises(KeyboardInterrupt):
         move.settle([0.3, 0.6])
     assert_equal(parameters, expected)
+
+
+def test_arrival_is_written_again_once_the_parameters_have_left_it() -> None:
+    parameters, move = moved()
+    after = copies(parameters)
+    move.write(-1.0)
+    for group in parameters:
+        for parameter in group:
+            parameter.data.zero_()
+    move.write(1.0)
+    assert_equal(parameters, after)
+
+
+def test_an_interrupted_write_is_no_longer_where_the_step_has_led(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters, move = moved(groups=2)
+    after = copies(parameters)
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "_foreach_lerp_", interrupted)  # when half of the write is done
+        with pytest.raises(KeyboardInterrupt):
+            move.write(-1.0)
+    move.settle([1.0, 1.0])
+    assert_equal(parameters, after)
 
 
 def test_parameters_stay_the_same_leaves_that_require_grad() -> None:

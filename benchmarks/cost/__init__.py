@@ -1,0 +1,1 @@
+"""What GeNOptimizer costs in time, memory and moves of parameters, next to the least that it could cost."""

@@ -1,0 +1,115 @@
+"""What is trained while the cost is measured: models that differ in what dominates, and base optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, AdamW, Optimizer
+
+from benchmarks import text
+
+BASES: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "SGD, momentum": lambda parameters: SGD(parameters, lr=1e-4, momentum=0.9, foreach=True),
+    "AdamW, foreach": lambda parameters: AdamW(parameters, lr=1e-5, foreach=True),
+    "AdamW, fused": lambda parameters: AdamW(parameters, lr=1e-5, fused=True),
+}
+"""At learning rates so small that the model, which all optimizers share, stays what it is."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and one batch.
+
+    Attributes:
+        name: What it is.
+        model: The model.
+        inputs: The batch's inputs.
+        targets: The class of each output.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All are trained."""
+        return list(self.model.parameters())
+
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return sum(each.numel() for each in self.parameters)
+
+    @property
+    def bytes(self) -> int:
+        """Their size in memory."""
+        return sum(each.numel() * each.element_size() for each in self.parameters)
+
+    def loss(self) -> Tensor:
+        """The loss on the batch."""
+        return self.criterion(self.model(self.inputs), self.targets)
+
+    @staticmethod
+    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of outputs."""
+        return cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+    def loss_of(self, params: Mapping[str, Tensor]) -> Tensor:
+        """The loss as a function of the parameters."""
+        return self.criterion(functional_call(self.model, dict(params), (self.inputs,)), self.targets)
+
+
+def mlp() -> Case:
+    """A fully connected network; the batch is large enough that the forward pass dominates."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    return Case("MLP", model, torch.randn(1024, 256), torch.randint(10, (1024,)))
+
+
+def convolutional() -> Case:
+    """A convolutional network with batch normalisation."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, after in ((3, 32), (32, 64), (64, 128), (128, 128)):
+        layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    return Case("convolutional network", model, torch.randn(128, 3, 32, 32), torch.randint(10, (128,)))
+
+
+def transformer() -> Case:
+    """A transformer on running text."""
+    torch.manual_seed(0)
+    train, _ = text.load()
+    model = text.Transformer(train.alphabet, width=384, layers=6)
+    return Case("transformer", model, *next(text.batches(train, 16, seed=0)))
+
+
+def wide(width: int = 8192) -> Case:
+    """A network of a few large matrices, in which copying parameters takes as long as much else."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(3)), nn.Linear(width, 10))
+    return Case("wide network", model, torch.randn(64, width), torch.randint(10, (64,)))
+
+
+def tiny(tensors: int = 1000) -> Case:
+    """A network of many tiny tensors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(tensors // 2)))
+    return Case("many tiny tensors", model, torch.randn(64, 16), torch.randint(16, (64,)))
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "mlp": mlp,
+    "convolutional": convolutional,
+    "transformer": transformer,
+    "wide": wide,
+    "tiny": tiny,
+}
+"""By the name that the option ``--only`` takes."""

@@ -1,0 +1,93 @@
+"""Going through parameter-shaped tensors piece by piece: large ones are cut up, small ones taken together.
+
+What is computed on the way then stays in the processor's cache instead of being as large as the parameters, and many
+small tensors are handled by one call. Where nothing is computed on the way, large tensors are better left whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["copy", "inner_product", "lerp", "pieces"]
+
+_SIZE = 2**17
+"""Elements of a piece on the CPU, by measurement: twice as many and allocations go to the system, which takes longer
+than all else."""
+_SIZE_ELSEWHERE = 2**22
+"""Elements of a piece on another device, where each call costs microseconds."""
+_SHARE = 100
+"""Of all tensors together, a piece is at most this part."""
+
+
+def pieces(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Tensor], ...]]:
+    """Corresponding pieces of tensors, in batches of one device and dtype that ``torch._foreach_*`` takes at once.
+
+    Args:
+        lists: Tensors in corresponding order and of corresponding shapes.
+        cut: Whether to cut large tensors; else they come alone. Where they are, copies of a batch take next to
+            nothing of the memory that all of them take.
+
+    Yields:
+        One list of pieces for each list of tensors. The pieces are views.
+    """
+    share = sum(each.numel() for each in lists[0]) // _SHARE if cut else _SIZE_ELSEWHERE
+    batch: tuple[list[Tensor], ...] = tuple([] for _ in lists)
+    kind, limit, room = None, 0, 0
+    for row in zip(*lists, strict=True):
+        first = row[0]
+        if kind != (present := (first.device, first.dtype)):
+            kind, room = present, 0
+            limit = max(1, min(share, _SIZE if first.device.type == "cpu" else _SIZE_ELSEWHERE))
+        for part in _cut(row, limit) if cut and first.numel() > limit else (row,):
+            taken = part[0].numel()
+            if taken > room:
+                if batch[0]:
+                    yield batch
+                batch, room = tuple([] for _ in lists), limit
+            for collected, piece in zip(batch, part, strict=True):
+                collected.append(piece)
+            room -= taken
+    if batch[0]:
+        yield batch
+
+
+def _cut(row: Sequence[Tensor], limit: int) -> list[tuple[Tensor, ...]]:
+    if all(each.is_contiguous() for each in row):
+        return list(zip(*(torch.split(each.view(-1), limit) for each in row), strict=True))
+    length = row[0].shape[0] if row[0].ndim else 1
+    return list(zip(*(torch.split(each, max(1, limit * length // each.numel())) for each in row), strict=True))
+
+
+def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its target."""
+    for target, source in pieces(targets, sources, cut=False):
+        torch._foreach_copy_(target, source)
+
+
+def lerp(targets: Sequence[Tensor], starts: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """Write ``torch.lerp(start, end, weight)`` to each target, bit for bit."""
+    for target, start, end in pieces(targets, starts, ends, cut=False):
+        if len(target) == 1:
+            torch.lerp(start[0], end[0], weight, out=target[0])
+        else:
+            torch._foreach_copy_(target, start)
+            torch._foreach_lerp_(target, end, weight)
+
+
+def inner_product(gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensor:
+    """The real part of ⟨gradients, ends − starts⟩, in float64; nothing as large as the tensors is made on the way."""
+    total = torch.zeros((), dtype=torch.float64, device=ends[0].device if ends else None)
+    for batch in pieces(gradients, ends, starts):
+        gradient, end, start = (_flat(each) for each in batch)
+        total += torch.dot(gradient, (end - start).to(gradient.dtype)).to(total)
+    return total
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors end to end, in real numbers of 32 bits at least."""
+    flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    real = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    return real.to(torch.promote_types(real.dtype, torch.float32))
