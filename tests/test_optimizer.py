@@ -766,7 +766,7 @@ def test_differences_that_are_rounding_teach_nothing() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("steps_before", [0, 3])
-@pytest.mark.parametrize("rule", ["published", "safeguarded"])
+@pytest.mark.parametrize("rule", ["published", "relaxed"])
 def test_a_loss_that_is_not_finite_teaches_nothing_and_steps_as_the_base_would(
     bad: float, steps_before: int, rule: str
 ) -> None:
@@ -883,8 +883,8 @@ def test_a_hook_may_raise_and_the_step_is_done() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "newton"}, "mode must be one of 'approximate'"),
-        ({"rule": "best"}, "rule must be one of 'published', 'safeguarded', got 'best'"),
+        ({"mode": "newton"}, "mode must be one of 'lookback', 'approximate', 'exact', got 'newton'"),
+        ({"rule": "best"}, "rule must be one of 'relaxed', 'published', 'cdat', got 'best'"),
         ({"period": 0}, "period must be a whole number of at least 1, got 0"),
         ({"smoothing": 1.0}, "smoothing must be in"),
         ({"max_change": 1.0}, "max_change must be a finite number above 1"),
