@@ -92,11 +92,11 @@ class KeptPoint:
             torch.lerp(start, end, 0.5, out=local(parameter))
 
     def leave(self) -> None:
-        """Put them back to where the step has led."""
+        """Put them back to where the step has led, for good: all copies are freed."""
         self._write(self._end)
 
     def stay(self) -> None:
-        """Put them where the step began, for good."""
+        """Put them where the step began, for good: all copies are freed."""
         self._write(self._start)
 
     @torch.no_grad()
@@ -111,6 +111,8 @@ class KeptPoint:
         except BaseException:  # an interrupt, which has to wait until all is written
             write()
             raise
+        finally:
+            self._start, self._end = [], []
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep; versions begin anew in them."""
