@@ -281,6 +281,7 @@ class GeNOptimizer(RememberingOptimizer):
             # After an exception in a probe this is the lazy step, as it would have been without looking back.
             if is_done:
                 kept.stay()
+                session.take_back()
                 self._remember(after, self._rates_in_force(after.lr))
             else:
                 kept.leave()
