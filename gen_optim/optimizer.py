@@ -221,7 +221,7 @@ class GeNOptimizer(RememberingOptimizer):
         kept = self._take_kept()
         is_frozen = not any(self._rates.shares(self.param_groups, state.lr))
         if probed is None or is_frozen or not self._rule.is_probe_due(state):
-            return self._lazy_step(state, closure)
+            return self._lazy_step(state, closure, looks_back=probed is not None)
         measure = search if self._rule.needs_start(state) else MODES[self.mode].measure
         if measure is not None:
             return self._probe_step(state, closure, probed, measure)
@@ -229,16 +229,16 @@ class GeNOptimizer(RememberingOptimizer):
             return self._lazy_step(state, closure)
         return self._look_back_step(state, closure, probed, kept)
 
-    def _lazy_step(self, state: ControlState, closure: Closure | None) -> Loss | None:
+    def _lazy_step(self, state: ControlState, closure: Closure | None, *, looks_back: bool = True) -> Loss | None:
         loss = None if closure is None else self._call(closure)
-        self._advance(self._rule.skip(state))
+        self._advance(self._rule.skip(state), looks_back=looks_back)
         return loss
 
-    def _advance(self, state: ControlState) -> None:
+    def _advance(self, state: ControlState, *, looks_back: bool = True) -> None:
         """Let the base optimizer step, and remember; keep where the step began if the next one looks back at it."""
         rates = self._rates_in_force(state.lr)
         lr = next(compress(rates, self._rates.shares(self.param_groups, state.lr)), 0.0)
-        looks_back = MODES[self.mode].measure is None and lr > 0.0 and self._rule.is_probe_due(state)
+        looks_back &= MODES[self.mode].measure is None and lr > 0.0 and self._rule.is_probe_due(state)
         kept = KeptPoint(list(chain(*self._moving())), lr) if looks_back else None
         with self._rates.in_force(self.param_groups, rates):
             self.step_base()
