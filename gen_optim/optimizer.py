@@ -218,7 +218,7 @@ class GeNOptimizer(RememberingOptimizer):
         probe = check_callable("probe", self.probe if probe is None else probe)
         probed = closure if probe is None else probe
         state = self._recall()
-        kept = self._take_kept()
+        kept = self._pending()
         is_frozen = not any(self._rates.shares(self.param_groups, state.lr))
         if probed is None or is_frozen or not self._rule.is_probe_due(state):
             return self._lazy_step(state, closure, looks_back=probed is not None)
@@ -255,6 +255,7 @@ class GeNOptimizer(RememberingOptimizer):
         origin = GradientOrigin(self.param_groups)
         with around_backward(origin.around_backward):
             loss = None if closure is None else self._first(session, closure, ranks, origin)
+        self._kept = None  # it serves once, but a closure that fails may be called again
         end = loss if probed is closure else None
         after, is_done = self._rule.skip(state), False
         try:
