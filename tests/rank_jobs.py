@@ -108,7 +108,7 @@ class Run:
             base = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         else:
             base = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        self.optimizer = GeNOptimizer(base, **{"burn_in": 10, "period": 4, **options})
+        self.optimizer = GeNOptimizer(base, **{"mode": "approximate", "burn_in": 10, "period": 4, **options})
         self.inputs, self.targets = data_of(kind)
         self.history = History()
         self.optimizer.register_probe_hook(self.history)
