@@ -152,9 +152,9 @@ def train(kind: str, steps: int, ddp_options: Any = None, **options: Any) -> dic
     return run.result()
 
 
-def train_by(style: str, kind: str, steps: int) -> dict[str, Any]:
+def train_by(style: str, kind: str, steps: int, **options: Any) -> dict[str, Any]:
     """Train by another kind of closure than one that calls backward itself."""
-    run = Run(kind)
+    run = Run(kind, **options)
 
     def only_loss() -> Tensor:
         run.optimizer.zero_grad(set_to_none=False)
@@ -168,6 +168,42 @@ def train_by(style: str, kind: str, steps: int) -> dict[str, Any]:
             run.loss().backward()
             run.optimizer.step(probe=run.loss)
     return run.result()
+
+
+def look_back_astray(kind: str, bad: float) -> dict[str, Any]:
+    """The last rank alone meets a loss that is ``bad`` where a step has led: all take it back."""
+    run = Run(kind, mode="lookback")
+    run.train(6)
+    before = numbers_of(run.model)
+    run.train(1)
+
+    def spoil() -> Tensor | None:
+        is_it = dist.get_rank() == dist.get_world_size() - 1 and not run.optimizer.is_probing
+        return torch.tensor(bad, dtype=torch.float64, device=device()) if is_it else None
+
+    run.before_return = spoil
+    run.train(1)
+    is_back = numbers_of(run.model) == before
+    run.before_return = lambda: None
+    run.train(10)
+    return {"is_back": is_back, **run.result()}
+
+
+def look_back_with_numbers(kind: str) -> dict[str, Any]:
+    """One rank returns plain numbers, of which less is known; another clips: all need the middle then."""
+    run = Run(kind, mode="lookback")
+
+    def closure() -> Any:
+        loss = run.closure()
+        if dist.get_rank() == 0:
+            return loss.item()
+        if 6 <= len(run.history) < 9 and not run.optimizer.is_probing:
+            nn.utils.clip_grad_norm_(run.model.parameters(), 1e9)
+        return loss
+
+    for _ in range(14):
+        run.optimizer.step(closure)
+    return {"evaluated": [len(record.losses) for record in run.history], **run.result()}
 
 
 def gradients_of_one_rank(kind: str) -> dict[str, Any]:
@@ -506,8 +542,8 @@ def inner_products() -> list[tuple[float, float]]:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save(kind: str, folder: str, through: str) -> dict[str, Any]:
-    run = Run(kind)
+def save(kind: str, folder: str, through: str, mode: str) -> dict[str, Any]:
+    run = Run(kind, mode=mode)
     run.train(13)
     if through == "dcp":
         model, optimizer = get_model_state_dict(run.model), get_optimizer_state_dict(run.model, run.optimizer)
@@ -519,8 +555,8 @@ def save(kind: str, folder: str, through: str) -> dict[str, Any]:
     return run.result()
 
 
-def resume(kind: str, folder: str, through: str) -> dict[str, Any]:
-    run = Run(kind)
+def resume(kind: str, folder: str, through: str, mode: str) -> dict[str, Any]:
+    run = Run(kind, mode=mode)
     if through == "dcp":
         model, optimizer = get_model_state_dict(run.model), get_optimizer_state_dict(run.model, run.optimizer)
         state = {"model": model, "optimizer": optimizer}

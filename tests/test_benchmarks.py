@@ -33,7 +33,7 @@ def test_a_job_writes_its_files_and_leaves_no_mode_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     printed = capsys.readouterr().out
     assert all(str(tmp_path / name) in printed for name in files)
-    assert set(MODES) == {"approximate", "exact"}
+    assert set(MODES) == {"lookback", "approximate", "exact"}
 
 
 def test_help_lists_every_job(capsys: pytest.CaptureFixture[str]) -> None:
