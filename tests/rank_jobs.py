@@ -190,7 +190,7 @@ def look_back_astray(kind: str, bad: float) -> dict[str, Any]:
 
 
 def look_back_with_numbers(kind: str) -> dict[str, Any]:
-    """One rank returns plain numbers, of which less is known; another clips: all need the middle then."""
+    """One rank returns plain numbers; another writes to its gradients for a while: all need the middle then."""
     run = Run(kind, mode="lookback")
 
     def closure() -> Any:
@@ -198,7 +198,8 @@ def look_back_with_numbers(kind: str) -> dict[str, Any]:
         if dist.get_rank() == 0:
             return loss.item()
         if 6 <= len(run.history) < 9 and not run.optimizer.is_probing:
-            nn.utils.clip_grad_norm_(run.model.parameters(), 1e9)
+            for parameter in run.model.parameters():
+                local(parameter.grad).mul_(1.0)
         return loss
 
     for _ in range(14):
@@ -234,7 +235,7 @@ def gradients_added_by_the_caller(kind: str) -> dict[str, Any]:
 
 def return_numbers_on_one_rank() -> dict[str, Any]:
     """A plain number is taken to be rounded more coarsely than the tensor that it comes from."""
-    run = Run("ddp", "sgd", rule="safeguarded", tolerance=1e4)
+    run = Run("ddp", "sgd", rule="relaxed", tolerance=1e4)
 
     def only_there() -> float | None:
         return 0.25 if dist.get_rank() == 1 else None

@@ -103,7 +103,7 @@ def test_a_step_that_led_one_rank_astray_is_taken_back_on_all(run: Run, bad: flo
 def test_what_one_rank_does_not_know_of_its_gradients_all_look_up_half_way(run: Run, kind: str) -> None:
     ranks = run(rank_jobs.look_back_with_numbers, kind)
     assert_alike(ranks)
-    assert ranks[0]["evaluated"][1:] == [2, 2, 2, 2, 2, 3, 3, 3, 2, 2]
+    assert ranks[0]["evaluated"][1:] == [2, 2, 2, 2, 2, 3, 3, 3, 2]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -327,8 +327,9 @@ def test_training_resumes_from_a_checkpoint(run: Run, through: str, mode: str, k
     assert_alike(saved)
     resumed = run(rank_jobs.resume, kind, str(tmp_path), through, mode, size=4)
     assert_alike(resumed)
-    assert resumed[0]["parameters"] == saved[0]["parameters"]
-    assert resumed[0]["lrs"] == saved[0]["lrs"][-len(resumed[0]["lrs"]) :]
+    # DistributedDataParallel sums its first gradients in another order than later ones: with four ranks, other bits.
+    assert distance(resumed[0]["parameters"], saved[0]["parameters"]) < 1e-13
+    assert resumed[0]["lrs"] == pytest.approx(saved[0]["lrs"][-len(resumed[0]["lrs"]) :], rel=1e-9)
     if through == "dcp":  # each rank of the other checkpoint holds shards for four
         fewer = run(rank_jobs.resume, kind, str(tmp_path), through, mode, size=2)
         assert_alike(fewer)
