@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
@@ -158,7 +158,7 @@ def test_skipping_changes_nothing_but_the_step_counter() -> None:
 
 
 def test_restarting_averages_sets_the_learning_rate_and_keeps_the_start_and_the_schedule() -> None:
-    state = ControlState(0.5, 7, 5, 9, True, 3.0, *[0.25] * 3, *[0.125] * 8, 2)
+    state = ControlState(**{field.name: 3 for field in fields(ControlState)})
     kept = {name: getattr(state, name) for name in ("step", "probes", "next_probe", "started", "loss_start")}
     assert PublishedRule().restart_averages(state, 0.125) == ControlState(lr=0.125, **kept)
 

@@ -244,7 +244,9 @@ def test_whatever_it_sees_the_state_stays_plain_finite_numbers_and_the_learning_
         before = state
         state = rule.decide(state, loss, parabola, factor=factor, arrival=arrival).state
         assert state.step == before.step + 1
-        assert state.lr <= before.lr * rule.max_change
+        # Besides its own bounds it grows by what the scheduler has taken off since the last parabola.
+        taken_off = max(1.0, before.factor / factor) if factor else 1.0
+        assert state.lr <= before.lr * rule.max_change * taken_off
         assert state.lr >= before.lr / rule.max_change
         assert state.lr > 0.0
         for value in state.dump().values():
@@ -354,6 +356,16 @@ def test_without_noise_the_target_is_followed_from_both_sides_under_a_scheduler(
         for _ in range(400):
             state = rule.decide(state, 1.0, Parabola(1.0, 1.0, 3.0), factor=factor).state
         assert state.lr * factor == pytest.approx(1.5 / 3.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.1])
+def test_what_a_scheduler_takes_off_is_made_up_for_at_once_without_noise_but_not_in_noise(factor: float) -> None:
+    rule = RelaxedRule()
+    agreeing = decide_all(rule, STARTED_LONG_AGO, [(1.0, Parabola(1.0, 1.0, 3.0))] * 400)[-1].state
+    decision = rule.decide(agreeing, 1.0, Parabola(1.0, 1.0, 3.0), factor=factor)
+    assert 0.6 * agreeing.lr < decision.state.lr * factor <= agreeing.lr * (1.0 + 1e-9)
+    assert decision.state.factor == factor
+    assert rule._relaxed(in_noise(1e3, 1.0), factor)[0] == rule._relaxed(in_noise(1e3, 1.0), 1.0)[0]
 
 
 def test_a_factor_of_zero_asks_for_nothing() -> None:
