@@ -179,6 +179,10 @@ class Session:
         self._buffers.rewind()
         self._random_before.restore()
 
+    def take_back(self) -> None:
+        """Put buffers back to where the first call found them: that of a step taken back must not stay."""
+        self._buffers.rewind()
+
     def parameters(self) -> Iterator[Tensor]:
         """Every parameter whose gradient a probe could touch: the optimizer's and those of the modules called."""
         theirs = (each for module in self._buffers.modules() for each in module._parameters.values())

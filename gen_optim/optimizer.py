@@ -218,10 +218,10 @@ class GeNOptimizer(RememberingOptimizer):
         probe = check_callable("probe", self.probe if probe is None else probe)
         probed = closure if probe is None else probe
         state = self._recall()
-        kept = self._take_kept()
+        kept = self._pending()
         is_frozen = not any(self._rates.shares(self.param_groups, state.lr))
         if probed is None or is_frozen or not self._rule.is_probe_due(state):
-            return self._lazy_step(state, closure)
+            return self._lazy_step(state, closure, looks_back=probed is not None)
         measure = search if self._rule.needs_start(state) else MODES[self.mode].measure
         if measure is not None:
             return self._probe_step(state, closure, probed, measure)
@@ -229,16 +229,16 @@ class GeNOptimizer(RememberingOptimizer):
             return self._lazy_step(state, closure)
         return self._look_back_step(state, closure, probed, kept)
 
-    def _lazy_step(self, state: ControlState, closure: Closure | None) -> Loss | None:
+    def _lazy_step(self, state: ControlState, closure: Closure | None, *, looks_back: bool = True) -> Loss | None:
         loss = None if closure is None else self._call(closure)
-        self._advance(self._rule.skip(state))
+        self._advance(self._rule.skip(state), looks_back=looks_back)
         return loss
 
-    def _advance(self, state: ControlState, left: KeptPoint | None = None) -> None:
+    def _advance(self, state: ControlState, left: KeptPoint | None = None, *, looks_back: bool = True) -> None:
         """Let the base optimizer step, and remember; keep where the step began if the next one looks back at it."""
         rates = self._rates_in_force(state.lr)
         lr = next(compress(rates, self._rates.shares(self.param_groups, state.lr)), 0.0)
-        looks_back = MODES[self.mode].measure is None and lr > 0.0 and self._rule.is_probe_due(state)
+        looks_back &= MODES[self.mode].measure is None and lr > 0.0 and self._rule.is_probe_due(state)
         kept = KeptPoint(list(chain(*self._moving())), lr, last=left) if looks_back else None
         with self._rates.in_force(self.param_groups, rates):
             self.step_base()
@@ -255,6 +255,7 @@ class GeNOptimizer(RememberingOptimizer):
         origin = GradientOrigin(self.param_groups)
         with around_backward(origin.around_backward):
             loss = None if closure is None else self._first(session, closure, ranks, origin)
+        self._kept = None  # it serves once, but a closure that fails may be called again
         end = loss if probed is closure else None
         after, is_done = self._rule.skip(state), False
         try:
@@ -281,6 +282,7 @@ class GeNOptimizer(RememberingOptimizer):
             # After an exception in a probe this is the lazy step, as it would have been without looking back.
             if is_done:
                 kept.stay()
+                session.take_back()
                 self._remember(after, self._rates_in_force(after.lr))
             else:
                 kept.leave()

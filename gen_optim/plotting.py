@@ -27,10 +27,11 @@ _MARKS: dict[ProbeStatus, tuple[str, str]] = {
     ProbeStatus.STARTED: ("*", "start found"),
     ProbeStatus.START_FAILED: ("X", "no start found"),
     ProbeStatus.CONCAVE: ("^", "concave: grown"),
-    ProbeStatus.NO_MINIMUM: ("_", "no minimum: kept"),
+    ProbeStatus.NO_MINIMUM: ("_", "no minimum"),
     ProbeStatus.BELOW_NOISE: ("|", "below noise: kept"),
     ProbeStatus.NON_FINITE_LOSS: ("x", "loss not finite"),
     ProbeStatus.NON_FINITE_PROBE: ("v", "probe not finite: cut"),
+    ProbeStatus.TAKEN_BACK: ("<", "taken back: cut"),
     ProbeStatus.EXPLODED: ("P", "exploded: cut"),
 }
 """Marker and name of every status but the usual one, a fitted parabola."""

@@ -185,6 +185,8 @@ class RelaxedRule(PublishedRule):
                 growth = 1.0
             if risen > 2.0 * _RISEN * state.loss_deviation:
                 target = 0.0
+        if not factor:  # no step to compare the target with
+            return state.lr, status
         low, high = state.lr * factor, state.lr * factor**agreement
         if target > high:
             # What the scheduler has taken off since is not growth: without noise it is the step that grows so much.

@@ -119,10 +119,11 @@ class RememberingOptimizer(OptimizerWrapper):
             for share, factor in zip(self._rates.shares(groups, lr), self._rates.factors(groups), strict=True)
         ]
 
-    def _take_kept(self) -> KeptPoint | None:
-        """The point where the last step began, if there is one; it serves once."""
-        kept, self._kept = self._kept, None
-        return kept if kept is not None and kept.is_of(list(chain(*self._moving()))) else None
+    def _pending(self) -> KeptPoint | None:
+        """The point where the last step began, if there is one."""
+        if self._kept is not None and not self._kept.is_of(list(chain(*self._moving()))):
+            self._kept = None
+        return self._kept
 
     def _moving(self) -> list[list[Tensor]]:
         """The parameters that a step can change, of each group that is not frozen."""

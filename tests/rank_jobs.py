@@ -108,7 +108,7 @@ class Run:
             base = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         else:
             base = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        self.optimizer = GeNOptimizer(base, **{"burn_in": 10, "period": 4, **options})
+        self.optimizer = GeNOptimizer(base, **{"mode": "approximate", "burn_in": 10, "period": 4, **options})
         self.inputs, self.targets = data_of(kind)
         self.history = History()
         self.optimizer.register_probe_hook(self.history)
@@ -152,9 +152,9 @@ def train(kind: str, steps: int, ddp_options: Any = None, **options: Any) -> dic
     return run.result()
 
 
-def train_by(style: str, kind: str, steps: int) -> dict[str, Any]:
+def train_by(style: str, kind: str, steps: int, **options: Any) -> dict[str, Any]:
     """Train by another kind of closure than one that calls backward itself."""
-    run = Run(kind)
+    run = Run(kind, **options)
 
     def only_loss() -> Tensor:
         run.optimizer.zero_grad(set_to_none=False)
@@ -168,6 +168,43 @@ def train_by(style: str, kind: str, steps: int) -> dict[str, Any]:
             run.loss().backward()
             run.optimizer.step(probe=run.loss)
     return run.result()
+
+
+def look_back_astray(kind: str, bad: float) -> dict[str, Any]:
+    """The last rank alone meets a loss that is ``bad`` where a step has led: all take it back."""
+    run = Run(kind, mode="lookback")
+    run.train(6)
+    before = numbers_of(run.model)
+    run.train(1)
+
+    def spoil() -> Tensor | None:
+        is_it = dist.get_rank() == dist.get_world_size() - 1 and not run.optimizer.is_probing
+        return torch.tensor(bad, dtype=torch.float64, device=device()) if is_it else None
+
+    run.before_return = spoil
+    run.train(1)
+    is_back = numbers_of(run.model) == before
+    run.before_return = lambda: None
+    run.train(10)
+    return {"is_back": is_back, **run.result()}
+
+
+def look_back_with_numbers(kind: str) -> dict[str, Any]:
+    """One rank returns plain numbers; another writes to its gradients for a while: all need the middle then."""
+    run = Run(kind, mode="lookback")
+
+    def closure() -> Any:
+        loss = run.closure()
+        if dist.get_rank() == 0:
+            return loss.item()
+        if 6 <= len(run.history) < 9 and not run.optimizer.is_probing:
+            for parameter in run.model.parameters():
+                local(parameter.grad).mul_(1.0)
+        return loss
+
+    for _ in range(14):
+        run.optimizer.step(closure)
+    return {"evaluated": [len(record.losses) for record in run.history], **run.result()}
 
 
 def gradients_of_one_rank(kind: str) -> dict[str, Any]:
@@ -198,7 +235,7 @@ def gradients_added_by_the_caller(kind: str) -> dict[str, Any]:
 
 def return_numbers_on_one_rank() -> dict[str, Any]:
     """A plain number is taken to be rounded more coarsely than the tensor that it comes from."""
-    run = Run("ddp", "sgd", rule="safeguarded", tolerance=1e4)
+    run = Run("ddp", "sgd", rule="relaxed", tolerance=1e4)
 
     def only_there() -> float | None:
         return 0.25 if dist.get_rank() == 1 else None
@@ -506,8 +543,8 @@ def inner_products() -> list[tuple[float, float]]:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save(kind: str, folder: str, through: str) -> dict[str, Any]:
-    run = Run(kind)
+def save(kind: str, folder: str, through: str, mode: str) -> dict[str, Any]:
+    run = Run(kind, mode=mode)
     run.train(13)
     if through == "dcp":
         model, optimizer = get_model_state_dict(run.model), get_optimizer_state_dict(run.model, run.optimizer)
@@ -519,8 +556,8 @@ def save(kind: str, folder: str, through: str) -> dict[str, Any]:
     return run.result()
 
 
-def resume(kind: str, folder: str, through: str) -> dict[str, Any]:
-    run = Run(kind)
+def resume(kind: str, folder: str, through: str, mode: str) -> dict[str, Any]:
+    run = Run(kind, mode=mode)
     if through == "dcp":
         model, optimizer = get_model_state_dict(run.model), get_optimizer_state_dict(run.model, run.optimizer)
         state = {"model": model, "optimizer": optimizer}

@@ -37,7 +37,9 @@ def fresh_like(training: Training) -> Training:
     base = type(training.optimizer.base_optim)(model.parameters(), lr=0.77)
     if isinstance(base, SGD):
         base = SGD(model.parameters(), lr=0.77, momentum=0.9)
-    optimizer = GeNOptimizer(base, burn_in=4, period=3)
+    # A bare base optimizer stands for itself in one test.
+    mode = getattr(training.optimizer, "mode", "lookback")
+    optimizer = GeNOptimizer(base, mode=mode, burn_in=4, period=3)
     return Training(model, optimizer, training.inputs, training.targets)
 
 
@@ -94,11 +96,19 @@ RESUMES: list[Resume] = [
 ]
 
 
+LOSING = [by_stock_loading, by_loading_the_base, by_distributed_state_dict, by_flat_distributed_state_dict]
+"""Those that keep parameter groups and state alone: the point to look back at is lost."""
+
+
 @pytest.mark.parametrize("make", [gen_adamw, gen_sgd])
-@pytest.mark.parametrize("resume", RESUMES)
+@pytest.mark.parametrize(
+    ("resume", "mode"),
+    [(resume, "approximate") for resume in RESUMES]
+    + [(resume, "lookback") for resume in RESUMES if resume not in LOSING],
+)
 @pytest.mark.parametrize("steps", [0, 1, 3, 5, 6])
-def test_resuming_is_exact(resume: Resume, steps: int, make: Any) -> None:
-    training = Training.of(lambda parameters: make(parameters, burn_in=4, period=3))
+def test_resuming_is_exact(resume: Resume, steps: int, make: Any, mode: str) -> None:
+    training = Training.of(lambda parameters: make(parameters, mode=mode, burn_in=4, period=3))
     training.train(steps)
     resumed = resume(training)
     histories = History(), History()
@@ -110,6 +120,61 @@ def test_resuming_is_exact(resume: Resume, steps: int, make: Any) -> None:
     assert resumed.train(8) == expected
     assert same(parameters_of(resumed.model), parameters_of(training.model))
     assert histories[0].to_dicts() == histories[1].to_dicts() or steps == 0
+
+
+@pytest.mark.parametrize("make", [gen_adamw, gen_sgd])
+def test_resuming_from_a_state_dict_is_exact_after_every_step_looking_back(make: Any) -> None:
+    training = Training.of(lambda parameters: make(parameters, mode="lookback", burn_in=4, period=3))
+    runs = []
+    for step in range(21):
+        resumed = by_state_dict(training)
+        assert ("gen_kept" in training.optimizer.state_dict()) == (training.optimizer._kept is not None)
+        runs.append((step, resumed, resumed.train(22 - step)))
+        training.train(1)
+    training.train(1)
+    reference = runs[1][2]  # before the first step there is nothing to remember but the learning rate given
+    for step, resumed, losses in runs[1:]:
+        assert losses == reference[step - 1 :]
+        assert same(parameters_of(resumed.model), parameters_of(training.model))
+
+
+@pytest.mark.parametrize("resume", LOSING)
+@pytest.mark.parametrize("make", [gen_adamw, gen_sgd])
+def test_where_the_point_to_look_back_at_is_lost_one_parabola_is_skipped(resume: Resume, make: Any) -> None:
+    training = Training.of(lambda parameters: make(parameters, mode="lookback", burn_in=4, period=3))
+    training.train(3)
+    assert training.optimizer._kept is not None
+    resumed = resume(training)
+    histories = History(), History()
+    for each, history in zip((training, resumed), histories, strict=True):
+        each.optimizer.register_probe_hook(history)
+    assert resumed.train(1) == training.train(1)
+    assert same(parameters_of(resumed.model), parameters_of(training.model)) is False  # it has learned nothing
+    assert ([record.step for record in histories[0]], len(histories[1])) == ([4], 0)
+    assert resumed.optimizer.get_last_lr()[0] == histories[0][0].lr_before
+    losses = resumed.train(20)
+    assert histories[1][0].step == 5
+    assert losses[-1] < losses[0]
+
+
+def test_saving_does_not_change_training() -> None:
+    trainings = [Training.of(lambda p: gen_sgd(p, mode="lookback", burn_in=4, period=3)) for _ in range(2)]
+    for _ in range(12):
+        for training in trainings:
+            training.train(1)
+        get_optimizer_state_dict(trainings[0].model, trainings[0].optimizer)
+        through_torch_save(trainings[0].optimizer.state_dict())
+        copy.deepcopy(trainings[0].optimizer)
+        assert same(parameters_of(trainings[0].model), parameters_of(trainings[1].model))
+
+
+def test_a_point_to_look_back_at_does_not_outlive_loading_another_checkpoint() -> None:
+    training, other = (Training.of(lambda p: gen_adamw(p, mode="lookback")) for _ in range(2))
+    training.train(5), other.train(3)
+    saved = through_torch_save(other.optimizer.state_dict())
+    del saved["gen_kept"]
+    training.optimizer.load_state_dict(saved)
+    assert training.optimizer._kept is None
 
 
 def test_loading_forgets_the_last_probe_and_shares_nothing() -> None:

@@ -72,6 +72,52 @@ def test_ranks_train_as_one_process_on_the_joined_batch(run: Run, kind: str, siz
     assert_like_one_process(run(rank_jobs.train, kind, 100, size=size), rank_jobs.train("plain", 100))
 
 
+@pytest.mark.parametrize(("kind", "size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("hsdp", 4), ("tp", 2)])
+@pytest.mark.parametrize("make", ["adamw", "sgd"])
+def test_looking_back(run: Run, kind: str, size: int, make: str) -> None:
+    options = {"mode": "lookback", "make": make}
+    alone = rank_jobs.train("plain", 60, **options)
+    assert_like_one_process(run(functools.partial(rank_jobs.train, kind, 60, **options), size=size), alone)
+    assert {len(losses) for losses in alone["losses"][1:]} == {2}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
+@pytest.mark.parametrize("style", ["only_loss", "probe"])
+def test_looking_back_by_other_closures(run: Run, style: str, kind: str) -> None:
+    ranks = run(functools.partial(rank_jobs.train_by, style, kind, 20, mode="lookback"))
+    assert_like_one_process(ranks, rank_jobs.train_by(style, "plain", 20, mode="lookback"))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
+def test_a_step_that_led_one_rank_astray_is_taken_back_on_all(run: Run, bad: float, kind: str) -> None:
+    ranks = run(rank_jobs.look_back_astray, kind, bad)
+    for rank in ranks:
+        assert rank["statuses"][6] == "TAKEN_BACK"
+        rank.pop("losses")  # NaN is not equal to itself
+    assert_alike(ranks)
+    assert ranks[0]["is_back"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_one_rank_does_not_know_of_its_gradients_all_look_up_half_way(run: Run, kind: str) -> None:
+    ranks = run(rank_jobs.look_back_with_numbers, kind)
+    assert_alike(ranks)
+    assert ranks[0]["evaluated"][1:] == [2, 2, 2, 2, 2, 3, 3, 3, 2]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("steps", "call"), [(4, 0), (4, 1)])
+def test_an_exception_on_one_rank_ends_a_look_back_on_all(run: Run, kind: str, steps: int, call: int) -> None:
+    ranks = run(functools.partial(rank_jobs.fail_on_one_rank, kind, steps, call, mode="lookback"))
+    errors = [rank.pop("error") for rank in ranks]
+    assert errors[0].startswith("RuntimeError: the step failed on 1 of 2 ranks")
+    assert errors[1] == "KeyError: 'a bad example'"
+    assert_alike(ranks)
+    assert ranks[0]["step_calls"] == 2
+    assert ranks[0]["has_moved"]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "tp"])
 def test_exact_mode(run: Run, kind: str) -> None:
     options = {"mode": "exact", "make": "sgd"}
@@ -273,16 +319,19 @@ def test_without_processes_a_mean_is_the_number() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("through", ["dcp", "torch.save"])
-def test_training_resumes_from_a_checkpoint(run: Run, through: str, kind: str, tmp_path: Path) -> None:
-    saved = run(rank_jobs.save, kind, str(tmp_path), through, size=4)
+@pytest.mark.parametrize(
+    ("through", "mode"), [("dcp", "approximate"), ("torch.save", "approximate"), ("torch.save", "lookback")]
+)
+def test_training_resumes_from_a_checkpoint(run: Run, through: str, mode: str, kind: str, tmp_path: Path) -> None:
+    saved = run(rank_jobs.save, kind, str(tmp_path), through, mode, size=4)
     assert_alike(saved)
-    resumed = run(rank_jobs.resume, kind, str(tmp_path), through, size=4)
+    resumed = run(rank_jobs.resume, kind, str(tmp_path), through, mode, size=4)
     assert_alike(resumed)
-    assert resumed[0]["parameters"] == saved[0]["parameters"]
-    assert resumed[0]["lrs"] == saved[0]["lrs"][-len(resumed[0]["lrs"]) :]
+    # DistributedDataParallel sums its first gradients in another order than later ones: with four ranks, other bits.
+    assert distance(resumed[0]["parameters"], saved[0]["parameters"]) < 1e-13
+    assert resumed[0]["lrs"] == pytest.approx(saved[0]["lrs"][-len(resumed[0]["lrs"]) :], rel=1e-9)
     if through == "dcp":  # each rank of the other checkpoint holds shards for four
-        fewer = run(rank_jobs.resume, kind, str(tmp_path), through, size=2)
+        fewer = run(rank_jobs.resume, kind, str(tmp_path), through, mode, size=2)
         assert_alike(fewer)
         assert distance(fewer[0]["parameters"], saved[0]["parameters"]) < 1e-5
 

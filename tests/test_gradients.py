@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from gen_optim.evaluating import Evaluator, Loss
-from gen_optim.gradients import GradientMark, complete_gradients, mark_used
+from gen_optim.gradients import GradientMark, GradientOrigin, complete_gradients, mark_used
+from gen_optim.watching import around_backward
 
 INPUTS = torch.tensor([1.0, 2.0])
 FRESH = INPUTS
@@ -283,3 +284,127 @@ def test_gradients_of_every_parameter_are_computed_together() -> None:
     for weight in (first, second):
         assert weight.grad is not None
         assert torch.equal(weight.grad, INPUTS)
+
+
+# --- of what they are the gradients ----------------------------------------------------------------------------------
+
+
+def differentiated_by(trained: Trained, closure: Callable[[], Any]) -> list[float] | None:
+    """What the gradients that a closure leaves are known to be those of."""
+    origin = GradientOrigin(trained.groups)
+    before = GradientMark.of(trained.groups)
+    with around_backward(origin.around_backward):
+        loss, went_backward = Evaluator.call(closure)
+        if not went_backward and complete_gradients(trained.groups, loss, before):
+            origin.note(loss)
+    found = origin.differentiated()
+    return None if found is None else [each.item() for each in found]
+
+
+@pytest.fixture
+def away(trained: Trained) -> Trained:
+    """Where its loss is 3."""
+    with torch.no_grad():
+        trained.weight.fill_(1.0)
+    return trained
+
+
+def test_gradients_are_those_of_what_went_backward(away: Trained) -> None:
+    def closure() -> Tensor:
+        away.zero_grad()
+        loss = away.loss()
+        (2.0 * loss).backward()
+        loss = away.loss()
+        loss.backward(torch.tensor(0.5))
+        torch.autograd.backward([loss.new_ones(()) * away.loss(), away.loss()], [torch.tensor(1.0), torch.tensor(4.0)])
+        return loss
+
+    assert differentiated_by(away, closure) == [6.0, 1.5, 3.0, 12.0]
+
+
+def test_vectors_that_go_backward_count_by_their_weighted_sum(away: Trained) -> None:
+    def closure() -> float:
+        away.zero_grad()
+        (away.weight * INPUTS).backward(torch.tensor([1.0, 10.0]))
+        return 1.0
+
+    assert differentiated_by(away, closure) == [21.0]
+
+
+def test_gradients_that_the_optimizer_computes_are_those_of_the_loss(away: Trained) -> None:
+    assert differentiated_by(away, away.loss) == [3.0]
+    mark_used(away.groups)
+    assert differentiated_by(away, away.loss) == [3.0]  # those of the step before are replaced
+
+
+def test_nothing_is_known_of_gradients_that_were_there_before(away: Trained) -> None:
+    away.backward()
+    assert differentiated_by(away, away.loss) is None  # the caller's
+    assert differentiated_by(away, lambda: away.backward() or 1.0) is None  # added to
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_zeroed_in_place_are_those_of_nobody_knows_what(away: Trained, set_to_none: bool) -> None:
+    def closure() -> Tensor:
+        away.zero_grad(set_to_none)
+        loss = away.loss()
+        loss.backward()
+        return loss
+
+    assert differentiated_by(away, closure) == [3.0]
+    assert differentiated_by(away, closure) == ([3.0] if set_to_none else None)
+
+
+def test_nothing_is_known_of_gradients_that_were_written_afterwards_or_in_between(away: Trained) -> None:
+    def afterwards() -> float:
+        away.zero_grad()
+        away.backward()
+        away.gradient.mul_(1.0)
+        return 3.0
+
+    def in_between() -> float:
+        away.zero_grad()
+        away.backward()
+        away.gradient.mul_(1.0)
+        away.backward()
+        return 6.0
+
+    def replaced() -> float:
+        away.zero_grad()
+        away.backward()
+        away.weight.grad = FRESH.clone()
+        return 3.0
+
+    def zeroed_in_between() -> float:
+        away.zero_grad()
+        away.backward()
+        away.zero_grad()
+        away.backward()
+        return 3.0
+
+    for closure in (afterwards, in_between, replaced, zeroed_in_between):
+        assert differentiated_by(away, closure) is None, closure.__name__
+
+
+def test_nothing_is_known_where_nothing_went_backward(away: Trained) -> None:
+    def closure() -> Tensor:
+        loss = away.loss()
+        [away.weight.grad] = torch.autograd.grad(loss, away.weight)
+        return loss.detach()
+
+    assert differentiated_by(away, closure) is None
+
+
+def test_backward_that_fails_leaves_nothing_known(away: Trained) -> None:
+    origin = GradientOrigin(away.groups)
+
+    def closure() -> Tensor:
+        away.zero_grad()
+        loss = away.loss()
+        loss.register_hook(lambda _: 1 / 0)
+        loss.backward()
+        return loss
+
+    with around_backward(origin.around_backward), pytest.raises(ZeroDivisionError):
+        Evaluator.call(closure)
+    assert origin.differentiated() is None

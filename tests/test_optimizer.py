@@ -23,7 +23,8 @@ from tests.training import Training, gen_adamw, gen_sgd, mlp, parameters_of, reg
 
 
 def published(parameters: Any, **options: Any) -> GeNOptimizer:
-    return gen_sgd(parameters, rule="published", **options)
+    """Probes at every step if ``period=1``, along the step that is about to be taken."""
+    return gen_sgd(parameters, mode="approximate", rule="published", **options)
 
 
 # --- an optimizer like any other ------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def test_a_closure_that_assigns_gradients_itself() -> None:
 
 
 def test_fresh_gradients_of_the_caller_are_used_by_a_closure_that_only_returns_the_loss() -> None:
-    training = Training.of(lambda parameters: GeNOptimizer(SGD(parameters, lr=0.1), rule="published", lr_max=0.1))
+    training = Training.of(lambda p: GeNOptimizer(SGD(p, lr=0.1), mode="approximate", rule="published", lr_max=0.1))
     before = parameters_of(training.model)
     for parameter in training.model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -411,7 +412,9 @@ def test_an_exception_in_a_probe_ends_the_step_as_a_lazy_one(
 ) -> None:
     def run(rule: str, fail: bool) -> tuple[Training, Any]:
         period = 3 if rule == "published" else 1
-        training = Training.of(lambda p: gen_adamw(p, rule="published", period=period), mlp(dropout=0.5, norm=True))
+        training = Training.of(
+            lambda p: gen_adamw(p, mode="approximate", rule="published", period=period), mlp(dropout=0.5, norm=True)
+        )
         torch.manual_seed(1), random.seed(1), np.random.seed(1)
         training.train(3)
         training.calls = 0
@@ -489,7 +492,7 @@ def test_an_exception_between_the_bases_step_and_the_probes_leaves_the_parameter
     where: str, steps_before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Out of memory, say; at the first step the base optimizer steps far, and there is the way back to go."""
-    training = Training.of(gen_adamw)
+    training = Training.of(lambda parameters: gen_adamw(parameters, mode="approximate"))
     training.train(steps_before)
     before, lr = parameters_of(training.model), training.optimizer.param_groups[0]["lr"]
     base_step = training.optimizer.base_optim.step
@@ -553,7 +556,7 @@ def test_the_copies_of_a_probe_step_are_freed_when_it_returns(monkeypatch: pytes
         copies.extend(weakref.ref(each) for group in (*move._before, *move._after) for each in group)
 
     monkeypatch.setattr(Move, "arrive", spy)
-    training = Training.of(gen_sgd)
+    training = Training.of(lambda parameters: gen_sgd(parameters, mode="approximate"))
     gc.disable()
     try:
         training.train(3)
@@ -752,7 +755,7 @@ def test_direction_is_not_drowned_by_rounding_when_the_given_learning_rate_is_ti
 
 
 def test_differences_that_are_rounding_teach_nothing() -> None:
-    training = Training.of(gen_sgd)
+    training = Training.of(lambda parameters: gen_sgd(parameters, mode="approximate"))
     training.train(2)
     training.optimizer.param_groups[0]["lr"] = 1e-12
     training.train(1)
@@ -766,11 +769,11 @@ def test_differences_that_are_rounding_teach_nothing() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("steps_before", [0, 3])
-@pytest.mark.parametrize("rule", ["published", "safeguarded"])
+@pytest.mark.parametrize("rule", ["published", "relaxed"])
 def test_a_loss_that_is_not_finite_teaches_nothing_and_steps_as_the_base_would(
     bad: float, steps_before: int, rule: str
 ) -> None:
-    training = Training.of(lambda parameters: gen_sgd(parameters, rule=rule, period=1))
+    training = Training.of(lambda parameters: gen_sgd(parameters, mode="approximate", rule=rule, period=1))
     training.train(steps_before)
     bare_model = copy.deepcopy(training.model)
     bare = SGD(bare_model.parameters(), lr=training.optimizer.param_groups[0]["lr"], momentum=0.9)
@@ -816,7 +819,7 @@ def test_a_closure_may_write_all_its_losses_into_one_tensor() -> None:
 
 
 def test_a_probe_that_is_not_finite_cuts_the_learning_rate() -> None:
-    training = Training.of(lambda parameters: gen_sgd(parameters, burn_in=2))
+    training = Training.of(lambda parameters: gen_sgd(parameters, mode="approximate", burn_in=2))
     training.train(2)
     lr = training.optimizer.param_groups[0]["lr"]
 
@@ -832,7 +835,7 @@ def test_a_probe_that_is_not_finite_cuts_the_learning_rate() -> None:
 
 
 def test_an_explosion_is_noticed_and_left_behind() -> None:
-    training = Training.of(gen_adamw)
+    training = Training.of(lambda parameters: gen_adamw(parameters, mode="approximate"))
     losses = training.train(40)
     with torch.no_grad():  # somebody throws the parameters far away
         for parameter in training.model.parameters():
@@ -850,7 +853,7 @@ def test_an_explosion_is_noticed_and_left_behind() -> None:
 
 
 def test_records_reach_hooks_and_history() -> None:
-    training, history, seen = Training.of(lambda p: gen_adamw(p, burn_in=3)), History(), []
+    training, history, seen = Training.of(lambda p: gen_adamw(p, mode="approximate", burn_in=3)), History(), []
     optimizer = training.optimizer
     optimizer.register_probe_hook(history)
     handle = optimizer.register_probe_hook(lambda optimizer, record: seen.append((optimizer, record)))
@@ -864,7 +867,7 @@ def test_records_reach_hooks_and_history() -> None:
 
 
 def test_a_hook_may_raise_and_the_step_is_done() -> None:
-    training = Training.of(gen_sgd)
+    training = Training.of(lambda parameters: gen_sgd(parameters, mode="approximate"))
 
     def hook(optimizer: GeNOptimizer, record: Any) -> None:
         raise ValueError("on purpose")
@@ -883,8 +886,8 @@ def test_a_hook_may_raise_and_the_step_is_done() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "newton"}, "mode must be one of 'approximate'"),
-        ({"rule": "best"}, "rule must be one of 'published', 'safeguarded', got 'best'"),
+        ({"mode": "newton"}, "mode must be one of 'lookback', 'approximate', 'exact', got 'newton'"),
+        ({"rule": "best"}, "rule must be one of 'relaxed', 'published', 'cdat', got 'best'"),
         ({"period": 0}, "period must be a whole number of at least 1, got 0"),
         ({"smoothing": 1.0}, "smoothing must be in"),
         ({"max_change": 1.0}, "max_change must be a finite number above 1"),

@@ -18,7 +18,7 @@ from tests.training import Training, mlp, parameters_of, regression_data, same
 
 
 def published(parameters: Any) -> GeNOptimizer:
-    return GeNOptimizer(SGD(parameters, lr=0.01), rule="published", period=1)
+    return GeNOptimizer(SGD(parameters, lr=0.01), mode="approximate", rule="published", period=1)
 
 
 def test_a_mean_teacher_that_lends_the_model_its_averages_is_left_alone() -> None:
@@ -124,7 +124,12 @@ drawn: list[float] = []
 def test_a_base_optimizer_that_draws_at_random_draws_anew_each_step() -> None:
     models = mlp(), mlp()
     wrapped = GeNOptimizer(
-        NoisySGD(models[0].parameters(), lr=0.01), rule="published", period=1, lr_min=0.01, lr_max=0.01
+        NoisySGD(models[0].parameters(), lr=0.01),
+        mode="approximate",
+        rule="published",
+        period=1,
+        lr_min=0.01,
+        lr_max=0.01,
     )
     bare = NoisySGD(models[1].parameters(), lr=0.01)
     runs = []

@@ -112,7 +112,7 @@ def test_a_scheduler_attached_after_another_is_taken_for_what_it_is(
 def test_a_step_is_the_lerp_at_the_factor() -> None:
     """On a probe step each group lands at α · factor / α_probed of the base's step."""
     model, base = two_groups()
-    optimizer = GeNOptimizer(base, rule="published", period=1)
+    optimizer = GeNOptimizer(base, mode="approximate", rule="published", period=1)
     scheduler = lr_scheduler.LambdaLR(optimizer, [lambda epoch: 0.5**epoch, lambda epoch: 0.25**epoch])
     training = Training(model, optimizer, *regression_data())
     training.train(1, scheduler)
@@ -211,7 +211,7 @@ def test_writing_a_learning_rate_sets_it_without_a_new_start_or_burn_in() -> Non
 
 def test_writing_one_group_changes_the_ratio_and_zero_freezes() -> None:
     model, base = two_groups()
-    optimizer = GeNOptimizer(base)
+    optimizer = GeNOptimizer(base, mode="approximate")
     training = Training(model, optimizer, *regression_data())
     training.train(3)
     optimizer.param_groups[1]["lr"] = 3.0 * optimizer.param_groups[0]["lr"]
@@ -347,7 +347,7 @@ def test_groups_that_join_while_all_are_frozen_or_share_a_tensor() -> None:
 
 
 def test_freezing_all_by_hand_and_letting_go_again() -> None:
-    training = Training.of(gen_sgd)
+    training = Training.of(lambda parameters: gen_sgd(parameters, mode="approximate"))
     training.train(3)
     lr = training.optimizer.param_groups[0]["lr"]
     training.optimizer.param_groups[0]["lr"] = 0.0

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch._dynamo.utils import counters
 
-from gen_optim.watching import _Patch, watching_modules
+from gen_optim.watching import _Patch, around_backward, watching_gradients, watching_modules
 from tests.training import Training, gen_adamw, mlp
 
 
@@ -116,3 +119,75 @@ def test_an_interrupt_while_functions_are_replaced_leaves_none_replaced() -> Non
         with pytest.raises(KeyboardInterrupt):
             patch.hold()
         assert Owner.first is Owner.second is len
+
+
+# --- backward passes -------------------------------------------------------------------------------------------------
+
+
+class Passes:
+    """Notes backward passes: what each differentiates, and whether the weight had a gradient before and after."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.seen: list[tuple[list[float], bool, bool]] = []
+
+    @contextmanager
+    def around(self, differentiated: list[torch.Tensor]) -> Iterator[None]:
+        before = self.weight.grad is not None
+        yield
+        self.seen.append(([each.item() for each in differentiated], before, self.weight.grad is not None))
+
+
+def test_backward_passes_are_entered_and_left_with_what_they_differentiate() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    passes = Passes(weight)
+    with watching_gradients(suppress=False), around_backward(passes.around):
+        weight.sum().backward()
+        torch.autograd.backward(weight * 3.0, torch.tensor([1.0, 2.0]))
+    weight.sum().backward()  # unseen
+    assert passes.seen == [([2.0], False, True), ([9.0], True, True)]
+
+
+def test_backward_passes_are_unseen_outside_of_a_closure_and_where_they_do_nothing() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    passes = Passes(weight)
+    with around_backward(passes.around):
+        weight.sum().backward()
+        with watching_gradients(suppress=True):
+            weight.sum().backward()
+    assert passes.seen == []
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_backward_passes_within_a_backward_pass_are_part_of_it(use_reentrant: bool) -> None:
+    weight = torch.ones(2, requires_grad=True)
+    passes = Passes(weight)
+    with watching_gradients(suppress=False), around_backward(passes.around):
+        for _ in range(2):
+            block = torch.utils.checkpoint.checkpoint(torch.square, weight, use_reentrant=use_reentrant)
+            block.sum().backward()
+    assert [each for each, _, _ in passes.seen] == [[2.0], [2.0]]
+    assert torch.equal(weight.grad, torch.full((2,), 4.0))
+
+
+def test_an_error_in_a_backward_pass_leaves_the_next_one_noticed() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    passes = Passes(weight)
+    with watching_gradients(suppress=False), around_backward(passes.around):
+        loss = weight.sum()
+        loss.register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss.backward()
+        weight.sum().backward()
+    assert [each for each, _, _ in passes.seen] == [[2.0]]
+
+
+def test_backward_passes_of_other_threads_are_not_noticed() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    passes = Passes(weight)
+    with watching_gradients(suppress=False), around_backward(passes.around):
+        thread = threading.Thread(target=lambda: weight.sum().backward())
+        thread.start()
+        thread.join()
+    assert passes.seen == []
+    assert weight.grad is not None
