@@ -30,7 +30,8 @@ nitpicky = True
 # Nothing is fetched while building, so what other projects document cannot be resolved.
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(('torch', 'numpy', 'collections', 'typing', 'np', 'npt', *_frameworks))})\..*"),
-    ("py:class", "optional|Any|Axes|Tensor|Optimizer|ArrayLike|Closure|ProcessGroup|Accelerator|SummaryWriter"),
+    # Names as the source writes them, where some are imported for type checkers alone.
+    ("py:class", "optional|Any|Axes|Tensor|Optimizer|ArrayLike|Closure|Loss|ProcessGroup|Accelerator|SummaryWriter"),
 ]
 
 if not Path(gen_optim.__file__).is_relative_to(Path(__file__).parent.parent):
