@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.checkpoint import checkpoint
 
@@ -240,13 +241,17 @@ def test_dropout_differs_between_micro_batches_and_not_between_probes(accumulate
 # --- synchronisation -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def on_gpu() -> Iterator[Training]:
+@pytest.fixture(params=["plain", "capturable"])
+def on_gpu(request: pytest.FixtureRequest) -> Iterator[Training]:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU: nothing else has a synchronisation to count")
-    training = Training.of(
-        lambda parameters: gen_adamw(parameters, burn_in=2, period=4), mlp(dropout=0.3, norm=True).cuda()
-    )
+
+    def make(parameters: list[Tensor]) -> GeNOptimizer:
+        is_capturable = request.param == "capturable"
+        lr = torch.tensor(1e-3, device="cuda") if is_capturable else 1e-3
+        return GeNOptimizer(AdamW(parameters, lr=lr, capturable=is_capturable), burn_in=2, period=4)
+
+    training = Training.of(make, mlp(dropout=0.3, norm=True).cuda())
     training.inputs, training.targets = training.inputs.cuda(), training.targets.cuda()
     training.train(4)
     yield training

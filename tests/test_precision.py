@@ -69,6 +69,23 @@ def test_the_base_optimizer_sees_unscaled_and_clipped_gradients() -> None:
     assert torch.linalg.vector_norm(torch.cat([each.flatten() for each in seen["wrapped"]])).item() <= 1.0 + 1e-5
 
 
+def test_a_fused_base_optimizer_is_given_unscaled_gradients() -> None:
+    """A scaler leaves that to a fused optimizer itself, which here it does not see."""
+    model = mlp()
+    nn.functional.mse_loss(model(regression_data()[0]), regression_data()[1]).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    seen: list[Tensor] = []
+    base = AdamW(model.parameters(), fused=True)
+    base.register_step_pre_hook(lambda *_: seen.extend(parameter.grad.clone() for parameter in model.parameters()))
+    optimizer, scaler = GeNOptimizer(base), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer.zero_grad()
+    inputs, targets = regression_data()
+    scaler.scale(nn.functional.mse_loss(model(inputs), targets)).backward()
+    scaler.step(optimizer, probe=lambda: nn.functional.mse_loss(model(inputs), targets))
+    assert same(seen, expected)
+    assert optimizer.last_probe.status is ProbeStatus.STARTED
+
+
 def test_lazy_steps_under_a_grad_scaler_are_the_bare_optimizers() -> None:
     bare, wrapped = mlp(), mlp()
     theirs, ours = AdamW(bare.parameters(), lr=1e-2), GeNOptimizer(AdamW(wrapped.parameters(), lr=1e-2))
