@@ -20,6 +20,7 @@ from tests.training import Training, gen_adamw, gen_sgd, mlp, parameters_of, reg
 
 # torch warns of itself: where inductor is imported, and where tracing goes on after a graph break.
 pytestmark = [
+    pytest.mark.timeout(600),  # a compiler runs
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
@@ -44,6 +45,7 @@ class Network(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
+    torch.manual_seed(0)
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -89,9 +91,10 @@ def test_a_compiled_model_is_compiled_once_with_gradients_and_once_without(backe
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_probes_of_a_compiled_model_see_the_dropout_masks_of_the_call_with_gradients(backend: str) -> None:
     model = Network(dropout=0.5)
-    training = compiled_training(model, torch.compile(model, backend=backend))
+    # Graphs with and without gradients may round differently; other masks would change the loss by much more.
+    training = compiled_training(model, torch.compile(model, backend=backend), tolerance=64.0)
     losses = check_closure(training.optimizer, training.closure)  # a warning is an error here
-    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
 
 
 def test_compiling_changes_nothing_but_rounding() -> None:
