@@ -117,8 +117,9 @@ class KeptPoint:
     @torch.no_grad()
     def stay(self) -> None:
         """Put them where the step began, for good."""
-        if self._starts:  # else they are there
-            _in_spite_of_interrupts(lambda: copy(self._locals(), self._starts))
+        starts = self._starts or ([] if self._ends else self._copies)
+        if starts:  # else they are there
+            _in_spite_of_interrupts(lambda: copy(self._locals(), starts))
         self._ends, self._starts = [], []
 
     def __getstate__(self) -> dict[str, Any]:

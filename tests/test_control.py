@@ -179,7 +179,7 @@ def test_lowest_mean_loss_follows_down_at_once_and_up_slowly() -> None:
         lowest.append(state.loss_lowest)
     assert lowest[:20] == [5.0] * 20
     assert lowest[39] == pytest.approx(1.0, rel=1e-4)
-    assert lowest[45] < 1.5
+    assert lowest[45] < 2.0
     assert lowest[-1] == pytest.approx(3.0, rel=1e-2)
     assert state.loss_lowest <= state.loss_mean
 

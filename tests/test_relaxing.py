@@ -205,7 +205,7 @@ def noisy_slopes(mean: float, noise: float, count: int, seed: int = 0) -> list[t
 @pytest.mark.parametrize("seed", range(5))
 def test_in_pure_noise_the_learning_rate_falls(seed: int) -> None:
     decisions = decide_all(RelaxedRule(), STARTED_LONG_AGO, noisy_slopes(0.0, 1.0, 400, seed))
-    assert decisions[-1].state.lr < 0.01
+    assert decisions[-1].state.lr < 0.1
     agreements = [RelaxedRule().agreement(each.state) for each in decisions[20:]]
     assert sum(agreements) / len(agreements) < 0.15
 
@@ -353,9 +353,20 @@ def test_without_noise_the_target_is_followed_from_both_sides_under_a_scheduler(
     rule = RelaxedRule(relaxation=1.5)
     for lr in (0.01 / factor, 10.0 / factor):
         state = replace(STARTED_LONG_AGO, lr=lr)
-        for _ in range(400):
+        for _ in range(400):  # the loss has been lower before, by less than losses vary
+            state = replace(state, loss_mean=1.0, loss_lowest=0.99, loss_deviation=0.1, loss_count=100)
             state = rule.decide(state, 1.0, Parabola(1.0, 1.0, 3.0), factor=factor).state
         assert state.lr * factor == pytest.approx(1.5 / 3.0, rel=1e-3)
+
+
+def test_under_a_scheduler_the_learning_rate_does_not_fall_while_the_loss_gets_lower_than_ever() -> None:
+    rule = RelaxedRule()
+    improving = replace(
+        STARTED_LONG_AGO, lr=100.0, loss_mean=1.0, loss_lowest=1.0, loss_deviation=0.1, loss_count=100, factor=0.5
+    )
+    assert rule.decide(improving, 1.0, Parabola(1.0, 1.0, 3.0), factor=0.5).state.lr == 100.0
+    assert rule.decide(improving, 1.0, Parabola(1.0, 1.0, 3.0)).state.lr < 100.0
+    assert rule.decide(replace(improving, loss_lowest=0.99), 1.0, Parabola(1.0, 1.0, 3.0), factor=0.5).state.lr < 100.0
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.1])
@@ -495,16 +506,11 @@ def test_explosion_can_be_turned_off() -> None:
     assert rule.decide(settled(rule), 1e30, CONVEX).status is ProbeStatus.FITTED
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the lowest mean loss follows up by 2 % a probe only, and until it has, the learning rate falls by 10 %: "
-    "to 1e-13 after a hundredfold rise",
-)
 @pytest.mark.parametrize("level", [3.0, 100.0, 1e6])
 def test_loss_that_stays_at_a_higher_level_is_cut_once(level: float) -> None:
     rule = RelaxedRule()
     before: list[tuple[float, Found]] = [(loss, CONVEX) for loss in islice(noisy_losses(1.0, 0.1), 50)]
-    after: list[tuple[float, Found]] = [(loss, CONVEX) for loss in islice(noisy_losses(level, 0.1), 200)]
+    after: list[tuple[float, Found]] = [(loss, CONVEX) for loss in islice(noisy_losses(level, 0.1), 600)]
     decisions = decide_all(rule, replace(STARTED_LONG_AGO, loss_start=1.0), before + after)
     exploded = [index for index, decision in enumerate(decisions) if decision.status is ProbeStatus.EXPLODED]
     assert exploded == [50]
@@ -543,11 +549,6 @@ def test_growth_ends_where_the_mean_loss_rises_and_further_up_the_learning_rate_
     assert growing > held == 1.0 > falling
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="in noise the mean slope changes its sign by chance; the learning rate falls by 10 % where that is negative "
-    "and grows by 2.5 % where it is positive, and dies (1e-19); with equal bounds it does not",
-)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_over_20_000_steps_of_a_noisy_quadratic_the_learning_rate_neither_runs_away_nor_dies(
