@@ -19,7 +19,9 @@ than all else."""
 _SIZE_ELSEWHERE = 2**22
 """Elements of a piece on another device, where each call costs microseconds."""
 _SHARE = 100
-"""Of all tensors together, a piece is at most this part."""
+"""Of all tensors together, a piece is at most this part,"""
+_LEAST = 2**14
+"""unless that is less than this: calls would take longer than what they do."""
 
 
 def pieces(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Tensor], ...]]:
@@ -40,7 +42,7 @@ def pieces(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Te
         first = row[0]
         if kind != (present := (first.device, first.dtype)):
             kind, room = present, 0
-            limit = max(1, min(share, _SIZE if first.device.type == "cpu" else _SIZE_ELSEWHERE))
+            limit = max(_LEAST, min(share, _SIZE if first.device.type == "cpu" else _SIZE_ELSEWHERE))
         for part in _cut(row, limit) if cut and first.numel() > limit else (row,):
             taken = part[0].numel()
             if taken > room:

@@ -14,6 +14,7 @@ SHAPES = [(), (0,), (1,), (3, 2), (7,), (5, 4, 3), (40,), (9, 7)]
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SIZE", 16)
+    monkeypatch.setattr(module, "_LEAST", 1)
     monkeypatch.setattr(module, "_SHARE", 1)
 
 
