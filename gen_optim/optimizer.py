@@ -41,18 +41,24 @@ class GeNOptimizer(RememberingOptimizer):
     whose lowest point, slope / curvature, is where the learning rate is led (Bu and Xu, "Gradient descent with
     generalized Newton's method", ICLR 2025, arXiv:2407.02772).
 
-    A probe step, one in ``period``:
+    A probe step, one in ``period``, looks back at the step before:
 
-    1. The closure is called once, with gradients.
-    2. θ is copied, the base optimizer steps once, θ_after is copied.
-    3. The loss is evaluated at multiples of that step, without gradients, on the same dropout masks.
-    4. The losses are averaged over the processes that train the model together, and read, all at once.
-    5. A parabola is fitted and judged, and the learning rate chosen.
-    6. The multiple of the step that the learning rate and the scheduler's factor call for is written.
-    7. Gradients, buffers and grad mode are as after 1, random streams as after 2, whatever happened. After an exception
+    1. The closure is called once, with gradients. It evaluates the loss where the last step has led, on a new batch,
+       and its gradients times that step are the slope there.
+    2. The parameters are put where the last step began, and the loss is evaluated there on the same batch and the same
+       dropout masks, without gradients.
+    3. The numbers are averaged over the processes that train the model together, and read, all at once.
+    4. A parabola is fitted and judged, and the learning rate chosen.
+    5. The parameters are put back, and the base optimizer steps once, at that learning rate and the scheduler's factor.
+       A step that has led far up is taken back instead.
+    6. Gradients, buffers, grad mode and random streams are as after 1, whatever happened in between. After an exception
        in a probe the step is taken at the last learning rate, and the exception raised again.
 
-    Every other step is lazy: the base optimizer's step at the last learning rate, and nothing else.
+    With ``mode="approximate"`` or ``"exact"`` it looks ahead: the base optimizer steps once after 1, the loss is
+    measured along that step on the batch of the gradients, and the multiple that is called for is written.
+
+    Every other step is lazy: the base optimizer's step at the last learning rate, and nothing else (before a step that
+    looks back it keeps a copy of the parameters).
 
     The wrapper shares ``param_groups``, ``state`` and ``defaults`` with the base optimizer. Learning-rate schedulers
     attach to it as to any optimizer, and their factor multiplies what GeN chooses. Writing ``param_groups[i]["lr"]``
@@ -64,26 +70,30 @@ class GeNOptimizer(RememberingOptimizer):
             start); a group at 0 is frozen.
         closure: Called by :meth:`step` where that is given none; for frameworks that call ``step()`` bare.
         probe: Likewise for the ``probe`` of :meth:`step`.
-        mode: How slope and curvature are measured. ``"approximate"``: from the losses at −α, 0 and +α. ``"exact"``: by
-            differentiating the closure's loss twice, which costs a second forward pass with its backward pass and a
-            double backward pass.
-        rule: How the learning rate is chosen from them. ``"safeguarded"``: as published, with a start taken from the
-            loss, a burn-in, and fallbacks where the parabola says nothing. ``"published"``: as published; the options
-            below it does not use are named.
+        mode: How slope and curvature are measured. ``"lookback"``: along the step before, on a batch that it was not
+            made for, at one forward pass; at two (from three losses) where the gradients are not those of the loss
+            (clipped, scaled or penalised in the closure, or the caller's), three where only a ``probe`` is given.
+            ``"approximate"``: from the losses at −α, 0 and +α. ``"exact"``: by differentiating the closure's loss
+            twice, which costs a second forward pass with its backward pass and a double backward pass.
+        rule: How the learning rate is chosen from them. ``"relaxed"``: a multiple of mean slope / mean curvature, from
+            a start found in the loss itself, which asks for measurements on another batch than the gradient's: looking
+            back, or a ``probe`` on one (see :class:`~gen_optim.relaxing.RelaxedRule`). ``"published"``: as published,
+            with ``mode="approximate"``. ``"cdat"``: that of arXiv:2407.06183, to compare with. Options below that
+            belong to one rule alone say so.
         period: A probe step every ``period`` steps.
-        smoothing: Weight of the present learning rate when it is averaged with the optimum, in [0, 1).
-        max_change: Factor by which an optimum may count above or below the present learning rate.
+        smoothing: Weight of what was averaged before, in [0, 1).
+        max_change: Factor by which the learning rate is cut where steps go astray; with ``rule="published"``, by which
+            an optimum may count above or below the present learning rate.
         lr_min: Lower limit of the learning rate of the first unfrozen group.
         lr_max: Upper limit of the learning rate of the first unfrozen group.
-        start_fraction: Fraction of the first direction's best learning rate at which training begins. Not used by
-            ``rule="published"``.
-        burn_in: Number of probe steps at the beginning that follow each other at every step. Not used by
-            ``rule="published"``.
+        start_fraction: Fraction of the first direction's best learning rate at which training begins (``"relaxed"``).
+        burn_in: Number of probe steps at the beginning that follow each other at every step (``"relaxed"``).
+        relaxation: Multiple of slope / curvature that is aimed at where there is no noise, in [1.1, 2) (``"relaxed"``).
         explosion: A loss above the first one, and above the moving average of losses by this many times their mean
-            absolute deviation, has exploded, and the learning rate is cut. Not used by ``rule="published"``.
+            absolute deviation, has exploded, and the learning rate is cut (``"relaxed"``).
         tolerance: Relative rounding error of a loss, in machine epsilons of its dtype (in sixteenths of those where the
             loss, or what autocast computes it from, is of half precision). A slope or curvature that this alone can
-            produce is taken as unknown. Not used by ``rule="published"``.
+            produce is taken as unknown (``"relaxed"``).
         process_group: The processes over which measured losses are averaged, so that all choose the same learning
             rate. By default those of the DistributedDataParallel module to which the parameters belong, and those over
             which parameters are spread that are DTensors (``fully_shard``, tensor parallel). A

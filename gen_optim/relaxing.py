@@ -68,17 +68,19 @@ class RelaxedRule(PublishedRule):
       at most 10 % a probe step;
     - how far to trust them is told by the parabolas themselves: the share of their agreement among all there is in
       their slopes, 1 without noise and 0 where slopes are nothing but noise. κ runs from 1.1 in pure noise to
-      ``relaxation`` without. The learning rate grows by 5 % at most in pure noise and by 10 % without, and falls by
-      10 % in any case, so that it anneals where training has come down to its noise;
+      ``relaxation`` without. Growth is faster where they agree; in pure noise the learning rate falls further than it
+      grows at first, which anneals it, and less far in the long run, or it would die of chance;
+    - it does not grow where the mean loss has risen, and falls where that has risen far;
     - a scheduler's factor f and this rule must not shrink the same thing twice. In pure noise the learning rate is
       raised only where the target lies above α itself, and lowered only where it lies below the step taken, α · f:
       the horizon anneals the noise, and what the estimate says about that is not followed. Without noise there is
-      nothing to anneal, and the target is followed from both sides;
+      nothing to anneal, and the target is followed from both sides. While the mean loss is lower than ever, the
+      learning rate does not fall under a scheduler;
     - a step that led to a loss far above the one where it began, on the same batch, is taken back, and the learning
       rate cut by ``max_change``; a loss that exploded cuts it too. From half of where that happened it grows by 2 %.
 
     Attributes:
-        relaxation: κ without noise, in [1, 2).
+        relaxation: κ without noise, in [1.1, 2).
         start_fraction: Fraction of the learning rate found by the start's search at which training begins.
         burn_in: Number of probe steps at the beginning that follow each other at every step.
         explosion: The loss has exploded when it is above the loss where training began and above its own moving
@@ -97,7 +99,7 @@ class RelaxedRule(PublishedRule):
             ValueError: Names the option, what was expected and what came.
         """
         super().__post_init__()
-        check_option("relaxation", self.relaxation, "in [1, 2)", 1 <= self.relaxation < 2)
+        check_option("relaxation", self.relaxation, f"in [{_GREEDY}, 2)", _GREEDY <= self.relaxation < 2)
         check_option("start_fraction", self.start_fraction, "in (0, 1]", 0 < self.start_fraction <= 1)
         check_option("burn_in", self.burn_in, "a whole number of at least 0", is_whole(self.burn_in, least=0))
         check_option("explosion", self.explosion, "above 0", self.explosion > 0)
