@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +57,8 @@ class KeptPoint:
         self._copies: list[Tensor] = (
             last._copies if last is not None and serves else [each.clone() for each in self._locals()]
         )
-        self._ends: list[tuple[list[Tensor], list[Tensor]]] = []
+        # Pieces of parameters, with the copies that hold what was there before.
+        self._swapped: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._starts: list[Tensor] = []
         self._versions: list[int] | None = None
 
@@ -89,12 +92,13 @@ class KeptPoint:
     @torch.no_grad()
     def visit(self) -> None:
         """Put the parameters where the step began, and where it has led in their place."""
-        for there, kept in pieces(self._locals(), self._copies):
+        for index, (there, kept) in enumerate(pieces(self._locals(), self._copies)):
             end = [each.clone() for each in there]
-            self._ends.append((there, end))  # whatever comes in between, :meth:`leave` finds it here
-            torch._foreach_copy_(there, kept)
-            torch._foreach_copy_(kept, end)
-            self._ends[-1] = (there, kept)
+            _in_spite_of_interrupts(
+                partial(torch._foreach_copy_, there, kept),
+                partial(torch._foreach_copy_, kept, end),
+                partial(self._swapped.__setitem__, index, (there, kept)),
+            )
         self._is_visited = True
 
     @torch.no_grad()
@@ -106,21 +110,19 @@ class KeptPoint:
     @torch.no_grad()
     def leave(self) -> None:
         """Put them back to where the step has led."""
-
-        def write() -> None:
-            for there, end in self._ends:
-                torch._foreach_copy_(there, end)
-
-        _in_spite_of_interrupts(write)
-        self._ends, self._starts, self._was_left = [], [], self._is_visited
+        _in_spite_of_interrupts(*(partial(torch._foreach_copy_, *each) for each in self._swapped.values()))
+        self._swapped, self._starts, self._was_left = {}, [], self._is_visited
 
     @torch.no_grad()
     def stay(self) -> None:
         """Put them where the step began, for good."""
-        starts = self._starts or ([] if self._ends else self._copies)
-        if starts:  # else they are there
-            _in_spite_of_interrupts(lambda: copy(self._locals(), starts))
-        self._ends, self._starts = [], []
+        if self._starts:
+            _in_spite_of_interrupts(partial(copy, self._locals(), self._starts))
+        else:
+            parts = enumerate(pieces(self._locals(), self._copies))
+            rest = [(there, kept) for index, (there, kept) in parts if index not in self._swapped]
+            _in_spite_of_interrupts(*(partial(torch._foreach_copy_, *each) for each in rest))
+        self._swapped, self._starts = {}, []
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep; versions begin anew in them."""
@@ -146,12 +148,16 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
-def _in_spite_of_interrupts(write: Callable[[], None]) -> None:
-    """Write until the end; an interrupt in the middle is raised then."""
+def _in_spite_of_interrupts(*writes: Callable[[], object]) -> None:
+    """Write one after the other; an interrupt in the middle is raised when all is written."""
+    rest = deque(writes)
     try:
-        write()
+        while rest:
+            rest[0]()
+            rest.popleft()
     except BaseException:
-        write()
+        for write in rest:
+            write()
         raise
 
 
