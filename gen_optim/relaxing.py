@@ -136,10 +136,23 @@ class RelaxedRule(PublishedRule):
         if not parabola.is_finite:
             return self._cut(state, loss, ProbeStatus.NON_FINITE_PROBE)
         if abs(parabola.slope) <= parabola.slope_noise and abs(parabola.curvature) <= parabola.curvature_noise:
-            return Decision(self._probed(state, state.lr, loss, ProbeStatus.BELOW_NOISE), ProbeStatus.BELOW_NOISE)
+            return self._below_noise(state, loss, parabola, factor, is_taken=arrival is not None)
         state = self._average(state, parabola, state.lr * factor, 0.0 if arrival is None else abs(arrival - loss))
         lr, status = self._relaxed(state, factor)
         return Decision(self._probed(replace(state, factor=factor), lr, loss, status), status)
+
+    def _below_noise(
+        self, state: ControlState, loss: float, parabola: Parabola, factor: float, *, is_taken: bool
+    ) -> Decision:
+        """What to do where the losses differ by their rounding: nothing, or go further while the gradient says so.
+
+        Looking back, the slope where the step has led comes from the gradients, without the rounding of losses.
+        """
+        far_slope = parabola.curvature * state.lr * factor - parabola.slope
+        if not (is_taken and far_slope < 0.0):
+            return Decision(self._probed(state, state.lr, loss, ProbeStatus.BELOW_NOISE), ProbeStatus.BELOW_NOISE)
+        growth = _CHANGE if state.probes < self.burn_in else _LATER_GROWTH
+        return Decision(self._probed(state, state.lr * growth, loss, ProbeStatus.CONCAVE), ProbeStatus.CONCAVE)
 
     def _average(self, state: ControlState, parabola: Parabola, lr: float, rise: float) -> ControlState:
         """The state with a parabola in its averages, and what the loss has changed along the step at ``lr``."""

@@ -52,9 +52,14 @@ def _numbers(optimizer: GeNOptimizer, record: ProbeRecord) -> Mapping[str, float
         else {f"learning_rate/{index}": rate for index, rate in enumerate(rates)}
     )
     numbers |= {
-        "loss": dict(zip(record.multiples, record.losses, strict=True)).get(0.0),
+        # Looking back, the loss at 0 is that of the step before.
+        "loss": record.arrival if record.arrival is not None else _loss_at_zero(record),
         "slope": record.slope,
         "curvature": record.curvature,
         "optimal_lr": record.optimal_lr,
     }
     return {name: number for name, number in numbers.items() if number is not None and math.isfinite(number)}
+
+
+def _loss_at_zero(record: ProbeRecord) -> float | None:
+    return dict(zip(record.multiples, record.losses, strict=True)).get(0.0)
