@@ -154,12 +154,16 @@ def test_an_autocast_around_the_step_changes_nothing() -> None:
     assert same(*runs)
 
 
+RULE_OF = {"approximate": "published", "lookback": "relaxed"}
+"""The relaxed rule wants slopes of another batch than the one that the step is made for."""
+
+
 def final_loss(dtype: torch.dtype, mode: str, *, stored: bool = False, steps: int = 200) -> tuple[float, History]:
     """Train the digits MLP under autocast, or with everything in that dtype."""
     workload, history = workloads.digits_mlp(), History()
     if stored:
         workload.model.to(dtype)
-    optimizer = GeNOptimizer(AdamW(workload.model.parameters()), mode=mode)
+    optimizer = GeNOptimizer(AdamW(workload.model.parameters()), mode=mode, rule=RULE_OF[mode])
     optimizer.register_probe_hook(history)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     is_cast = dtype != torch.float32 and not stored
@@ -192,8 +196,9 @@ def final_loss(dtype: torch.dtype, mode: str, *, stored: bool = False, steps: in
 def test_autocast_trains_as_single_precision_does(dtype: torch.dtype, mode: str) -> None:
     full, full_history = final_loss(torch.float32, mode)
     loss, history = final_loss(dtype, mode)
-    assert loss < 2.5 * full + 0.01  # from 2.3; rounding leads each run along a way of its own
-    assert 1 / 4 < history[-1].lr_after / full_history[-1].lr_after < 4
+    assert loss < (1.3 if mode == "approximate" else 2.0) * full
+    # Where the horizon ends, little is left to tell one learning rate from another.
+    assert 1 / 3 < history[-1].lr_after / full_history[-1].lr_after < 3
 
 
 @pytest.mark.parametrize("mode", ["approximate", "lookback"])

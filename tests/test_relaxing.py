@@ -179,7 +179,7 @@ def test_learning_rate_stays_within_its_limits() -> None:
 
 
 @pytest.mark.parametrize("lr", [1e-4, 1e-2, 0.9, 30.0])
-@pytest.mark.parametrize("relaxation", [1.0, 1.5, 1.8])
+@pytest.mark.parametrize("relaxation", [1.2, 1.5, 1.8])
 def test_without_noise_it_converges_to_kappa_times_the_optimum_from_both_sides(lr: float, relaxation: float) -> None:
     rule = RelaxedRule(relaxation=relaxation)
     # The same parabola at every probe step: slopes agree.
