@@ -215,7 +215,7 @@ def statuses(history: Iterable[object]) -> list[ProbeStatus]:
 
 
 def test_a_tiny_learning_rate_under_autocast_is_not_judged_from_noise() -> None:
-    """At a three thousandth of what it found, low precision hides the parabola: the value is kept, not cut further."""
+    """At a three thousandth of what it found, low precision hides the parabola: never cut further, and grown again."""
     for dtype in HALF:
         training = Training.of(gen_adamw)
         inputs, targets = regression_data(512)
@@ -235,7 +235,8 @@ def test_a_tiny_learning_rate_under_autocast_is_not_judged_from_noise() -> None:
         training.optimizer.register_probe_hook(lambda _, record, probed=probed: probed.append(record.status))
         for _ in range(80):
             training.optimizer.step(closure)
-        assert probed.count(ProbeStatus.BELOW_NOISE) >= len(probed) / 2
+        hidden = probed.count(ProbeStatus.BELOW_NOISE) + probed.count(ProbeStatus.CONCAVE)
+        assert hidden >= len(probed) / 2
         assert training.optimizer.get_last_lr()[0] >= 0.9 * written
 
 
