@@ -17,7 +17,7 @@ _SIZE = 2**17
 """Elements of a piece on the CPU, by measurement: twice as many and allocations go to the system, which takes longer
 than all else."""
 _SIZE_ELSEWHERE = 2**22
-"""Elements of a piece on another device, where each call costs microseconds."""
+"""Elements of a piece on another device, where each call costs microseconds; not measured."""
 _SHARE = 100
 """Of all tensors together, a piece is at most this part,"""
 _LEAST = 2**14

@@ -16,7 +16,7 @@ from benchmarks.cost import growth
 from benchmarks.cost.cases import BASES, CASES, Case
 from benchmarks.cost.counting import extra_memory, traffic
 from benchmarks.cost.methods import FORWARDS, Bare, graph_free, methods
-from benchmarks.cost.timing import LazyTimes, ProbeTimes, lazy, probes
+from benchmarks.cost.timing import LazyTimes, ProbeTimes, Sample, lazy, probes
 from benchmarks.training import single_thread
 
 LAZY_GOAL = 25e-6
@@ -32,10 +32,10 @@ optimizer's step, both timed inside of that very step; looking back it is that o
 began and the one that looks back. **Forwards** is the time of the forward passes that a mode cannot do without (looking
 back one, approximate two), without gradients, timed between the steps. **And moves** adds the least copies: one clone,
 and nine times the parameters in or out of memory, at the rates of this run. **Loop** is the extra of a whole period of
-eight steps, lazy steps included at the time of the first table, over the same forward passes. **Peak memory** is that
-of what torch's allocator hands out in these steps (by its profiler), above that of a bare step, over the size of the
-parameters; **left behind** is there after them. **Traffic** counts, under a TorchDispatchMode and without forward
-passes and base steps, how often the parameters' size goes into or comes out of an operation, over the least: 11 (a
+eight steps, computed from it and the lazy step of the first table (one tensor), over the same forward passes. **Peak
+memory** is that of what torch's allocator hands out in these steps (by its profiler), above that of a bare step, over
+the size of the parameters; **left behind** is there after them. **Traffic** counts, under a TorchDispatchMode and
+without forward passes and base steps, how often the parameters' size goes into or comes out of an operation, over the least: 11 (a
 clone, two; three moves, three each, or a swap, a way back and the slope). In brackets without temporaries of small
 pieces, which stay in the cache; the goal is for these. Goals are for the first two modes."""
 
@@ -133,8 +133,9 @@ def _figures(part: str, options: argparse.Namespace) -> Iterator[Figures]:
 
 def _head() -> str:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    machine = f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores of which others used {load:.1f}"
-    return f"# What it costs\n\n{command_line()}, one CPU thread, {machine} on average\n\n{_READING}"
+    machine = f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores"
+    setting = f"{command_line()}, one CPU thread, {machine}, load average {load:.1f}"
+    return f"# What it costs\n\n{setting}\n\n{_READING}"
 
 
 def _processor() -> str:
@@ -159,18 +160,25 @@ def _lazy_section(lazies: dict[str, list[LazyTimes]]) -> str:
             f"{1e6 * each.bare.median:.0f} µs",
             _micros(each.with_probe.median, *each.with_probe.quartiles),
             _micros(each.with_closure.median, *each.with_closure.quartiles),
-            # The step that a user sees has a backward pass besides, at least as long as the base optimizer's step.
-            _verdict(each.with_probe.median, max(LAZY_GOAL, 0.01 * 3 * each.bare.median)),
+            _lazy_verdict(each.with_probe, each.bare.median),
+            _lazy_verdict(each.with_closure, each.bare.median),
         ]
         for base, times in lazies.items()
         for each in times
     ]
-    head = ["base optimizer", "tensors", "bare step", "`step(probe=...)`", "`step(closure)`", "≤ 25 µs"]
+    head = ["base optimizer", "tensors", "bare step", "`step(probe=...)`", "`step(closure)`", "reached", "with closure"]
     what = (
         "What a lazy step takes more than the base optimizer's, of a loop that calls `backward()` itself and of one\n"
-        "with a closure. The goal is 25 µs or 1 % of a training step, whichever is more."
+        "with a closure. The goal is 25 µs, or 1 % of the bare optimizer's step where that is more (stricter than\n"
+        "1 % of a training step). Unclear: quartiles on both sides of it. A negative figure is noise."
     )
     return f"## Lazy steps\n\n{what}\n\n{markdown_table(head, rows)}"
+
+
+def _lazy_verdict(overhead: Sample, bare: float) -> str:
+    low, high = overhead.quartiles
+    goal = max(LAZY_GOAL, 0.01 * bare)
+    return "unclear" if low <= goal < high else _verdict(overhead.median, goal)
 
 
 def _micros(*seconds: float) -> str:
@@ -256,7 +264,7 @@ def _fail_on_regressions(figures: Sequence[Figures], lazies: dict[str, list[Lazy
     for each in figures:
         for mode in FORWARDS:
             checks = {
-                "time over forward passes": (each.over_forwards(mode), 4.0 if each.case.name == "MLP" else 40.0),
+                "time over forward passes": (each.over_forwards(mode), 8.0 if each.case.name == "MLP" else 40.0),
                 "peak memory": (each.memory[mode][0], MEMORY_GOALS[mode] + 0.3),
                 "traffic": (each.traffic[mode][0] / LEAST_TRAFFIC, 2.0),
             }
