@@ -35,8 +35,8 @@ and nine times the parameters in or out of memory, at the rates of this run. **L
 eight steps, computed from it and the lazy step of the first table (one tensor), over the same forward passes. **Peak
 memory** is that of what torch's allocator hands out in these steps (by its profiler), above that of a bare step, over
 the size of the parameters; **left behind** is there after them. **Traffic** counts, under a TorchDispatchMode and
-without forward passes and base steps, how often the parameters' size goes into or comes out of an operation, over the least: 11 (a
-clone, two; three moves, three each, or a swap, a way back and the slope). In brackets without temporaries of small
+without forward passes and base steps, how often the parameters' size goes into or comes out of an operation, over the
+least: 11 (a clone, two; three moves, three each, or a swap, a way back and the slope). In brackets without temporaries of small
 pieces, which stay in the cache; the goal is for these. Goals are for the first two modes."""
 
 
