@@ -36,8 +36,8 @@ eight steps, computed from it and the lazy step of the first table (one tensor),
 memory** is that of what torch's allocator hands out in these steps (by its profiler), above that of a bare step, over
 the size of the parameters; **left behind** is there after them. **Traffic** counts, under a TorchDispatchMode and
 without forward passes and base steps, how often the parameters' size goes into or comes out of an operation, over the
-least: 11 (a clone, two; three moves, three each, or a swap, a way back and the slope). In brackets without temporaries of small
-pieces, which stay in the cache; the goal is for these. Goals are for the first two modes."""
+least: 11 (a clone, two; three moves, three each, or a swap, a way back and the slope). In brackets without
+temporaries of small pieces, which stay in the cache; the goal is for these. Goals are for the first two modes."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
