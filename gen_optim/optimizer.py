@@ -77,7 +77,7 @@ class GeNOptimizer(RememberingOptimizer):
             twice, which costs a second forward pass with its backward pass and a double backward pass.
         rule: How the learning rate is chosen from them. ``"relaxed"``: a multiple of mean slope / mean curvature, from
             a start found in the loss itself, which asks for measurements on another batch than the gradient's: looking
-            back, or a ``probe`` on one (see :class:`~gen_optim.relaxing.RelaxedRule`). ``"published"``: as published,
+            back, or a ``probe`` on one (see ``gen_optim.relaxing``). ``"published"``: as published,
             with ``mode="approximate"``. ``"cdat"``: that of arXiv:2407.06183, to compare with. Options below that
             belong to one rule alone say so.
         period: A probe step every ``period`` steps.
