@@ -60,32 +60,42 @@ class KeptPoint:
         # Pieces of parameters, with the copies that hold what was there before.
         self._swapped: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._starts: list[Tensor] = []
-        self._versions: list[int] | None = None
+        self._marks: list[tuple[int, int]] | None = None
 
     def _locals(self) -> list[Tensor]:
         return [local(each).detach() for each in self._parameters]
 
     def arrive(self) -> None:
         """Note that the step has been taken; what is written to the parameters from now on is of other origin."""
-        self._versions = [each._version for each in self._locals()]
+        self._marks = self._present_marks()
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
         """Whether it tells where these parameters were before their last step, which nobody has changed since."""
-        if [each.shape for each in self._copies] != [local(each).shape for each in parameters]:
+        if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
             return False
-        return self._versions is None or self._versions == [local(each)._version for each in parameters]
+        if list(map(_kind, self._copies)) != list(map(_kind, self._locals())):
+            return False
+        return self._marks is None or self._marks == self._present_marks()
+
+    def _present_marks(self) -> list[tuple[int, int]]:
+        """What changes when somebody writes to a parameter, or puts other data in its place (``p.data = ...``)."""
+        return [(each._version, each.data_ptr()) for each in self._locals()]
 
     @torch.no_grad()
-    def rise(self) -> Tensor:
+    def rise(self) -> Tensor | None:
         """The slope of the loss at the end of the step in its direction: the gradients times the step, in float64.
+
+        None where a parameter has moved whose gradient nobody has computed since: then it is not known.
 
         Where parameters are DTensors it is this rank's share, as :func:`~gen_optim.distributed.dot` has it.
         """
         alike: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for parameter, end, start in zip(self._parameters, self._locals(), self._copies, strict=True):
-            if parameter.grad is not None:
+            if parameter.grad is not None and parameter.requires_grad:
                 parts = parts_of(parameter.grad, parameter)
                 alike.setdefault(parts, []).append((_dense(local(parameter.grad)).detach(), end, start))
+            elif not torch.equal(start, end):
+                return None
         shares = [parts * inner_product(*zip(*tensors, strict=True)) for parts, tensors in alike.items()]
         return torch.stack([share.to(shares[0].device) for share in shares]).sum() if shares else torch.zeros(())
 
@@ -126,7 +136,7 @@ class KeptPoint:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep; versions begin anew in them."""
-        return {**self.__dict__, "_versions": None}
+        return {**self.__dict__, "_marks": None}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the learning rate, and the contents in the order of the parameters."""
@@ -142,6 +152,10 @@ class KeptPoint:
         ]
         kept._parameters = parameters
         return kept if len(state_dict["start"]) == len(parameters) and kept.is_of(parameters) else None
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -167,7 +167,17 @@ def test_it_is_of_parameters_that_nobody_has_written_since() -> None:
     assert kept.is_of(parameters)
     assert not kept.is_of(parameters[:2])
     assert not kept.is_of([*parameters[:2], torch.zeros(7)])
+    assert not kept.is_of([each.clone() for each in parameters])
     parameters[1].mul_(1.0)
+    assert not kept.is_of(parameters)
+
+
+@pytest.mark.parametrize("convert", [Tensor.clone, Tensor.double, lambda each: each[..., None]])
+def test_it_is_not_of_parameters_that_were_given_other_data(convert: Any) -> None:
+    parameters, _, _, kept = points()
+    versions = [each._version for each in parameters]
+    parameters[1].data = convert(parameters[1].data)
+    assert [each._version for each in parameters] == versions  # nothing tells of it but the data
     assert not kept.is_of(parameters)
 
 
@@ -187,13 +197,28 @@ def test_a_kept_point_survives_a_state_dict_of_plain_tensors() -> None:
 def test_rise_is_the_gradients_times_the_step() -> None:
     parameters, starts, ends, kept = points()
     expected = 0.0
-    for parameter, start, end in list(zip(parameters, starts, ends, strict=True))[:2]:  # one has no gradient
+    for parameter, start, end in zip(parameters, starts, ends, strict=True):
         parameter.grad = torch.randn(parameter.shape)
+        parameter.requires_grad_()
         expected += ((end - start).double() * parameter.grad.double()).sum().item()
-    assert kept.rise().item() == pytest.approx(expected, rel=1e-6)
-    for parameter in parameters:
-        parameter.grad = None
-    assert kept.rise().item() == 0.0
+    rise = kept.rise()
+    assert rise is not None
+    assert rise.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_rise_is_not_known_where_what_has_moved_has_no_gradient(is_stale: bool) -> None:
+    parameters, starts, _, kept = points()
+    parameters[0].requires_grad_().grad = torch.ones_like(parameters[0])
+    if is_stale:  # left from before it was frozen
+        parameters[1].grad = torch.ones_like(parameters[1])
+    assert kept.rise() is None
+    with torch.no_grad():
+        for parameter, start in zip(parameters, starts, strict=True):
+            parameter.copy_(start)
+    rise = kept.rise()
+    assert rise is not None
+    assert rise.item() == 0.0
 
 
 def measured(**options: Any) -> tuple[Any, list[float]]:
@@ -524,6 +549,41 @@ def test_gradients_of_the_caller_cost_a_second_call() -> None:
     case.calls = 0
     case.step(functools.partial(returned_alone, case), batch)
     assert (case.calls, len(case.history[-1].losses)) == (3, 3)
+
+
+def backward_for_one(one: Tensor, other: Tensor) -> Tensor:
+    loss = one.square().sum() + other.square().sum()
+    loss.backward(inputs=[one])
+    return loss
+
+
+def other_detached(one: Tensor, other: Tensor) -> Tensor:
+    loss = one.square().sum() + other.detach().square().sum()
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("evaluate", [backward_for_one, other_detached])
+def test_parameters_trained_in_turns_cost_a_second_call_and_the_parabola_is_the_losss(evaluate: Any) -> None:
+    """The gradients of one turn say nothing of what the turn before has moved."""
+    turns = [nn.Parameter(torch.full((3,), value, dtype=torch.float64)) for value in (1.0, 2.0)]
+    base = SGD(turns, lr=0.1)
+    optimizer = GeNOptimizer(base, mode="lookback", rule="published", period=1)
+    squared = math.nan
+    for step in range(6):
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            return evaluate(*turns)
+
+        gradient = 2.0 * turns[0].detach().clone()
+        optimizer.step(closure)
+        if step:
+            record = optimizer.last_probe
+            assert (record.step, len(record.losses)) == (step + 1, 3)
+            assert (record.slope, record.curvature) == pytest.approx((squared, 2.0 * squared), rel=1e-9)
+        squared = gradient.square().sum().item()
+        turns.reverse()
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
