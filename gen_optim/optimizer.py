@@ -247,7 +247,7 @@ class GeNOptimizer(RememberingOptimizer):
     def _advance(self, state: ControlState, left: KeptPoint | None = None, *, looks_back: bool = True) -> None:
         """Let the base optimizer step, and remember; keep where the step began if the next one looks back at it."""
         rates = self._rates_in_force(state.lr)
-        lr = next(compress(rates, self._rates.shares(self.param_groups, state.lr)), 0.0)
+        lr = state.lr * self._rates.factor(self.param_groups)
         looks_back &= MODES[self.mode].measure is None and lr > 0.0 and self._rule.is_probe_due(state)
         kept = KeptPoint(list(chain(*self._moving())), lr, last=left) if looks_back else None
         with self._rates.in_force(self.param_groups, rates):
@@ -281,9 +281,7 @@ class GeNOptimizer(RememberingOptimizer):
                     read=partial(self._read, ranks),
                     rounding=lambda losses: self._tolerance * rounding_of(losses, session.computed_in),
                 )
-            factor = next(
-                compress(self._rates.factors(self.param_groups), self._rates.shares(self.param_groups, state.lr))
-            )
+            factor = self._rates.factor(self.param_groups)
             decision = self._rule.decide(
                 state, measurement.loss, measurement.found, factor=factor, arrival=measurement.arrival
             )
@@ -321,6 +319,7 @@ class GeNOptimizer(RememberingOptimizer):
                 # A loss that is not finite asks for the base optimizer's own step, bit for bit.
                 lr = searched_lr(state.probes) if math.isfinite(self._read(ranks, [here])[0]) else state.lr
 
+            factor = self._rates.factor(groups)
             factors = list(compress(self._rates.factors(groups), self._rates.shares(groups, state.lr)))
             move = Move(self._moving())
             after = self._rule.skip(state)
@@ -349,13 +348,13 @@ class GeNOptimizer(RememberingOptimizer):
                         computed_in=session.computed_in,
                     )
                     measurement = measure(line)
-                decision = self._rule.decide(state, measurement.loss, measurement.found, factor=factors[0])
+                decision = self._rule.decide(state, measurement.loss, measurement.found, factor=factor)
                 after, taken = decision.state, decision.taken_lr
             finally:
                 # After an exception in a probe this is the lazy step, to which the base's moments belong.
-                move.settle([taken * factor / lr for factor in factors])
+                move.settle([taken * each / lr for each in factors])
                 self._remember(after, self._rates_in_force(taken))
-        self._report(state, measurement, decision, factors[0])
+        self._report(state, measurement, decision, factor)
         return measurement.raw if loss is None else loss
 
     def _begin(self, probed: Closure, caller: str, state: ControlState) -> tuple[Session, Ranks, Callable[[], Loss]]:

@@ -13,6 +13,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -113,6 +114,10 @@ class LearningRates:
     def factors(self, groups: Sequence[Group]) -> list[float]:
         """Each group's factor from its scheduler; 1 without one."""
         return [self._factor(group) for group in groups]
+
+    def factor(self, groups: Sequence[Group]) -> float:
+        """The factor of the first group that moves, for whose learning rate measurements are; 0 where none does."""
+        return next((factor for factor in map(self._factor, compress(groups, self.shares(groups, 1.0))) if factor), 0.0)
 
     @contextmanager
     def in_force(self, groups: Sequence[Group], rates: Sequence[float]) -> Iterator[None]:

@@ -1046,6 +1046,22 @@ def test_the_parabola_of_groups_is_that_of_their_common_step() -> None:
     assert not same(parameters_of(model), after)
 
 
+@pytest.mark.parametrize("mode", ["lookback", "approximate"])
+def test_a_scheduler_that_holds_the_first_group_at_zero_does_not_blind_the_probes(mode: str) -> None:
+    model = mlp()
+    groups = [{"params": model[0].parameters()}, {"params": model[4].parameters()}]
+    training = Training(model, GeNOptimizer(AdamW(groups), mode=mode), *regression_data())
+    scheduler = lr_scheduler.LambdaLR(training.optimizer, [lambda _: 0.0, lambda _: 0.5])
+    before = model[0].weight.detach().clone()
+    training.train(10, scheduler)
+    record = training.optimizer.last_probe
+    assert torch.equal(model[0].weight, before)
+    assert (record.step, record.factor, record.status) == (10, 0.5, ProbeStatus.FITTED)
+    assert record.lr_after > record.lr_before
+    if mode == "lookback":
+        assert record.multiples == (0.0, 0.5)
+
+
 def test_a_learning_rate_written_by_hand_is_where_it_goes_on() -> None:
     training = Training.of(lambda parameters: gen_adamw(parameters, mode="lookback"))
     training.train(4)
