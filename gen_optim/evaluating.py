@@ -51,7 +51,7 @@ def check_loss(loss: Any, caller: str) -> Loss:
             return loss
         came = f"a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}"
         advice = "Reduce it, for example with .mean()" if loss.numel() != 1 else "Return a floating-point loss"
-    elif isinstance(loss, Real):
+    elif not isinstance(loss, bool) and isinstance(loss, Real):
         return float(loss)
     else:
         came = "None" if loss is None else f"an object of type {type(loss).__name__}"

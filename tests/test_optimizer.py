@@ -295,6 +295,7 @@ def test_a_loss_may_be_a_float_or_any_one_element_tensor(convert: Any) -> None:
         (None, "returned None"),
         (torch.zeros(3), r"shape \(3,\)"),
         ("loss", "type str"),
+        (True, "type bool"),
         (torch.tensor(1), "torch.int64"),
         (torch.tensor(1j), "torch.complex64"),
     ],
