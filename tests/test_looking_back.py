@@ -1143,24 +1143,6 @@ def test_complex_parameters(make: Any, half_way: bool) -> None:
     assert len(seen) == 5
 
 
-def test_sparse_gradients() -> None:
-    torch.manual_seed(0)
-    embedding = nn.Embedding(10, 4, sparse=True)
-    optimizer = GeNOptimizer(torch.optim.SparseAdam(embedding.parameters()), mode="lookback")
-    words = torch.tensor([1, 2, 2, 5])
-    before = embedding.weight.detach().clone()
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = (embedding(words) - 1.0).square().mean()
-        loss.backward()
-        return loss
-
-    losses = [optimizer.step(closure).item() for _ in range(80)]
-    assert losses[-1] < 0.8 * losses[0]
-    assert torch.equal(embedding.weight[6:], before[6:])
-
-
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 

@@ -711,10 +711,11 @@ def test_maximize_climbs_and_records_what_is_minimised() -> None:
     assert up.optimizer.last_probe == down.optimizer.last_probe
 
 
-def test_sparse_gradients() -> None:
+@pytest.mark.parametrize("mode", ["lookback", "approximate"])
+def test_sparse_gradients(mode: str) -> None:
     torch.manual_seed(0)
     embedding = nn.Embedding(10, 4, sparse=True)
-    optimizer = GeNOptimizer(SparseAdam(embedding.parameters()))
+    optimizer = GeNOptimizer(SparseAdam(embedding.parameters()), mode=mode)
     words = torch.tensor([1, 2, 2, 5])
     before = embedding.weight.detach().clone()
 
@@ -724,8 +725,8 @@ def test_sparse_gradients() -> None:
         loss.backward()
         return loss
 
-    losses = [optimizer.step(closure).item() for _ in range(60)]
-    assert losses[-1] < losses[0]
+    losses = [optimizer.step(closure).item() for _ in range(80)]
+    assert losses[-1] < 0.8 * losses[0]
     assert torch.equal(embedding.weight[6:], before[6:])
 
 
