@@ -82,3 +82,8 @@ def gen_adamw(parameters: Any, lr: float = 1e-3, **options: Any) -> GeNOptimizer
 
 def gen_sgd(parameters: Any, lr: float = 0.1, **options: Any) -> GeNOptimizer:
     return GeNOptimizer(torch.optim.SGD(parameters, lr=lr, momentum=0.9), **options)
+
+
+def looking(parameters: Any, **options: Any) -> GeNOptimizer:
+    """Looks back at every step."""
+    return gen_sgd(parameters, **{"mode": "lookback", "rule": "published", "period": 1, **options})

@@ -1,0 +1,589 @@
+"""Steps that look back: what they leave behind, what goes wrong in them, and what happens between them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+import random
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, lr_scheduler
+
+from gen_optim import GeNOptimizer, History, ProbeRecord, ProbeStatus
+from gen_optim.looking_back import KeptPoint
+from tests.training import Training, gen_adamw, gen_sgd, looking, mlp, parameters_of, regression_data, same
+
+# --- nothing is left behind ------------------------------------------------------------------------------------------
+
+
+def streams() -> tuple[Any, ...]:
+    numpy = [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()]
+    return random.getstate(), numpy, torch.get_rng_state().tolist()
+
+
+def seed_all() -> None:
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+
+
+def noisy(_: Training) -> None:
+    """Draw from every global stream, as augmentation inside a closure does."""
+    random.random(), np.random.rand(), torch.rand(1)
+
+
+def zeroed_anew(training: Training) -> Callable[[], Tensor]:
+    """A closure whose gradients are not known to be those of the loss: it needs the middle."""
+
+    def closure() -> Tensor:
+        training.optimizer.zero_grad(set_to_none=False)
+        loss = training.loss()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("half_way", [False, True])
+def test_a_look_back_leaves_no_trace_but_its_learning_rate(half_way: bool) -> None:
+    """With the learning rate held, it must equal the bare optimizer: parameters, buffers, gradients, streams."""
+    runs = []
+    for make in (
+        lambda parameters: looking(parameters, lr=0.05, lr_min=0.05, lr_max=0.05),
+        lambda parameters: SGD(parameters, lr=0.05, momentum=0.9),
+    ):
+        training = Training.of(make, mlp(dropout=0.5, norm=True))
+        training.before_return = noisy
+        seed_all()
+        closure = zeroed_anew(training) if half_way else training.closure
+        with torch.no_grad():
+            losses = [float(training.optimizer.step(closure)) for _ in range(6)]
+            assert not torch.is_grad_enabled()
+        gradients = [parameter.grad for parameter in training.model.parameters()]
+        state = [each["momentum_buffer"] for each in training.optimizer.state.values()]
+        runs.append((losses, list(training.model.state_dict().values()), gradients, state, streams(), training.probes))
+    (losses, tensors, gradients, state, drawn, probes), (bare_losses, *bare_tensors, bare_drawn, _) = runs
+    assert probes == 5 * (2 if half_way else 1)
+    assert losses == bare_losses
+    for mine, bares in zip((tensors, gradients, state), bare_tensors, strict=True):
+        assert same(mine, bares)
+    assert drawn == bare_drawn
+
+
+@pytest.mark.parametrize("half_way", [False, True])
+def test_all_calls_of_a_look_back_see_the_same_dropout_masks(half_way: bool) -> None:
+    masks: list[Tensor] = []
+    training = Training.of(looking, mlp(dropout=0.5))
+    training.model[3].register_forward_hook(lambda module, args, output: masks.append(output == 0))
+    closure = zeroed_anew(training) if half_way else training.closure
+    training.optimizer.step(closure)
+    first = masks.pop()
+    for _ in range(3):
+        masks.clear()
+        training.optimizer.step(closure)
+        assert len(masks) == (3 if half_way else 2)
+        assert same(masks[:1] * len(masks), masks)
+        assert not torch.equal(masks[0], first)
+
+
+def test_gradients_are_enabled_in_the_first_call_only_and_absent_in_the_other() -> None:
+    seen: list[tuple[bool, bool, bool]] = []
+    training = Training.of(looking)
+    training.train(1)
+    training.before_return = lambda self: seen.append(
+        (self.optimizer.is_probing, torch.is_grad_enabled(), any(p.grad is not None for p in self.model.parameters()))
+    )
+    training.train(1)
+    assert seen == [(False, True, False), (True, False, False)]
+    assert not training.optimizer.is_probing
+
+
+def test_gradients_of_another_network_are_left_alone() -> None:
+    generator, critic = mlp(), nn.Linear(1, 1)
+    other, optimizer = SGD(critic.parameters(), lr=0.1), looking(generator.parameters())
+    inputs, _ = regression_data()
+    seen = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad(), other.zero_grad()
+        loss = -critic(generator(inputs)).mean()
+        loss.backward()
+        seen.append([parameter.grad for parameter in critic.parameters()])
+        return loss
+
+    optimizer.step(closure)
+    seen.clear()
+    optimizer.step(closure)
+    assert seen[1:] == [[None, None]]
+    assert all(mine.grad is theirs for mine, theirs in zip(critic.parameters(), seen[0], strict=True))
+    assert len(optimizer.last_probe.losses) == 2
+
+
+def test_steps_equal_those_of_the_bare_optimizer_at_the_same_learning_rates() -> None:
+    wrapped, bare = Training.of(lambda p: looking(p, period=3)), Training.of(lambda p: SGD(p, lr=0.1, momentum=0.9))
+    calls = []
+    for _ in range(12):
+        wrapped.calls = 0
+        wrapped.train(1)
+        calls.append(wrapped.calls)
+        bare.optimizer.param_groups[0]["lr"] = wrapped.optimizer.get_last_lr()[0]
+        bare.train(1)
+        assert same(parameters_of(wrapped.model), parameters_of(bare.model))
+    assert len({record for record in wrapped.optimizer.param_groups[0].items() if record[0] == "gen_lr"}) == 1
+    assert calls == [1, 2, 1, 1, 2, 1, 1, 2, 1, 1, 2, 1]
+    assert wrapped.optimizer.param_groups[0]["lr"] != 0.1
+
+
+def test_a_copy_is_held_between_two_steps_only_where_the_second_looks_back() -> None:
+    training = Training.of(lambda parameters: looking(parameters, period=3))
+    held = []
+    for _ in range(8):
+        training.train(1)
+        held.append(training.optimizer._kept is not None)
+    assert held == [True, False, False, True, False, False, True, False]
+
+
+def test_a_copy_serves_again_in_the_next_look_back_and_the_second_one_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    training = Training.of(looking)
+    step, visit_middle = training.optimizer.base_optim.step, KeptPoint.visit_middle
+
+    def count() -> None:
+        alive.append(len({id(found) for copy in copies if (found := copy()) is not None}) // 4)
+
+    def spy(kept: KeptPoint) -> None:
+        visit_middle(kept)
+        copies.extend(weakref.ref(each) for held in (kept._copies, kept._starts) for each in held)
+        count()
+
+    def base_step() -> None:
+        count()
+        step()
+
+    monkeypatch.setattr(KeptPoint, "visit_middle", spy)
+    monkeypatch.setattr(training.optimizer.base_optim, "step", base_step)
+    gc.disable()
+    try:
+        for _ in range(4):
+            training.optimizer.step(zeroed_anew(training))
+    finally:
+        gc.enable()
+    assert alive == [0, *[2, 1] * 3]  # half way, and when the base optimizer steps: the one that serves again
+
+
+def test_steps_with_nothing_to_probe_keep_no_copy() -> None:
+    training = Training.of(looking)
+    for _ in range(3):
+        training.closure()
+        training.optimizer.step()
+        assert training.optimizer._kept is None
+    training.train(2)
+    assert training.optimizer.last_probe.step == 5
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("failing", [2, 3])
+@pytest.mark.parametrize("as_probe", [False, True])
+def test_an_exception_in_a_look_back_ends_the_step_as_a_lazy_one(
+    error: type[BaseException], failing: int, as_probe: bool
+) -> None:
+    trainings = []
+    for _ in range(2):
+        training = Training.of(looking, mlp(dropout=0.5, norm=True))
+        seed_all()
+        for _ in range(3):
+            training.optimizer.step(zeroed_anew(training))
+        trainings.append(training)
+    failed, lazy = trainings
+    optimizer, record = failed.optimizer, failed.optimizer.last_probe
+    failed.calls = 0
+
+    def fail(self: Training) -> None:
+        noisy(self)
+        if self.calls == failing:
+            raise error("on purpose")
+
+    failed.before_return = fail
+    seed_all()
+    given: dict[str, Any] = {"closure": zeroed_anew(failed)}
+    if as_probe:
+        zeroed_anew(failed)()
+        failed.calls = 1 if failing == 2 else 0
+        given = {"probe": failed.loss}
+    with pytest.raises(error, match="on purpose"):
+        optimizer.step(**given)
+    state = streams()
+    lazy.before_return = noisy
+    seed_all()
+    lazy.optimizer.zero_grad(set_to_none=False)
+    lazy.loss().backward()
+    lazy.optimizer.step()  # neither closure nor probe: the base optimizer's step
+
+    assert same(list(failed.model.state_dict().values()), list(lazy.model.state_dict().values()))
+    assert same([p.grad for p in failed.model.parameters()], [p.grad for p in lazy.model.parameters()])
+    assert state == streams()
+    for mine, theirs in zip(optimizer.state.values(), lazy.optimizer.state.values(), strict=True):
+        assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
+    assert optimizer.param_groups[0]["gen_step"] == 4
+    assert optimizer.last_probe is record
+    assert not optimizer.is_probing
+    failed.before_return = lambda self: None
+    failed.train(1)
+    assert optimizer.last_probe.step == 5  # the next one looks back as ever
+
+
+def test_a_closure_that_fails_may_be_called_again() -> None:
+    failed, other = (Training.of(looking, mlp(norm=True)) for _ in range(2))
+    failed.train(3), other.train(3)
+    failed.before_return = lambda self: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        failed.train(1)
+    failed.before_return = lambda self: None
+    failed.model.load_state_dict(other.model.state_dict())
+    assert failed.optimizer._pending() is None  # loaded: parameters have been written
+    failed.train(1), other.train(1)
+
+    again = Training.of(looking)
+    again.train(3)
+    state = str(again.optimizer.state_dict())
+    again.before_return = lambda self: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        again.train(1)
+    assert str(again.optimizer.state_dict()) == state
+    again.before_return = lambda self: None
+    again.train(1)
+    assert again.optimizer.last_probe.step == 4
+
+
+def diverging(training: Training, bad: float, *, everywhere: bool = False) -> Callable[[], Tensor]:
+    """A closure whose loss is ``bad`` where the last step has led, and if told so where it began too."""
+
+    def closure() -> Tensor:
+        training.optimizer.zero_grad()
+        loss = training.loss()
+        if everywhere or not training.optimizer.is_probing:
+            loss = loss * bad
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e9])
+def test_a_step_that_has_led_astray_is_taken_back(bad: float) -> None:
+    training = Training.of(lambda p: gen_adamw(p, mode="lookback"), mlp(norm=True, dtype=torch.float64))
+    training.train(12)
+    before, buffers = parameters_of(training.model), [each.clone() for each in training.model.buffers()]
+    training.train(1)
+    after, lr = [each.clone() for each in training.model.buffers()], training.optimizer.param_groups[0]["lr"]
+    assert not same(buffers, after)
+    state = copy.deepcopy(list(training.optimizer.state.values()))
+
+    loss = training.optimizer.step(diverging(training, bad))
+
+    record = training.optimizer.last_probe
+    assert record.status is ProbeStatus.TAKEN_BACK
+    assert (record.step, record.lr_before, record.lr_after) == (14, lr, lr / 2)
+    assert loss.item() == pytest.approx(bad * record.losses[0], rel=0.5, nan_ok=True)
+    assert same(parameters_of(training.model), before)
+    assert same(list(training.model.buffers()), after)  # what the far end has shown the model's statistics is gone
+    for mine, theirs in zip(training.optimizer.state.values(), state, strict=True):
+        assert all(torch.equal(torch.as_tensor(mine[name]), torch.as_tensor(theirs[name])) for name in theirs)
+    assert training.optimizer.param_groups[0]["lr"] == lr / 2
+    losses = training.train(40)
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
+    assert training.optimizer.last_probe.status is not ProbeStatus.TAKEN_BACK
+
+
+def test_statistics_of_a_loss_that_is_not_finite_do_not_stay() -> None:
+    training = Training.of(lambda p: gen_adamw(p, mode="lookback"), mlp(norm=True))
+    training.train(12)
+    inputs = training.inputs.clone()
+
+    def spoil() -> Tensor:
+        training.optimizer.zero_grad()
+        if not training.optimizer.is_probing:
+            training.inputs = inputs * math.inf
+        loss = training.loss()
+        training.inputs = inputs
+        loss.backward()
+        return loss
+
+    training.optimizer.step(spoil)
+    assert training.optimizer.last_probe.status is ProbeStatus.TAKEN_BACK
+    assert all(bool(torch.isfinite(buffer).all()) for buffer in training.model.buffers())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("rule", ["relaxed", "published"])
+def test_a_batch_that_is_not_finite_anywhere_teaches_nothing_and_steps_as_the_base_would(bad: float, rule: str) -> None:
+    training = Training.of(lambda parameters: gen_sgd(parameters, mode="lookback", rule=rule, period=1))
+    training.train(6)
+    twin = copy.deepcopy(training.model)
+    bare = SGD(twin.parameters(), lr=training.optimizer.param_groups[0]["lr"], momentum=0.9)
+    bare.load_state_dict(copy.deepcopy(training.optimizer.base_optim.state_dict()))
+    lr, history = training.optimizer.param_groups[0]["lr"], History()
+    training.optimizer.register_probe_hook(history)
+
+    def closure() -> float:
+        training.closure()
+        return bad
+
+    training.optimizer.step(closure)
+    Training(twin, bare, training.inputs, training.targets).train(1)
+    assert history[0].status is ProbeStatus.NON_FINITE_LOSS
+    assert same(parameters_of(training.model), parameters_of(twin))
+    assert training.optimizer.param_groups[0]["lr"] == lr
+    training.train(1)
+    assert training.optimizer.last_probe.status not in (ProbeStatus.NON_FINITE_LOSS, ProbeStatus.TAKEN_BACK)
+
+
+def test_the_published_rule_takes_nothing_back() -> None:
+    training = Training.of(looking)
+    training.train(5)
+    training.optimizer.step(diverging(training, 1e12))
+    assert training.optimizer.last_probe.status is not ProbeStatus.TAKEN_BACK
+
+
+# --- what happens between two steps ----------------------------------------------------------------------------------
+
+
+def test_a_scheduler_that_stands_at_zero_is_survived() -> None:
+    training = Training.of(lambda parameters: gen_sgd(parameters, mode="lookback"))
+    factors = iter([0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.0, 1.0, 1.0, 1.0])
+    scheduler = lr_scheduler.LambdaLR(training.optimizer, lambda _: next(factors))
+    history = History()
+    training.optimizer.register_probe_hook(history)
+    losses = []
+    for _ in range(12):
+        before = parameters_of(training.model)
+        losses += training.train(1, None)
+        factor = training.optimizer.param_groups[0]["lr"] / training.optimizer.param_groups[0]["initial_lr"]
+        assert same(parameters_of(training.model), before) == (factor == 0.0)
+        scheduler.step()
+    assert all(math.isfinite(record.lr_after) and record.lr_after > 0 for record in history)
+    assert {0.0, 1.0} <= {record.factor for record in history}
+    assert losses[-1] < losses[0]
+    for record in history:
+        if record.factor == 0.0 and record.status is not ProbeStatus.STARTED:
+            assert record.lr_after == record.lr_before
+
+
+def test_the_learning_rate_looked_back_at_is_that_of_the_step_the_schedulers_factor_included() -> None:
+    training = Training.of(lambda p: looking(p, lr=0.05, lr_min=0.05, lr_max=0.05))
+    scheduler = lr_scheduler.LambdaLR(training.optimizer, lambda epoch: 0.5**epoch)
+    history = History()
+    training.optimizer.register_probe_hook(history)
+    training.train(4, scheduler)
+    assert [record.multiples for record in history] == [(0.0, 1.0), (0.0, 0.5), (0.0, 0.25)]
+    assert [record.factor for record in history] == [0.5, 0.25, 0.125]
+
+
+def test_parameters_written_by_hand_cost_one_parabola() -> None:
+    training = Training.of(looking)
+    training.train(3)
+    assert training.optimizer.last_probe.step == 3
+    training.model.load_state_dict(copy.deepcopy(training.model.state_dict()))
+    training.train(1)
+    assert training.optimizer.last_probe.step == 3
+    training.train(1)
+    assert training.optimizer.last_probe.step == 5
+
+
+def test_groups_that_are_frozen_added_and_of_other_ratios() -> None:
+    model = mlp(dtype=torch.float64)
+    groups = [
+        {"params": [model[0].weight], "lr": 0.0},
+        {"params": [model[0].bias], "lr": 0.02},
+        {"params": [model[4].weight], "lr": 0.06},
+    ]
+    optimizer = GeNOptimizer(SGD(groups, lr=1.0, momentum=0.9), mode="lookback", rule="published", period=1)
+    training = Training(model, optimizer, *regression_data(dtype=torch.float64))
+    frozen = model[0].weight.detach().clone()
+    training.train(3)
+    assert optimizer.last_probe.step == 3
+    assert optimizer.last_probe.lr_after == optimizer.param_groups[1]["lr"]
+    assert torch.equal(model[0].weight, frozen)
+    optimizer.add_param_group({"params": [model[4].bias]})
+    training.train(1)
+    assert optimizer.last_probe.step == 3  # the last step was one of fewer parameters
+    before = parameters_of(model)
+    training.train(1)
+    record = optimizer.last_probe
+    assert record.step == 5
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    assert lrs[2] / lrs[1] == pytest.approx(3.0, rel=1e-12)
+    assert lrs[3] == pytest.approx(lrs[1], rel=1e-12)
+    # The parabola is that of all groups together: their next step from here, at their ratios.
+    optimizer.param_groups[0]["lr"] = lrs[1]  # let go
+    training.train(2)
+    assert not torch.equal(model[0].weight, frozen)
+    assert not same(parameters_of(model), before)
+    assert optimizer.last_probe.step == 7
+
+
+def test_the_parabola_of_groups_is_that_of_their_common_step() -> None:
+    model = mlp(dtype=torch.float64)
+    groups = [{"params": model[0].parameters(), "lr": 1e-4}, {"params": model[4].parameters(), "lr": 3e-4}]
+    optimizer = GeNOptimizer(SGD(groups, lr=1.0), mode="lookback", rule="published", period=1, lr_max=1e-4, lr_min=1e-4)
+    training = Training(model, optimizer, *regression_data(dtype=torch.float64))
+    training.train(1)
+    after = parameters_of(model)
+    gradient_before = [parameter.grad.clone() for parameter in model.parameters()]
+    training.train(1)
+    ratios = [1.0, 1.0, 3.0, 3.0]
+    expected = sum((ratio * g.square().sum()).item() for ratio, g in zip(ratios, gradient_before, strict=True))
+    assert optimizer.last_probe.slope == pytest.approx(expected, rel=1e-6)
+    assert not same(parameters_of(model), after)
+
+
+@pytest.mark.parametrize("mode", ["lookback", "approximate"])
+def test_a_scheduler_that_holds_the_first_group_at_zero_does_not_blind_the_probes(mode: str) -> None:
+    model = mlp()
+    groups = [{"params": model[0].parameters()}, {"params": model[4].parameters()}]
+    training = Training(model, GeNOptimizer(AdamW(groups), mode=mode), *regression_data())
+    scheduler = lr_scheduler.LambdaLR(training.optimizer, [lambda _: 0.0, lambda _: 0.5])
+    before = model[0].weight.detach().clone()
+    training.train(10, scheduler)
+    record = training.optimizer.last_probe
+    assert torch.equal(model[0].weight, before)
+    assert (record.step, record.factor, record.status) == (10, 0.5, ProbeStatus.FITTED)
+    assert record.lr_after > record.lr_before
+    if mode == "lookback":
+        assert record.multiples == (0.0, 0.5)
+
+
+def test_a_learning_rate_written_by_hand_is_where_it_goes_on() -> None:
+    training = Training.of(lambda parameters: gen_adamw(parameters, mode="lookback"))
+    training.train(4)
+    training.optimizer.param_groups[0]["lr"] = 0.02
+    training.train(1)
+    assert training.optimizer.last_probe.lr_before == 0.02
+    assert training.optimizer.last_probe.lr_after == pytest.approx(0.02, rel=0.2)
+
+
+# --- parameters of every kind ----------------------------------------------------------------------------------------
+
+
+def test_maximize_climbs_as_minimising_descends() -> None:
+    runs = []
+    for sign in (1.0, -1.0):
+        training = Training.of(
+            lambda p, sign=sign: GeNOptimizer(SGD(p, lr=0.1, maximize=sign < 0), mode="lookback"), mlp(norm=True)
+        )
+        history = History()
+        training.optimizer.register_probe_hook(history)
+
+        def closure(training: Training = training, sign: float = sign) -> Tensor:
+            training.optimizer.zero_grad()
+            gain = sign * training.loss()
+            gain.backward()
+            return gain
+
+        gains = [sign * training.optimizer.step(closure).item() for _ in range(12)]
+        runs.append((gains, parameters_of(training.model), list(history)))
+        assert {len(record.losses) for record in history[1:]} == {2}  # gradients are known to be the loss's
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+    assert runs[0][2] == runs[1][2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_no_parameter_of_any_precision_changes_by_being_looked_back_at(dtype: torch.dtype) -> None:
+    wrapped = Training.of(lambda p: looking(p, lr=0.01, lr_min=0.01, lr_max=0.01), mlp(dtype=dtype))
+    bare = Training.of(lambda p: SGD(p, lr=0.01, momentum=0.9), mlp(dtype=dtype))
+    for _ in range(8):
+        wrapped.train(1), bare.train(1)
+        assert same(parameters_of(wrapped.model), parameters_of(bare.model))
+    assert wrapped.probes >= 7
+
+
+def test_half_precision_trains() -> None:
+    training = Training.of(lambda p: gen_adamw(p, mode="lookback"), mlp(dtype=torch.bfloat16))
+    losses = training.train(150)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("half_way", [False, True])
+@pytest.mark.parametrize("make", [lambda p: SGD(p, lr=0.05, momentum=0.9), lambda p: AdamW(p, lr=0.05)])
+def test_complex_parameters(make: Any, half_way: bool) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(5, dtype=torch.complex128))
+    target = torch.randn(5, dtype=torch.complex128)
+    optimizer = GeNOptimizer(make([weight]), mode="lookback", rule="published", period=1)
+    seen: list[tuple[float, float]] = []
+    before = lr = None
+    for _ in range(6):
+        here = weight.detach().clone()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad(set_to_none=not half_way)
+            loss = (weight - target).abs().square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        if before is not None:
+            direction = (before - here) / lr
+            slope = 2.0 * (direction.conj() * (before - target)).sum().real.item()
+            seen.append((slope, 2.0 * direction.abs().square().sum().item()))
+            record = optimizer.last_probe
+            assert len(record.losses) == (3 if half_way else 2)
+            assert (record.slope, record.curvature) == pytest.approx(seen[-1], rel=1e-8)
+        before, lr = here, optimizer.get_last_lr()[0]
+    assert len(seen) == 5
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def records_of(training: Training) -> list[ProbeRecord]:
+    records: list[ProbeRecord] = []
+    training.optimizer.register_probe_hook(lambda _, record: records.append(record))
+    return records
+
+
+def copies(training: Training) -> Iterator[Training]:
+    model, optimizer = copy.deepcopy((training.model, training.optimizer))
+    yield Training(model, optimizer, training.inputs, training.targets)
+    model, optimizer = pickle.loads(pickle.dumps((training.model, training.optimizer)))
+    yield Training(model, optimizer, training.inputs, training.targets)
+
+
+@pytest.mark.parametrize("make", [gen_adamw, gen_sgd])
+def test_copies_go_on_to_the_bit_after_every_step(make: Any) -> None:
+    training = Training.of(lambda parameters: make(parameters, mode="lookback", burn_in=4, period=3))
+    for step in range(21):
+        reference = None
+        for twin in copies(training):
+            records = records_of(twin)
+            result = (twin.train(5), records)
+            reference = result if reference is None else reference
+            assert result == reference
+        original, records = copy.deepcopy(training.model), records_of(training)
+        expected = training.train(1)
+        assert reference is not None
+        assert reference[0][:1] == expected
+        assert [record for record in reference[1] if record.step == step + 1] == records
+        assert not same(parameters_of(original), parameters_of(training.model))
+
+
+def test_copies_share_no_kept_point() -> None:
+    training = Training.of(looking)
+    training.train(3)
+    twin = next(copies(training))
+    before = parameters_of(training.model)
+    twin.train(3)
+    assert same(parameters_of(training.model), before)
+    assert training.optimizer._pending() is not None
