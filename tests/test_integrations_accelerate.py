@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from gen_optim import GeNOptimizer, History
+from gen_optim import GeNOptimizer, History, ProbeStatus
 from gen_optim.integrations.accelerate import micro_batches
 from tests import documentation
-from tests.training import mlp, parameters_of, regression_data, same
+from tests.training import accumulating, mlp, parameters_of, regression_data, same
 
 pytest.importorskip("accelerate", reason="needs the extra accelerate")
 
@@ -83,31 +84,26 @@ def test_it_trains_as_a_hand_written_loop_does_bit_for_bit(accumulation: int) ->
     job = Job(Accelerator(cpu=True, gradient_accumulation_steps=accumulation), steps=steps)
     model = mlp(dropout=0.1)
     optimizer = GeNOptimizer(torch.optim.AdamW(model.parameters()), burn_in=4, period=4)
+    optimizer.register_probe_hook(history := History())
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
     inputs, targets = line_data(8 * steps * accumulation)
     loader = DataLoader(TensorDataset(inputs, targets), batch_size=8)
     torch.manual_seed(0)
     batches = iter(loader)
     for _ in range(steps):
-        of_this_step = [next(batches) for _ in range(accumulation)]
-
-        def closure(of_this_step: list[list[Tensor]] = of_this_step) -> Tensor:
-            optimizer.zero_grad()
-            losses = []
-            for x, y in of_this_step:
-                losses.append(nn.functional.mse_loss(model(x), y))
-                (losses[-1] / accumulation).backward()
-            if not optimizer.is_probing:
-                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            return sum(loss.detach() for loss in losses) / accumulation
-
-        optimizer.step(closure)
+        of_this_step = [
+            lambda x=inputs, y=targets: nn.functional.mse_loss(model(x), y)
+            for inputs, targets in itertools.islice(batches, accumulation)
+        ]
+        optimizer.step(accumulating(optimizer, model, of_this_step, clip=0.5))
         scheduler.step()
 
     job.train()
     assert same(parameters_of(job.model), parameters_of(model))
     assert job.gen.get_last_lr() == optimizer.get_last_lr()
-    assert job.gen.last_probe == optimizer.last_probe
+    assert list(job.history) == list(history)
+    # Clipped gradients are no slope of the loss: it is evaluated half way too.
+    assert {len(record.losses) for record in history if record.status is not ProbeStatus.STARTED} == {3}
 
 
 def test_gradients_are_accumulated_and_the_loss_goes_down() -> None:
@@ -136,14 +132,17 @@ def test_float16_with_a_gradient_scaler_and_its_skipped_steps() -> None:
     assert job.has_learned(0.7)
 
 
-def test_a_checkpoint_resumes_bit_for_bit(tmp_path: Path) -> None:
-    whole = Job(Accelerator(cpu=True, gradient_accumulation_steps=2), steps=10).train(stop=10)
+@pytest.mark.parametrize(("stop", "is_pending"), [(8, True), (10, False)])
+def test_a_checkpoint_resumes_bit_for_bit(tmp_path: Path, stop: int, is_pending: bool) -> None:
+    whole = Job(Accelerator(cpu=True, gradient_accumulation_steps=2), steps=10).train(stop=stop)
     whole.accelerator.save_state(str(tmp_path))
-    whole.train(skip=10)
+    assert ("gen_kept" in torch.load(tmp_path / "optimizer.bin", weights_only=True)) is is_pending
+    whole.train(skip=stop)
     resumed = Job(Accelerator(cpu=True, gradient_accumulation_steps=2), steps=10)
     resumed.accelerator.load_state(str(tmp_path))
-    resumed.train(skip=10)
+    resumed.train(skip=stop)
     assert same(parameters_of(resumed.model), parameters_of(whole.model))
+    assert list(resumed.history) == list(whole.history)[-len(resumed.history) :]
     assert resumed.gen.last_probe == whole.gen.last_probe
 
 
