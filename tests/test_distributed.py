@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,6 @@ from tests.training import gen_adamw, mlp
 from tests.workers import FailedError, Pool
 
 Run = Callable[..., list[Any]]
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    pool = Pool(tmp_path_factory.mktemp("stores"))
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(params=["gloo", "nccl"])

@@ -5,28 +5,32 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from gen_optim import GeNOptimizer, History, ProbeStatus
+from gen_optim.distributed import whole
 from gen_optim.integrations.accelerate import micro_batches
 from tests import documentation
 from tests.training import accumulating, mlp, parameters_of, regression_data, same
+from tests.workers import Pool
 
 pytest.importorskip("accelerate", reason="needs the extra accelerate")
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+from tests.accelerators import forgotten_afterwards, let_it_shard
 
 
 @pytest.fixture(autouse=True)
 def _forget_the_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    with forgotten_afterwards():
+        yield
 
 
 def line_data(size: int) -> tuple[Tensor, Tensor]:
@@ -37,16 +41,16 @@ def line_data(size: int) -> tuple[Tensor, Tensor]:
 class Job:
     """A loop as Accelerate's documentation writes it."""
 
-    def __init__(self, accelerator: Accelerator, *, steps: int = 40, dropout: float = 0.1) -> None:
-        accumulation = accelerator.gradient_accumulation_steps
-        inputs, targets = line_data(8 * steps * accumulation)
+    def __init__(self, accelerator: Accelerator, *, steps: int = 40, dropout: float = 0.1, batch: int = 8) -> None:
+        processes = accelerator.num_processes
+        inputs, targets = line_data(batch * steps * accelerator.gradient_accumulation_steps * processes)
         self.accelerator = accelerator
-        self.loader = DataLoader(TensorDataset(inputs, targets), batch_size=8)
+        self.loader = DataLoader(TensorDataset(inputs, targets), batch_size=batch)
         model = mlp(dropout=dropout)
         self.gen = GeNOptimizer(torch.optim.AdamW(model.parameters()), burn_in=4, period=4)
         self.gen.register_probe_hook(history := History())
         self.history = history
-        scheduler = torch.optim.lr_scheduler.LinearLR(self.gen, 1.0, 0.1, total_iters=steps)
+        scheduler = torch.optim.lr_scheduler.LinearLR(self.gen, 1.0, 0.1, total_iters=steps * processes)
         self.model, self.optimizer, self.scheduler, self.loader = accelerator.prepare(
             model, self.gen, scheduler, self.loader
         )
@@ -144,6 +148,47 @@ def test_a_checkpoint_resumes_bit_for_bit(tmp_path: Path, stop: int, is_pending:
     assert same(parameters_of(resumed.model), parameters_of(whole.model))
     assert list(resumed.history) == list(whole.history)[-len(resumed.history) :]
     assert resumed.gen.last_probe == whole.gen.last_probe
+
+
+def go_on_in_processes(kind: str, folder: str) -> dict[str, Any]:
+    """Train, and go on from a checkpoint half way, on one rank of several."""
+    with forgotten_afterwards():
+        plugin = None
+        if kind == "fully_shard":
+            let_it_shard()
+            plugin = FullyShardedDataParallelPlugin(2, auto_wrap_policy="size_based_wrap", min_num_params=20)
+
+        def begin() -> Job:
+            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, fsdp_plugin=plugin)
+            return Job(accelerator, steps=10, dropout=0.0)
+
+        trained = begin().train(stop=10)
+        trained.accelerator.save_state(folder)
+        trained.train(skip=10)
+        resumed = begin()
+        resumed.accelerator.load_state(folder)
+        resumed.train(skip=10)
+        return {
+            "types": {type(each) for each in trained.model.parameters()},
+            "trained": [whole(each).tolist() for each in trained.model.parameters()],
+            "resumed": [whole(each).tolist() for each in resumed.model.parameters()],
+            "records": [(record.status, record.lr_after) for record in trained.history],
+        }
+
+
+@pytest.mark.parametrize(("kind", "type_of_parameters"), [("ddp", nn.Parameter), ("fully_shard", DTensor)])
+def test_two_processes_train_as_one_on_the_joined_batch(
+    pool: Pool, kind: str, type_of_parameters: type, tmp_path: Path
+) -> None:
+    one, other = pool.run(go_on_in_processes, kind, str(tmp_path))
+    alone = Job(Accelerator(cpu=True, gradient_accumulation_steps=2), steps=10, dropout=0.0, batch=16).train()
+    assert one == other
+    assert one["types"] == {type_of_parameters}
+    assert one["resumed"] == one["trained"]
+    assert [status for status, _ in one["records"]] == [record.status for record in alone.history]
+    expected = [record.lr_after for record in alone.history]
+    assert [lr for _, lr in one["records"]] == pytest.approx(expected, rel=1e-3)
+    torch.testing.assert_close([torch.tensor(each) for each in one["trained"]], parameters_of(alone.model))
 
 
 def test_a_step_without_a_loss_says_what_to_do() -> None:

@@ -9,17 +9,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gen_optim import GeNOptimizer, History, ProbeStatus
+from gen_optim.distributed import whole
 from gen_optim.integrations.micro_batches import unwrap
 from gen_optim.integrations.transformers import GeNTrainerMixin
 from tests import documentation
 from tests.training import accumulating, parameters_of, same
+from tests.workers import Pool
 
 pytest.importorskip("transformers", reason="needs the extra transformers")
 pytest.importorskip("accelerate", reason="needs the extra transformers")
 
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+from tests.accelerators import forgotten_afterwards, let_it_shard
 
 
 class GeNTrainer(GeNTrainerMixin, Trainer): ...
@@ -54,7 +59,7 @@ def language_model(dropout: float = 0.1) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def trainer(folder: Path, model: nn.Module | None = None, *, options: Any = None, given: Any = None, **arguments: Any):
+def arguments(**given: Any) -> TrainingArguments:
     settings = {
         "per_device_train_batch_size": 8,
         "max_steps": 30,
@@ -65,9 +70,13 @@ def trainer(folder: Path, model: nn.Module | None = None, *, options: Any = None
         "disable_tqdm": True,
         "train_sampling_strategy": "sequential",
     }
+    return TrainingArguments(**(settings | given))
+
+
+def trainer(folder: Path, model: nn.Module | None = None, *, options: Any = None, given: Any = None, **settings: Any):
     return GeNTrainer(
         model=language_model() if model is None else model,
-        args=TrainingArguments(output_dir=str(folder), **(settings | arguments)),
+        args=arguments(output_dir=str(folder), **settings),
         train_dataset=progressions(),
         eval_dataset=progressions(16),
         optimizers=(given, None),
@@ -249,6 +258,61 @@ def test_it_trains_in_float16(tmp_path: Path) -> None:
     run = trainer(tmp_path, fp16=True, use_cpu=False, max_steps=60, gradient_accumulation_steps=2)
     run.train()
     assert mean(losses(run)[-5:]) < 0.75 * losses(run)[0]
+
+
+def go_on_in_processes(kind: str, folder: str) -> dict[str, Any]:
+    """Train, and go on from a checkpoint half way, on one rank of several."""
+    with forgotten_afterwards():
+        histories = []
+
+        def begin(name: str) -> GeNTrainer:
+            settings: dict[str, Any] = {"output_dir": f"{folder}/{name}", "save_strategy": "steps", "save_steps": 10}
+            if kind == "fully_shard":
+                settings |= {
+                    "fsdp": True,
+                    "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]},
+                }
+            args = arguments(per_device_train_batch_size=4, max_steps=14, gradient_accumulation_steps=2, **settings)
+            assert args.world_size == 2
+            if kind == "fully_shard":
+                let_it_shard()
+            run = GeNTrainer(
+                language_model(dropout=0.0), args, train_dataset=progressions(), gen_options={"burn_in": 4, "period": 4}
+            )
+            run.create_optimizer().register_probe_hook(history := History())
+            histories.append(history)
+            return run
+
+        trained = begin("trained")
+        trained.train()
+        resumed = begin("resumed")
+        resumed.train(resume_from_checkpoint=f"{folder}/trained/checkpoint-10")
+        return {
+            "types": {type(each) for each in trained.model.parameters()},
+            "trained": [whole(each).tolist() for each in trained.model.parameters()],
+            "resumed": [whole(each).tolist() for each in resumed.model.parameters()],
+            "rates": (logged_rates(trained), logged_rates(resumed)),
+            "statuses": [record.status for record in histories[0]],
+        }
+
+
+@pytest.mark.parametrize(("kind", "type_of_parameters"), [("ddp", nn.Parameter), ("fully_shard", DTensor)])
+def test_two_processes_train_as_one_on_the_joined_batch(
+    pool: Pool, kind: str, type_of_parameters: type, tmp_path: Path
+) -> None:
+    one, other = pool.run(go_on_in_processes, kind, str(tmp_path))
+    options = {"burn_in": 4, "period": 4}
+    alone = trainer(tmp_path, language_model(dropout=0.0), max_steps=14, gradient_accumulation_steps=2, options=options)
+    alone.create_optimizer().register_probe_hook(history := History())
+    alone.train()
+    assert one == other
+    assert one["types"] == {type_of_parameters}
+    assert one["resumed"] == one["trained"]
+    trained, resumed = one["rates"]
+    assert resumed == trained
+    assert trained == pytest.approx(logged_rates(alone), rel=1e-3)
+    assert one["statuses"] == [record.status for record in history]
+    torch.testing.assert_close([torch.tensor(each) for each in one["trained"]], parameters_of(alone.model))
 
 
 def test_a_given_optimizer_is_wrapped_and_a_given_gen_optimizer_kept(tmp_path: Path) -> None:
