@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from gen_optim import GeNOptimizer, History, ProbeStatus
+from gen_optim.distributed import whole
 from tests import documentation
 from tests.training import accumulating, mlp, parameters_of, regression_data, same
+from tests.workers import Pool
 
 pytest.importorskip("lightning", reason="needs the extra lightning")
 
@@ -23,6 +27,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torchmetrics import MeanMetric, MeanSquaredError, MetricCollection, SumMetric
 
 from gen_optim.integrations.lightning import GeNCallback
@@ -301,6 +306,71 @@ def test_what_is_to_be_looked_back_at_outlives_validation(tmp_path: Path) -> Non
     fit(module, tmp_path, val_dataloaders=batches(steps=2), val_check_interval=1, num_sanity_val_steps=0)
     assert module.validated == 2 * STEPS
     assert [record.step for record in module.history] == [record.step for record in by_hand().history]
+
+
+class Sharded(Regression):
+    """Without dropout, and sharded where the strategy has a mesh."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.model = mlp()
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+def go_on_in_processes(kind: str, folder: str) -> dict[str, Any]:
+    """Train, and go on from a checkpoint after the first epoch, on one rank of several."""
+
+    data = batches(2, steps=12).dataset
+
+    def trained(name: str, resume: Path | None = None) -> tuple[Sharded, Trainer]:
+        module = Sharded()
+        sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        trainer = fit(
+            module,
+            Path(folder),
+            # Lightning's own sampler shuffles.
+            loader=DataLoader(data, batch_size=8, sampler=DistributedSampler(data, shuffle=False)),
+            use_distributed_sampler=False,
+            resume=resume,
+            strategy=sharded if kind == "fully_shard" else kind,
+            devices=2,
+            accumulate_grad_batches=2,
+            max_epochs=2,
+            enable_checkpointing=True,
+            callbacks=[ModelCheckpoint(dirpath=f"{folder}/{name}", save_top_k=-1, filename="{epoch}")],
+        )
+        return module, trainer
+
+    first, trainer = trained("first")
+    resumed, _ = trained("resumed", Path(folder, "first", "epoch=0.ckpt"))
+    return {
+        "types": {type(each) for each in first.model.parameters()},
+        "trained": [whole(each).tolist() for each in first.model.parameters()],
+        "resumed": [whole(each).tolist() for each in resumed.model.parameters()],
+        "records": [(record.status, record.lr_after) for record in first.history],
+        "counts": (first.hooks, first.average.update_count, int(trainer.callback_metrics["count"])),
+    }
+
+
+@pytest.mark.parametrize(("kind", "type_of_parameters"), [("ddp", nn.Parameter), ("fully_shard", DTensor)])
+def test_two_processes_train_as_one_on_the_joined_batch(
+    pool: Pool, kind: str, type_of_parameters: type, tmp_path: Path
+) -> None:
+    one, other = pool.run(go_on_in_processes, kind, str(tmp_path))
+    alone = Sharded()
+    loader = DataLoader(batches(2, steps=12).dataset, batch_size=16)
+    fit(alone, tmp_path, loader=loader, max_epochs=2, accumulate_grad_batches=2)
+    assert one == other
+    assert one["types"] == {type_of_parameters}
+    assert one["resumed"] == one["trained"]
+    assert [status for status, _ in one["records"]] == [record.status for record in alone.history]
+    expected = [record.lr_after for record in alone.history]
+    assert [lr for _, lr in one["records"]] == pytest.approx(expected, rel=1e-3)
+    assert one["counts"] == (alone.hooks, alone.average.update_count, 12)
+    torch.testing.assert_close([torch.tensor(each) for each in one["trained"]], parameters_of(alone.model))
 
 
 def test_a_module_without_a_gen_optimizer_is_refused(tmp_path: Path) -> None:
