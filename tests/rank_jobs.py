@@ -403,15 +403,15 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_collectives(kind: str) -> dict[str, list[dict[str, int]]]:
-    """How many collectives each step runs, of the bare base optimizer and wrapped."""
-    counts: dict[str, list[dict[str, int]]] = {}
+def count_collectives(kind: str, mode: str) -> dict[str, list[Any]]:
+    """How many collectives each step runs, of the bare base optimizer and wrapped; and which of those probe."""
+    counts: dict[str, list[Any]] = {"is_probed": []}
     run = Run(kind, norm=kind == "ddp")
     with torch.no_grad(), Collectives() as collectives:
         run.model.eval()(run.inputs)
     counts["forward"] = [dict(collectives.counts)]
-    for name, options in (("bare", {}), ("wrapped", {"period": 2, "burn_in": 0, "rule": "published"})):
-        run = Run(kind, "sgd", norm=kind == "ddp", **options)
+    for name in ("bare", "wrapped"):
+        run = Run(kind, "sgd", norm=kind == "ddp", mode=mode, period=2, burn_in=0, rule="published")
         run.model.eval()  # a model in training would differ in the last bits of its statistics only
         optimizer = run.optimizer if name == "wrapped" else run.optimizer.base_optim
         counts[name] = []
@@ -419,6 +419,8 @@ def count_collectives(kind: str) -> dict[str, list[dict[str, int]]]:
             with Collectives() as collectives:
                 optimizer.step(run.closure)
             counts[name].append(dict(collectives.counts))
+            if name == "wrapped":
+                counts["is_probed"].append(len(run.history) > sum(counts["is_probed"]))
     return counts
 
 

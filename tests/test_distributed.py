@@ -65,12 +65,14 @@ def test_ranks_train_as_one_process_on_the_joined_batch(run: Run, kind: str, siz
     assert_like_one_process(run(rank_jobs.train, kind, 100, size=size), rank_jobs.train("plain", 100))
 
 
-@pytest.mark.parametrize(("kind", "size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("hsdp", 4), ("tp", 2)])
+@pytest.mark.parametrize(
+    ("kind", "size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("hsdp", 4), ("tp", 2), ("fsdp_and_tp", 4)]
+)
 @pytest.mark.parametrize("make", ["adamw", "sgd"])
 def test_looking_back(run: Run, kind: str, size: int, make: str) -> None:
     options = {"mode": "lookback", "make": make}
-    alone = rank_jobs.train("plain", 60, **options)
-    assert_like_one_process(run(functools.partial(rank_jobs.train, kind, 60, **options), size=size), alone)
+    alone = rank_jobs.train("plain", 100, **options)
+    assert_like_one_process(run(functools.partial(rank_jobs.train, kind, 100, **options), size=size), alone)
     assert {len(losses) for losses in alone["losses"][1:]} == {2}
 
 
@@ -111,11 +113,11 @@ def test_an_exception_on_one_rank_ends_a_look_back_on_all(run: Run, kind: str, s
     assert ranks[0]["has_moved"]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "tp"])
-def test_exact_mode(run: Run, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "size"), [("ddp", 2), ("ddp", 4), ("tp", 2)])
+def test_exact_mode(run: Run, kind: str, size: int) -> None:
     options = {"mode": "exact", "make": "sgd"}
     alone = rank_jobs.train("plain", 100, **options)
-    assert_like_one_process(run(functools.partial(rank_jobs.train, kind, 100, **options)), alone)
+    assert_like_one_process(run(functools.partial(rank_jobs.train, kind, 100, **options), size=size), alone)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
@@ -254,14 +256,22 @@ def test_the_older_fsdp_is_refused(run: Run) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
-def test_probes_run_the_collectives_of_a_forward_pass_and_one_reduction(run: Run, kind: str) -> None:
-    counts, others = run(rank_jobs.count_collectives, kind)
+@pytest.mark.parametrize(("mode", "probes_a_step"), [("lookback", 1), ("approximate", 2)])
+def test_probes_run_the_collectives_of_a_forward_pass_and_one_reduction(
+    run: Run, mode: str, probes_a_step: int, kind: str
+) -> None:
+    counts, others = run(rank_jobs.count_collectives, kind, mode)
     assert others == counts
     [forward] = map(Counter, counts["forward"])
     assert forward
-    for step, (bare, wrapped) in enumerate(zip(counts["bare"], counts["wrapped"], strict=True)):
-        probes = Counter() if step % 2 else forward + forward + Counter(allreduce=1)
+    seen = []
+    for bare, wrapped, is_probed in zip(counts["bare"], counts["wrapped"], counts["is_probed"], strict=True):
+        probes = Counter(allreduce=1) if is_probed else Counter()
+        for _ in range(probes_a_step if is_probed else 0):
+            probes += forward
         assert Counter(wrapped) == Counter(bare) + probes
+        seen.append(is_probed)
+    assert 2 <= sum(seen) < len(seen)
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
