@@ -23,6 +23,7 @@ from tests.workers import Pool
 pytest.importorskip("accelerate", reason="needs the extra accelerate")
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 
 from tests.accelerators import forgotten_afterwards, let_it_shard
 
@@ -201,6 +202,14 @@ def test_an_optimizer_that_is_no_gen_optimizer_is_refused() -> None:
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(torch.optim.SGD(mlp().parameters()))
     with pytest.raises(TypeError, match="GeNOptimizer"):
+        micro_batches(accelerator, prepared)
+
+
+def test_deepspeed_is_refused() -> None:
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(GeNOptimizer(torch.optim.SGD(mlp().parameters())))
+    accelerator.state.distributed_type = DistributedType.DEEPSPEED
+    with pytest.raises(ValueError, match="DeepSpeed"):
         micro_batches(accelerator, prepared)
 
 

@@ -27,7 +27,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torchmetrics import MeanMetric, MeanSquaredError, MetricCollection, SumMetric
 
 from gen_optim.integrations.lightning import GeNCallback
@@ -380,6 +380,14 @@ def test_a_module_without_a_gen_optimizer_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="configure_optimizers"):
         fit(Plain(), tmp_path)
+
+
+def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False)
+    # The strategy cannot be made without its package.
+    monkeypatch.setattr(Trainer, "strategy", object.__new__(DeepSpeedStrategy))
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        GeNCallback().setup(trainer, Regression(), "fit")
 
 
 @pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
