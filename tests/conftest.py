@@ -1,11 +1,14 @@
-"""What all tests share: how much hypothesis tries, how long it may take, one thread a process, streams begun anew."""
+"""What all tests share: how much hypothesis tries, one thread a process, streams begun anew, and other processes."""
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.workers import Pool
 
 settings.register_profile("gen_optim", max_examples=60, deadline=None)
 settings.load_profile("gen_optim")
@@ -19,3 +22,11 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """Processes for the jobs of one file."""
+    pool = Pool(tmp_path_factory.mktemp("stores"))
+    yield pool
+    pool.close()

@@ -138,6 +138,7 @@ class Run:
     def result(self) -> dict[str, Any]:
         return {
             "lrs": self.history.column("lr_after").tolist(),
+            "steps": [record.step for record in self.history],
             "statuses": [record.status.name for record in self.history],
             "losses": [list(record.losses) for record in self.history],
             "last_lr": self.optimizer.get_last_lr(),
@@ -402,15 +403,15 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_collectives(kind: str) -> dict[str, list[dict[str, int]]]:
-    """How many collectives each step runs, of the bare base optimizer and wrapped."""
-    counts: dict[str, list[dict[str, int]]] = {}
+def count_collectives(kind: str, mode: str) -> dict[str, list[Any]]:
+    """How many collectives each step runs, of the bare base optimizer and wrapped; and which of those probe."""
+    counts: dict[str, list[Any]] = {"is_probed": []}
     run = Run(kind, norm=kind == "ddp")
     with torch.no_grad(), Collectives() as collectives:
         run.model.eval()(run.inputs)
     counts["forward"] = [dict(collectives.counts)]
-    for name, options in (("bare", {}), ("wrapped", {"period": 2, "burn_in": 0, "rule": "published"})):
-        run = Run(kind, "sgd", norm=kind == "ddp", **options)
+    for name in ("bare", "wrapped"):
+        run = Run(kind, "sgd", norm=kind == "ddp", mode=mode, period=2, burn_in=0, rule="published")
         run.model.eval()  # a model in training would differ in the last bits of its statistics only
         optimizer = run.optimizer if name == "wrapped" else run.optimizer.base_optim
         counts[name] = []
@@ -418,6 +419,8 @@ def count_collectives(kind: str) -> dict[str, list[dict[str, int]]]:
             with Collectives() as collectives:
                 optimizer.step(run.closure)
             counts[name].append(dict(collectives.counts))
+            if name == "wrapped":
+                counts["is_probed"].append(len(run.history) > sum(counts["is_probed"]))
     return counts
 
 
@@ -543,30 +546,62 @@ def inner_products() -> list[tuple[float, float]]:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save(kind: str, folder: str, through: str, mode: str) -> dict[str, Any]:
+def save(kind: str, folder: str, through: str, mode: str, steps: int) -> dict[str, Any]:
     run = Run(kind, mode=mode)
-    run.train(13)
-    if through == "dcp":
-        model, optimizer = get_model_state_dict(run.model), get_optimizer_state_dict(run.model, run.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-    else:
+    run.train(steps)
+    pending = run.optimizer.state_dict().get("gen_kept")
+    if through == "torch.save":
         state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
         torch.save(state, f"{folder}/{dist.get_rank()}.pt")  # shards differ between ranks
+    else:
+        model, optimizer = get_model_state_dict(run.model), get_optimizer_state_dict(run.model, run.optimizer)
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        torch.save(pending, f"{folder}/pending-{dist.get_rank()}.pt")
     run.train(20)
-    return run.result()
+    return {"is_pending": pending is not None, **run.result()}
 
 
 def resume(kind: str, folder: str, through: str, mode: str) -> dict[str, Any]:
     run = Run(kind, mode=mode)
-    if through == "dcp":
+    go_backward_once(run)
+    if through == "torch.save":
+        state = torch.load(f"{folder}/{dist.get_rank()}.pt", weights_only=True)
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+    else:
         model, optimizer = get_model_state_dict(run.model), get_optimizer_state_dict(run.model, run.optimizer)
         state = {"model": model, "optimizer": optimizer}
         dcp.load(state, checkpoint_id=folder)
         set_model_state_dict(run.model, state["model"])
         set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
-    else:
-        state = torch.load(f"{folder}/{dist.get_rank()}.pt", weights_only=True)
-        run.model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
+    if through == "dcp and a file":
+        pending = torch.load(f"{folder}/pending-{dist.get_rank()}.pt", weights_only=True)
+        run.optimizer.load_state_dict({**run.optimizer.state_dict(), "gen_kept": pending})
     run.train(20)
     return run.result()
+
+
+def go_backward_once(run: Run) -> None:
+    """Have DistributedDataParallel see in which order gradients arrive: it lays out its buckets anew after that."""
+    run.closure()
+    run.optimizer.zero_grad()
+
+
+def resume_in_buckets(is_bare: bool, is_warm: bool, **options: Any) -> tuple[Numbers, Numbers]:
+    """The parameters after training as a whole, and after going on in another DistributedDataParallel half way."""
+
+    def begin() -> Run:
+        run = Run("ddp", "sgd", mode="lookback", wrap=functools.partial(ddp, **options))
+        if is_bare:
+            run.optimizer = run.optimizer.base_optim  # type: ignore[assignment]
+        return run
+
+    whole, resumed = begin(), begin()
+    whole.train(13)
+    if is_warm:
+        go_backward_once(resumed)
+    resumed.model.load_state_dict(copy.deepcopy(whole.model.state_dict()))
+    resumed.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
+    whole.train(20)
+    resumed.train(20)
+    return numbers_of(whole.model), numbers_of(resumed.model)

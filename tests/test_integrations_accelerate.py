@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from gen_optim import GeNOptimizer, History
+from gen_optim import GeNOptimizer, History, ProbeStatus
+from gen_optim.distributed import whole
 from gen_optim.integrations.accelerate import micro_batches
 from tests import documentation
-from tests.training import mlp, parameters_of, regression_data, same
+from tests.training import accumulating, mlp, parameters_of, regression_data, same
+from tests.workers import Pool
 
 pytest.importorskip("accelerate", reason="needs the extra accelerate")
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+
+from tests.accelerators import forgotten_afterwards, let_it_shard
 
 
 @pytest.fixture(autouse=True)
 def _forget_the_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    with forgotten_afterwards():
+        yield
 
 
 def line_data(size: int) -> tuple[Tensor, Tensor]:
@@ -36,16 +42,16 @@ def line_data(size: int) -> tuple[Tensor, Tensor]:
 class Job:
     """A loop as Accelerate's documentation writes it."""
 
-    def __init__(self, accelerator: Accelerator, *, steps: int = 40, dropout: float = 0.1) -> None:
-        accumulation = accelerator.gradient_accumulation_steps
-        inputs, targets = line_data(8 * steps * accumulation)
+    def __init__(self, accelerator: Accelerator, *, steps: int = 40, dropout: float = 0.1, batch: int = 8) -> None:
+        processes = accelerator.num_processes
+        inputs, targets = line_data(batch * steps * accelerator.gradient_accumulation_steps * processes)
         self.accelerator = accelerator
-        self.loader = DataLoader(TensorDataset(inputs, targets), batch_size=8)
+        self.loader = DataLoader(TensorDataset(inputs, targets), batch_size=batch)
         model = mlp(dropout=dropout)
         self.gen = GeNOptimizer(torch.optim.AdamW(model.parameters()), burn_in=4, period=4)
         self.gen.register_probe_hook(history := History())
         self.history = history
-        scheduler = torch.optim.lr_scheduler.LinearLR(self.gen, 1.0, 0.1, total_iters=steps)
+        scheduler = torch.optim.lr_scheduler.LinearLR(self.gen, 1.0, 0.1, total_iters=steps * processes)
         self.model, self.optimizer, self.scheduler, self.loader = accelerator.prepare(
             model, self.gen, scheduler, self.loader
         )
@@ -83,31 +89,26 @@ def test_it_trains_as_a_hand_written_loop_does_bit_for_bit(accumulation: int) ->
     job = Job(Accelerator(cpu=True, gradient_accumulation_steps=accumulation), steps=steps)
     model = mlp(dropout=0.1)
     optimizer = GeNOptimizer(torch.optim.AdamW(model.parameters()), burn_in=4, period=4)
+    optimizer.register_probe_hook(history := History())
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
     inputs, targets = line_data(8 * steps * accumulation)
     loader = DataLoader(TensorDataset(inputs, targets), batch_size=8)
     torch.manual_seed(0)
     batches = iter(loader)
     for _ in range(steps):
-        of_this_step = [next(batches) for _ in range(accumulation)]
-
-        def closure(of_this_step: list[list[Tensor]] = of_this_step) -> Tensor:
-            optimizer.zero_grad()
-            losses = []
-            for x, y in of_this_step:
-                losses.append(nn.functional.mse_loss(model(x), y))
-                (losses[-1] / accumulation).backward()
-            if not optimizer.is_probing:
-                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            return sum(loss.detach() for loss in losses) / accumulation
-
-        optimizer.step(closure)
+        of_this_step = [
+            lambda x=inputs, y=targets: nn.functional.mse_loss(model(x), y)
+            for inputs, targets in itertools.islice(batches, accumulation)
+        ]
+        optimizer.step(accumulating(optimizer, model, of_this_step, clip=0.5))
         scheduler.step()
 
     job.train()
     assert same(parameters_of(job.model), parameters_of(model))
     assert job.gen.get_last_lr() == optimizer.get_last_lr()
-    assert job.gen.last_probe == optimizer.last_probe
+    assert list(job.history) == list(history)
+    # Clipped gradients are no slope of the loss: it is evaluated half way too.
+    assert {len(record.losses) for record in history if record.status is not ProbeStatus.STARTED} == {3}
 
 
 def test_gradients_are_accumulated_and_the_loss_goes_down() -> None:
@@ -136,15 +137,59 @@ def test_float16_with_a_gradient_scaler_and_its_skipped_steps() -> None:
     assert job.has_learned(0.7)
 
 
-def test_a_checkpoint_resumes_bit_for_bit(tmp_path: Path) -> None:
-    whole = Job(Accelerator(cpu=True, gradient_accumulation_steps=2), steps=10).train(stop=10)
+@pytest.mark.parametrize(("stop", "is_pending"), [(8, True), (10, False)])
+def test_a_checkpoint_resumes_bit_for_bit(tmp_path: Path, stop: int, is_pending: bool) -> None:
+    whole = Job(Accelerator(cpu=True, gradient_accumulation_steps=2), steps=10).train(stop=stop)
     whole.accelerator.save_state(str(tmp_path))
-    whole.train(skip=10)
+    assert ("gen_kept" in torch.load(tmp_path / "optimizer.bin", weights_only=True)) is is_pending
+    whole.train(skip=stop)
     resumed = Job(Accelerator(cpu=True, gradient_accumulation_steps=2), steps=10)
     resumed.accelerator.load_state(str(tmp_path))
-    resumed.train(skip=10)
+    resumed.train(skip=stop)
     assert same(parameters_of(resumed.model), parameters_of(whole.model))
+    assert list(resumed.history) == list(whole.history)[-len(resumed.history) :]
     assert resumed.gen.last_probe == whole.gen.last_probe
+
+
+def go_on_in_processes(kind: str, folder: str) -> dict[str, Any]:
+    """Train, and go on from a checkpoint half way, on one rank of several."""
+    with forgotten_afterwards():
+        plugin = None
+        if kind == "fully_shard":
+            let_it_shard()
+            plugin = FullyShardedDataParallelPlugin(2, auto_wrap_policy="size_based_wrap", min_num_params=20)
+
+        def begin() -> Job:
+            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, fsdp_plugin=plugin)
+            return Job(accelerator, steps=10, dropout=0.0)
+
+        trained = begin().train(stop=10)
+        trained.accelerator.save_state(folder)
+        trained.train(skip=10)
+        resumed = begin()
+        resumed.accelerator.load_state(folder)
+        resumed.train(skip=10)
+        return {
+            "types": {type(each) for each in trained.model.parameters()},
+            "trained": [whole(each).tolist() for each in trained.model.parameters()],
+            "resumed": [whole(each).tolist() for each in resumed.model.parameters()],
+            "records": [(record.status, record.lr_after) for record in trained.history],
+        }
+
+
+@pytest.mark.parametrize(("kind", "type_of_parameters"), [("ddp", nn.Parameter), ("fully_shard", DTensor)])
+def test_two_processes_train_as_one_on_the_joined_batch(
+    pool: Pool, kind: str, type_of_parameters: type, tmp_path: Path
+) -> None:
+    one, other = pool.run(go_on_in_processes, kind, str(tmp_path))
+    alone = Job(Accelerator(cpu=True, gradient_accumulation_steps=2), steps=10, dropout=0.0, batch=16).train()
+    assert one == other
+    assert one["types"] == {type_of_parameters}
+    assert one["resumed"] == one["trained"]
+    assert [status for status, _ in one["records"]] == [record.status for record in alone.history]
+    expected = [record.lr_after for record in alone.history]
+    assert [lr for _, lr in one["records"]] == pytest.approx(expected, rel=1e-3)
+    torch.testing.assert_close([torch.tensor(each) for each in one["trained"]], parameters_of(alone.model))
 
 
 def test_a_step_without_a_loss_says_what_to_do() -> None:
@@ -157,6 +202,14 @@ def test_an_optimizer_that_is_no_gen_optimizer_is_refused() -> None:
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(torch.optim.SGD(mlp().parameters()))
     with pytest.raises(TypeError, match="GeNOptimizer"):
+        micro_batches(accelerator, prepared)
+
+
+def test_deepspeed_is_refused() -> None:
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(GeNOptimizer(torch.optim.SGD(mlp().parameters())))
+    accelerator.state.distributed_type = DistributedType.DEEPSPEED
+    with pytest.raises(ValueError, match="DeepSpeed"):
         micro_batches(accelerator, prepared)
 
 

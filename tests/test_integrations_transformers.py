@@ -9,17 +9,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from gen_optim import GeNOptimizer, History
+from gen_optim import GeNOptimizer, History, ProbeStatus
+from gen_optim.distributed import whole
 from gen_optim.integrations.micro_batches import unwrap
 from gen_optim.integrations.transformers import GeNTrainerMixin
 from tests import documentation
-from tests.training import parameters_of, same
+from tests.training import accumulating, parameters_of, same
+from tests.workers import Pool
 
 pytest.importorskip("transformers", reason="needs the extra transformers")
 pytest.importorskip("accelerate", reason="needs the extra transformers")
 
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+from tests.accelerators import forgotten_afterwards, let_it_shard
 
 
 class GeNTrainer(GeNTrainerMixin, Trainer): ...
@@ -54,7 +59,7 @@ def language_model(dropout: float = 0.1) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def trainer(folder: Path, model: nn.Module | None = None, *, options: Any = None, given: Any = None, **arguments: Any):
+def arguments(**given: Any) -> TrainingArguments:
     settings = {
         "per_device_train_batch_size": 8,
         "max_steps": 30,
@@ -65,10 +70,15 @@ def trainer(folder: Path, model: nn.Module | None = None, *, options: Any = None
         "disable_tqdm": True,
         "train_sampling_strategy": "sequential",
     }
+    return TrainingArguments(**(settings | given))
+
+
+def trainer(folder: Path, model: nn.Module | None = None, *, options: Any = None, given: Any = None, **settings: Any):
     return GeNTrainer(
         model=language_model() if model is None else model,
-        args=TrainingArguments(output_dir=str(folder), **(settings | arguments)),
+        args=arguments(output_dir=str(folder), **settings),
         train_dataset=progressions(),
+        eval_dataset=progressions(16),
         optimizers=(given, None),
         gen_options=options,
     )
@@ -108,11 +118,13 @@ def test_it_trains_as_a_hand_written_loop_does_bit_for_bit(tmp_path: Path, accum
     )
     start = StreamAtStart()
     run.add_callback(start)
+    run.create_optimizer().register_probe_hook(history := History())
     run.train()
 
     model = language_model()
     by_hand = trainer(tmp_path, model, gradient_accumulation_steps=accumulation)
     optimizer = GeNOptimizer(Trainer.create_optimizer(by_hand), burn_in=4, period=4)
+    optimizer.register_probe_hook(twin := History())
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: step / 3 if step < 3 else (steps - step) / (steps - 3)
     )
@@ -123,26 +135,21 @@ def test_it_trains_as_a_hand_written_loop_does_bit_for_bit(tmp_path: Path, accum
     rates = []
     for _ in range(steps):
         micro_batches = list(itertools.islice(batches, accumulation))
-
-        def closure(micro_batches: list[Tensor] = micro_batches) -> Tensor:
-            model.zero_grad()
-            total = torch.zeros(())
-            items = sum(batch.numel() for batch in micro_batches)
-            for batch in micro_batches:
-                loss = model(input_ids=batch, labels=batch, num_items_in_batch=torch.tensor(items)).loss
-                loss.backward()
-                total = total + loss.detach()
-            if not optimizer.is_probing:
-                nn.utils.clip_grad_norm_(model.parameters(), clip)
-            return total
-
-        optimizer.step(closure)
+        items = torch.tensor(sum(batch.numel() for batch in micro_batches))
+        losses_of = [
+            lambda x=batch, items=items: model(input_ids=x, labels=x, num_items_in_batch=items).loss
+            for batch in micro_batches
+        ]
+        optimizer.step(accumulating(optimizer, model, losses_of, clip=clip, average=False))
         rates.append(optimizer.get_last_lr()[0])
         scheduler.step()
 
     assert same(parameters_of(run.model), parameters_of(model))
     assert logged_rates(run) == rates
     assert len(set(rates)) > steps // 2
+    assert list(history) == list(twin)
+    # Clipped by the Trainer, gradients are no slope of the loss: it is evaluated half way too.
+    assert {len(record.losses) for record in history if record.status is not ProbeStatus.STARTED} == {3}
 
 
 @pytest.mark.parametrize("lr", [1e-7, 10.0])
@@ -154,7 +161,8 @@ def test_it_learns_from_any_learning_rate_with_the_default_schedule(tmp_path: Pa
     assert logged_rates(run)[-1] == unwrap(run.optimizer).get_last_lr()[0]
 
 
-def test_every_probe_sees_all_micro_batches_of_its_step_and_no_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["lookback", "approximate"])
+def test_every_probe_sees_all_micro_batches_of_its_step_and_no_other(tmp_path: Path, mode: str) -> None:
     seen: list[tuple[bool, int]] = []
 
     class Watched(GeNTrainer):
@@ -162,38 +170,56 @@ def test_every_probe_sees_all_micro_batches_of_its_step_and_no_other(tmp_path: P
             seen.append((unwrap(self.optimizer).is_probing, int(inputs["input_ids"].double().pow(3).sum())))
             return super().compute_loss(model, inputs, **kwargs)
 
-    run = trainer(tmp_path, gradient_accumulation_steps=3, max_steps=6, options={"mode": "approximate", "burn_in": 6})
+    run = trainer(
+        tmp_path, gradient_accumulation_steps=3, max_steps=8, options={"mode": mode, "burn_in": 4, "period": 2}
+    )
     run.__class__ = Watched
     history = History()
     run.create_optimizer().register_probe_hook(history)
     run.train()
     # Between two steps: three passes with gradients, then the same three for each probe.
     calls = iter(seen)
-    for record in history:
+    probes = {record.step: len(record.losses) - 1 for record in history}
+    for step in range(1, 9):
         passes = [next(calls) for _ in range(3)]
         assert [is_probe for is_probe, _ in passes] == [False] * 3
-        for _ in range(len(record.losses) - 1):
+        for _ in range(probes.get(step, 0)):
             assert [next(calls) for _ in range(3)] == [(True, batch) for _, batch in passes]
-    assert len(history) == 6
+    assert len(history) >= 5
     assert next(calls, None) is None
 
 
-def test_resuming_from_a_checkpoint_is_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("burn_in", "is_pending"), [(50, True), (0, False)])
+def test_resuming_from_a_checkpoint_is_bit_for_bit(tmp_path: Path, burn_in: int, is_pending: bool) -> None:
     arguments: dict[str, Any] = {
         "max_steps": 14,
         "save_strategy": "steps",
         "save_steps": 7,
         "gradient_accumulation_steps": 2,
         "train_sampling_strategy": "random",
+        "options": {"burn_in": burn_in, "period": 4},
     }
     whole = trainer(tmp_path / "whole", **arguments)
     whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-7"
+    assert ("gen_kept" in torch.load(checkpoint / "optimizer.pt", weights_only=True)) is is_pending
     resumed = trainer(tmp_path / "resumed", **arguments)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-7"))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 14
     assert same(parameters_of(resumed.model), parameters_of(whole.model))
     assert logged_rates(resumed) == logged_rates(whole)
     assert unwrap(resumed.optimizer).last_probe == unwrap(whole.optimizer).last_probe
+
+
+def test_what_is_to_be_looked_back_at_outlives_evaluation(tmp_path: Path) -> None:
+    histories = []
+    for strategy in ("no", "steps"):
+        run = trainer(tmp_path, language_model(dropout=0.0), max_steps=8, eval_strategy=strategy, eval_steps=1)
+        run.create_optimizer().register_probe_hook(history := History())
+        run.train()
+        histories.append(list(history))
+    assert histories[0] == histories[1]
+    assert len(histories[0]) == 7
 
 
 # peft asks transformers for what that has renamed.
@@ -232,6 +258,61 @@ def test_it_trains_in_float16(tmp_path: Path) -> None:
     run = trainer(tmp_path, fp16=True, use_cpu=False, max_steps=60, gradient_accumulation_steps=2)
     run.train()
     assert mean(losses(run)[-5:]) < 0.75 * losses(run)[0]
+
+
+def go_on_in_processes(kind: str, folder: str) -> dict[str, Any]:
+    """Train, and go on from a checkpoint half way, on one rank of several."""
+    with forgotten_afterwards():
+        histories = []
+
+        def begin(name: str) -> GeNTrainer:
+            settings: dict[str, Any] = {"output_dir": f"{folder}/{name}", "save_strategy": "steps", "save_steps": 10}
+            if kind == "fully_shard":
+                settings |= {
+                    "fsdp": True,
+                    "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]},
+                }
+            args = arguments(per_device_train_batch_size=4, max_steps=14, gradient_accumulation_steps=2, **settings)
+            assert args.world_size == 2
+            if kind == "fully_shard":
+                let_it_shard()
+            run = GeNTrainer(
+                language_model(dropout=0.0), args, train_dataset=progressions(), gen_options={"burn_in": 4, "period": 4}
+            )
+            run.create_optimizer().register_probe_hook(history := History())
+            histories.append(history)
+            return run
+
+        trained = begin("trained")
+        trained.train()
+        resumed = begin("resumed")
+        resumed.train(resume_from_checkpoint=f"{folder}/trained/checkpoint-10")
+        return {
+            "types": {type(each) for each in trained.model.parameters()},
+            "trained": [whole(each).tolist() for each in trained.model.parameters()],
+            "resumed": [whole(each).tolist() for each in resumed.model.parameters()],
+            "rates": (logged_rates(trained), logged_rates(resumed)),
+            "statuses": [record.status for record in histories[0]],
+        }
+
+
+@pytest.mark.parametrize(("kind", "type_of_parameters"), [("ddp", nn.Parameter), ("fully_shard", DTensor)])
+def test_two_processes_train_as_one_on_the_joined_batch(
+    pool: Pool, kind: str, type_of_parameters: type, tmp_path: Path
+) -> None:
+    one, other = pool.run(go_on_in_processes, kind, str(tmp_path))
+    options = {"burn_in": 4, "period": 4}
+    alone = trainer(tmp_path, language_model(dropout=0.0), max_steps=14, gradient_accumulation_steps=2, options=options)
+    alone.create_optimizer().register_probe_hook(history := History())
+    alone.train()
+    assert one == other
+    assert one["types"] == {type_of_parameters}
+    assert one["resumed"] == one["trained"]
+    trained, resumed = one["rates"]
+    assert resumed == trained
+    assert trained == pytest.approx(logged_rates(alone), rel=1e-3)
+    assert one["statuses"] == [record.status for record in history]
+    torch.testing.assert_close([torch.tensor(each) for each in one["trained"]], parameters_of(alone.model))
 
 
 def test_a_given_optimizer_is_wrapped_and_a_given_gen_optimizer_kept(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,3 +87,34 @@ def gen_sgd(parameters: Any, lr: float = 0.1, **options: Any) -> GeNOptimizer:
 def looking(parameters: Any, **options: Any) -> GeNOptimizer:
     """Looks back at every step."""
     return gen_sgd(parameters, **{"mode": "lookback", "rule": "published", "period": 1, **options})
+
+
+def accumulating(
+    optimizer: GeNOptimizer,
+    model: nn.Module,
+    micro_batches: Sequence[Callable[[], Tensor]],
+    *,
+    clip: float | None = None,
+    average: bool = True,
+) -> Callable[[], Tensor]:
+    """The closure of a hand-written loop that adds up the gradients of micro-batches, and clips them.
+
+    Args:
+        optimizer: Whose step it is for.
+        model: What is clipped.
+        micro_batches: Each evaluates the loss of one.
+        clip: The largest norm of the gradients; None to leave them alone.
+        average: Whether the loss of the step is the mean of theirs, or the sum.
+    """
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        share, losses = len(micro_batches) if average else 1, []
+        for loss_of in micro_batches:
+            losses.append(loss_of())
+            (losses[-1] / share).backward()
+        if clip is not None and not optimizer.is_probing:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        return sum((loss.detach() for loss in losses), torch.zeros(())) / share
+
+    return closure

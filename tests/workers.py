@@ -94,7 +94,9 @@ def device() -> torch.device:
 
 @contextmanager
 def process_group(rank: int, job: Job) -> Iterator[None]:
-    """A default process group for one job."""
+    """A default process group for one job, and the environment in which torchrun would start it."""
+    for name, number in (("RANK", rank), ("WORLD_SIZE", job.size)):
+        os.environ[name] = os.environ[f"LOCAL_{name}"] = str(number)
     if job.backend == "nccl":
         torch.cuda.set_device(rank)
     store = dist.FileStore(job.store, job.size)
@@ -106,7 +108,7 @@ def process_group(rank: int, job: Job) -> Iterator[None]:
 
 
 def _work(rank: int, connection: Connection) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}
     torch.set_num_threads(1)
     while True:
         try:

@@ -28,6 +28,7 @@ def micro_batches(accelerator: Accelerator, optimizer: Any) -> MicroBatches:
 
     Raises:
         TypeError: If ``optimizer`` is no prepared GeNOptimizer.
+        ValueError: Under DeepSpeed, whose engine runs the backward pass and the step itself.
 
     Example:
         >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)  # doctest: +SKIP
@@ -39,4 +40,9 @@ def micro_batches(accelerator: Accelerator, optimizer: Any) -> MicroBatches:
         ...         optimizer.step()
         ...         optimizer.zero_grad()
     """
+    if accelerator.distributed_type == "DEEPSPEED":
+        raise ValueError(
+            "GeNOptimizer cannot train under DeepSpeed, whose engine runs the backward pass and the step itself. Use "
+            "DistributedDataParallel, or FullyShardedDataParallelPlugin(fsdp_version=2)."
+        )
     return MicroBatches(optimizer, is_last=lambda: accelerator.sync_gradients)

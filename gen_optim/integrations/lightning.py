@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import do_nothing_closure
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -43,6 +44,18 @@ class GeNCallback(Callback):
         self._batches: list[tuple[RandomStreams, tuple[Any, ...]]] = []
         self._global_step = 0
         self._takes_index = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a strategy that leaves no step to a GeNOptimizer.
+
+        Raises:
+            ValueError: Under DeepSpeed, whose engine runs the backward pass and the step itself.
+        """
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise ValueError(
+                "GeNCallback cannot train under DeepSpeed, whose engine runs the backward pass and the step itself. "
+                "Use strategy='ddp', or ModelParallelStrategy with fully_shard."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the GeNOptimizers and watch their steps.
