@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gen_optim.parallel import ParallelModules
 from gen_optim.preserving import Buffers, RandomStreams, owners_of, random_devices
-from gen_optim.watching import watch, watching_autocast, watching_gradients, watching_modules
+from gen_optim.watching import WatchingGradients, watch, watching_autocast, watching_modules
 
 __all__ = ["Evaluator", "Loss", "Session", "check_callable", "check_loss", "losses_to_floats", "rounding_of"]
 
@@ -112,9 +112,9 @@ class Evaluator:
         Raises:
             TypeError: If the closure does not return a loss.
         """
-        with torch.enable_grad(), watching_gradients(suppress=False):
+        with torch.enable_grad(), WatchingGradients(suppress=False) as watching:
             loss = check_loss(closure(), "closure")
-            return loss, watch.saw_backward
+        return loss, watching.saw_backward
 
     def session(self, parameters: Sequence[Tensor]) -> Session:
         """Begin the calls of a probe step.
@@ -162,7 +162,7 @@ class Session:
             self._evaluator.is_probing = True
             # Without gradients, attention in evaluation mode would take another kernel than in the first call.
             torch.backends.mha.set_fastpath_enabled(False)
-            with watching_gradients(suppress=True):
+            with WatchingGradients(suppress=True):
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,27 +24,30 @@ _USED = "_gen_used_version"
 """Set on a gradient when a step has used it. The mark goes where the tensor goes: ids are recycled."""
 
 
-@dataclass(frozen=True)
-class GradientMark:
+class GradientMark(NamedTuple):
     """The gradient that stands for all, as it was before the closure was called.
 
     Attributes:
         gradient: The gradient, which it does not keep alive while a new one is computed; None if there is none.
         version: Its version then.
-        is_fresh: Whether it has changed since the last step.
     """
 
     gradient: weakref.ref[Tensor] | None
     version: int
-    is_fresh: bool
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it had changed since the last step."""
+        gradient = None if self.gradient is None else self.gradient()
+        return gradient is not None and getattr(gradient, _USED, None) != self.version
 
     @classmethod
     def of(cls, groups: Sequence[dict[str, Any]]) -> GradientMark:
         """Look at the gradients of an optimizer's parameter groups."""
         gradient = _first_gradient(groups)
         if gradient is None:
-            return cls(None, 0, False)
-        return cls(weakref.ref(gradient), _version(gradient), getattr(gradient, _USED, None) != _version(gradient))
+            return cls(None, 0)
+        return cls(weakref.ref(gradient), _version(gradient))
 
 
 def mark_used(groups: Sequence[dict[str, Any]]) -> None:
@@ -151,4 +153,8 @@ def _version(gradient: Tensor) -> int:
 
 
 def _first_gradient(groups: Sequence[dict[str, Any]]) -> Tensor | None:
-    return next(_gradients(groups), None)
+    for group in groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and parameter.grad is not None:
+                return cast(Tensor, parameter.grad)
+    return None

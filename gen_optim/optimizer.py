@@ -130,7 +130,6 @@ class GeNOptimizer(RememberingOptimizer):
 
     closure: Closure | None
     probe: Closure | None
-    mode: str
     rule: str
     process_group: dist.ProcessGroup | Literal["local"] | None
     _tolerance: float
@@ -172,9 +171,9 @@ class GeNOptimizer(RememberingOptimizer):
             explosion=explosion,
             relaxation=relaxation,
         )
-        super().__init__(base_optim, chosen_rule)
+        super().__init__(base_optim, chosen_rule, mode)
         self._set_up()
-        self.mode, self.rule, self._tolerance = mode, rule, check_tolerance(tolerance)
+        self.rule, self._tolerance = rule, check_tolerance(tolerance)
         self.closure = check_callable("closure", closure)
         self.probe = check_callable("probe", probe)
         self.process_group = process_group
@@ -220,7 +219,8 @@ class GeNOptimizer(RememberingOptimizer):
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("step() needs gradients: call it outside of torch.inference_mode()")
-        if closure is None and probe is None and self._rates.all_zero(self.param_groups):
+        groups = self.param_groups
+        if closure is None and probe is None and self._rates.all_zero(groups):
             # Asked for nothing but the base optimizer's state, as distributed checkpoints do before they load.
             self.step_base()
             return None
@@ -228,13 +228,12 @@ class GeNOptimizer(RememberingOptimizer):
         probe = check_callable("probe", self.probe if probe is None else probe)
         probed = closure if probe is None else probe
         state = self._recall()
-        kept = self._pending()
-        is_frozen = not any(self._rates.shares(self.param_groups, state.lr))
-        if probed is None or is_frozen or not self._rule.is_probe_due(state):
+        if probed is None or not self._rule.is_probe_due(state) or not any(self._rates.shares(groups, state.lr)):
             return self._lazy_step(state, closure, looks_back=probed is not None)
         measure = search if self._rule.needs_start(state) else MODES[self.mode].measure
         if measure is not None:
             return self._probe_step(state, closure, probed, measure)
+        kept = self._pending()
         if kept is None:
             return self._lazy_step(state, closure)
         return self._look_back_step(state, closure, probed, kept)
@@ -243,19 +242,6 @@ class GeNOptimizer(RememberingOptimizer):
         loss = None if closure is None else self._call(closure)
         self._advance(self._rule.skip(state), looks_back=looks_back)
         return loss
-
-    def _advance(self, state: ControlState, left: KeptPoint | None = None, *, looks_back: bool = True) -> None:
-        """Let the base optimizer step, and remember; keep where the step began if the next one looks back at it."""
-        rates = self._rates_in_force(state.lr)
-        lr = state.lr * self._rates.factor(self.param_groups)
-        looks_back &= MODES[self.mode].measure is None and lr > 0.0 and self._rule.is_probe_due(state)
-        kept = KeptPoint(list(chain(*self._moving())), lr, last=left) if looks_back else None
-        with self._rates.in_force(self.param_groups, rates):
-            self.step_base()
-        if kept is not None:
-            kept.arrive()
-        self._kept = kept
-        self._remember(state, rates)
 
     def _look_back_step(
         self, state: ControlState, closure: Closure | None, probed: Closure, kept: KeptPoint

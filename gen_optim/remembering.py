@@ -16,7 +16,7 @@ from gen_optim.control import ControlState, Decision, ProbeStatus, PublishedRule
 from gen_optim.diagnostics import ProbeRecord
 from gen_optim.gradients import mark_used
 from gen_optim.looking_back import KeptPoint
-from gen_optim.measuring import Measurement
+from gen_optim.measuring import MODES, Measurement
 from gen_optim.moving import movable
 from gen_optim.scheduling import LearningRates
 from gen_optim.wrapping import OptimizerWrapper
@@ -43,11 +43,13 @@ class RememberingOptimizer(OptimizerWrapper):
     Args:
         base_optim: The optimizer to wrap.
         rule: How learning rates are chosen.
+        mode: How slope and curvature are measured.
     """
 
-    def __init__(self, base_optim: Optimizer, rule: PublishedRule) -> None:
+    def __init__(self, base_optim: Optimizer, rule: PublishedRule, mode: str) -> None:
         super().__init__(base_optim)
         self._rule = rule
+        self.mode = mode
         self._rates = LearningRates(self, base_optim)
         self._kept: KeptPoint | None = None
         self._be_silent()
@@ -98,6 +100,8 @@ class RememberingOptimizer(OptimizerWrapper):
             state = ControlState(lr=self._rates.begin(groups))
         else:
             state = ControlState.load(groups[0])
+            if self._rates.stand(groups, state.lr):
+                return state
             lr = self._rates.refresh(groups, state.lr, self.defaults.get("lr"))
             if lr is None:
                 return state
@@ -110,6 +114,28 @@ class RememberingOptimizer(OptimizerWrapper):
         self.param_groups[0].update(state.dump())
         mark_used(self.param_groups)
         self._rates.settle(self.param_groups, state.lr, used)
+
+    def _advance(self, state: ControlState, left: KeptPoint | None = None, *, looks_back: bool = True) -> None:
+        """Let the base optimizer step, and remember; keep where the step began if the next one looks back at it."""
+        groups = self.param_groups
+        looks_back &= MODES[self.mode].measure is None and self._rule.is_probe_due(state)
+        kept = self._keep(state.lr, left) if looks_back else None
+        if self._rates.stand(groups, state.lr):
+            rates = self._rates.shares(groups, state.lr)
+            self.step_base()
+        else:
+            rates = self._rates_in_force(state.lr)
+            with self._rates.in_force(groups, rates):
+                self.step_base()
+        if kept is not None:
+            kept.arrive()
+        self._kept = kept
+        self._remember(state, rates)
+
+    def _keep(self, lr: float, left: KeptPoint | None) -> KeptPoint | None:
+        """Where the parameters are, to look back at when they have made a step at α; None if they make none."""
+        taken = lr * self._rates.factor(self.param_groups)
+        return KeptPoint(list(chain(*self._moving())), taken, last=left) if taken > 0.0 else None
 
     def _rates_in_force(self, lr: float) -> list[float]:
         """Each group's learning rate when α is ``lr``, the scheduler's factor included."""

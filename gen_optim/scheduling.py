@@ -57,6 +57,16 @@ class LearningRates:
         """Whether every ``group["lr"]`` is 0."""
         return all(self._read(group["lr"]) == 0.0 for group in groups)
 
+    def stand(self, groups: Sequence[Group], lr: float) -> bool:
+        """Whether every group holds what a step at α uses, by this package's hand and nobody else's."""
+        for group in groups:
+            rate = group["lr"]
+            # A tensor is left to the other methods, which read it no more often than they must.
+            is_own = type(rate) is float and rate == group.get(_WRITTEN) == group[_USED] == lr * group[_RATIO]
+            if not is_own or group[_SCHEDULED] or "initial_lr" in group:
+                return False
+        return True
+
     def begin(self, groups: Sequence[Group]) -> float:
         """Take over groups of which nothing is remembered.
 
@@ -133,6 +143,8 @@ class LearningRates:
 
     def settle(self, groups: Sequence[Group], lr: float, used: Sequence[float]) -> None:
         """Write α to the groups that no scheduler writes, and note what the step used."""
+        if self.stand(groups, lr) and used == [group[_USED] for group in groups]:
+            return
         for group, share, rate in zip(groups, self.shares(groups, lr), used, strict=True):
             if not group[_SCHEDULED]:
                 self._write(group, share)

@@ -10,23 +10,24 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["around_backward", "watch", "watching_autocast", "watching_gradients", "watching_modules"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["WatchingGradients", "around_backward", "watch", "watching_autocast", "watching_modules"]
 
 
 class _Watch(threading.local):
-    """What the closure that this thread is calling does to gradients."""
+    """Who wants to know what of the closure that this thread is calling."""
 
-    is_on = False
-    is_suppressing = False
-    saw_backward = False
-    """Whether a backward pass has come to its end."""
+    gradients: WatchingGradients | None = None
+    """Who notices backward passes, or suppresses them; None if nobody does."""
     went_backward = False
-    """The same of what was watched last, be it that it failed."""
+    """Whether a backward pass came to its end while gradients were watched last, be it that the closure failed."""
     modules: tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]] | None = None
     """What to call before and after a module is called; None inside of such a call, and where nobody asks."""
     differentiated: list[Tensor] | None = None
@@ -48,15 +49,16 @@ class _Patch:
         self._replacements = replacements
         self._lock = threading.RLock()
         self._depth = 0
-        self._originals: list[Callable[..., Any]] = []
+        self._originals: list[tuple[Any, str, Callable[..., Any]]] = []
 
     def hold(self) -> None:
         """Replace them, unless somebody does already."""
         with self._lock:
             if self._depth == 0:
-                self._originals = [getattr(owner, name) for owner, name, _ in self._replacements]
                 try:
-                    for (owner, name, replace), original in zip(self._replacements, self._originals, strict=True):
+                    for owner, name, replace in self._replacements:
+                        original = getattr(owner, name)
+                        self._originals.append((owner, name, original))
                         setattr(owner, name, replace(original))
                 except BaseException:  # an interrupt: all or nothing
                     self._restore()
@@ -71,35 +73,47 @@ class _Patch:
                 self._restore()
 
     def _restore(self) -> None:
-        for (owner, name, _), original in zip(self._replacements, self._originals, strict=True):
-            setattr(owner, name, original)
+        while self._originals:
+            setattr(*self._originals.pop())
 
 
 watch = _Watch()
 
 
 @functools.cache
-def _watched(original: Callable[..., Any], *, is_backward: bool) -> Callable[..., Any]:
-    @functools.wraps(original)
+def _watched(backward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(backward)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if watch.is_on:
-            if is_backward and watch.differentiated is not None:
+        watching = watch.gradients
+        if watching is None:
+            return backward(*args, **kwargs)
+        if watching.is_suppressing:
+            if watch.differentiated is not None:
                 watch.differentiated += _summands(*args, **kwargs)
-            if watch.is_suppressing:
-                return None
-        around = watch.around_backward if is_backward and watch.is_on else None
+            return None
+        around = watch.around_backward
         if around is None:
-            result = original(*args, **kwargs)
+            result = backward(*args, **kwargs)
         else:
             # Not around the backward passes of checkpointed blocks, which are part of this one.
             watch.around_backward = None
             try:
                 with around(_summands(*args, **kwargs)):
-                    result = original(*args, **kwargs)
+                    result = backward(*args, **kwargs)
             finally:
                 watch.around_backward = around
-        watch.saw_backward |= is_backward and watch.is_on
+        watching.saw_backward = True
         return result
+
+    return wrapper
+
+
+@functools.cache
+def _suppressed(zero_grad: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(zero_grad)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        watching = watch.gradients
+        return None if watching is not None and watching.is_suppressing else zero_grad(*args, **kwargs)
 
     return wrapper
 
@@ -118,29 +132,43 @@ def _summands(
 
 
 # ``Tensor.backward`` ends in this one.
-_backward = _Patch((torch.autograd, "backward", functools.partial(_watched, is_backward=True)))
+_backward = _Patch((torch.autograd, "backward", _watched))
 # Held in probes alone: Python looks up everything in modules anew after a change to their class, which a lazy step
 # would feel in its forward pass.
-_zero_grad = _Patch(
-    (nn.Module, "zero_grad", functools.partial(_watched, is_backward=False)),
-    (torch.optim.Optimizer, "zero_grad", functools.partial(_watched, is_backward=False)),
-)
+_zero_grad = _Patch((nn.Module, "zero_grad", _suppressed), (torch.optim.Optimizer, "zero_grad", _suppressed))
 
 
-@contextmanager
-def watching_gradients(*, suppress: bool) -> Iterator[None]:
-    """Notice this thread's calls of backward, or make them, and those of ``zero_grad``, do nothing."""
-    outer = (watch.is_on, watch.is_suppressing, watch.saw_backward)
-    patches = (_backward, _zero_grad) if suppress else (_backward,)
-    for patch in patches:
-        patch.hold()
-    try:
-        watch.is_on, watch.is_suppressing, watch.saw_backward = True, suppress, False
-        yield
-    finally:
-        watch.went_backward = watch.saw_backward
-        watch.is_on, watch.is_suppressing, watch.saw_backward = outer
-        for patch in patches:
+class WatchingGradients:
+    """While entered, notices this thread's calls of backward, or has them, and those of ``zero_grad``, do nothing.
+
+    A class of its own because each lazy step enters one: a generator would take twice as long.
+
+    Args:
+        suppress: Whether they do nothing.
+
+    Attributes:
+        is_suppressing: Whether they do nothing.
+        saw_backward: Whether a backward pass has come to its end.
+    """
+
+    __slots__ = ("_outer", "_patches", "is_suppressing", "saw_backward")
+
+    def __init__(self, *, suppress: bool) -> None:
+        self.is_suppressing, self.saw_backward = suppress, False
+        self._patches = (_backward, _zero_grad) if suppress else (_backward,)
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self._outer = watch.gradients
+        for patch in self._patches:
+            patch.hold()
+        watch.gradients = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        watch.gradients, watch.went_backward = self._outer, self.saw_backward
+        for patch in self._patches:
             patch.release()
 
 

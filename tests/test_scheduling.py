@@ -293,6 +293,18 @@ def test_without_a_scheduler_the_groups_show_what_is_in_force() -> None:
         assert training.optimizer.get_last_lr() == [group["lr"] for group in training.optimizer.param_groups]
 
 
+def test_a_learning_rate_that_is_written_while_the_base_optimizer_steps_does_not_stay() -> None:
+    _, base = two_groups()
+    optimizer = GeNOptimizer(base, rule="published")
+    before = [group["lr"] for group in base.param_groups]
+    base.register_step_post_hook(lambda *_: base.param_groups[0].update(lr=7.0))
+    for each in base.param_groups[0]["params"]:
+        each.grad = torch.ones_like(each)
+    for _ in range(2):
+        optimizer.step()
+        assert [group["lr"] for group in base.param_groups] == optimizer.get_last_lr() == before
+
+
 def test_all_zero_and_no_closure_is_a_plain_base_step_that_remembers_nothing() -> None:
     """What torch.distributed.checkpoint does to create state before it loads."""
     model, base = two_groups()

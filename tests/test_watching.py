@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from torch import nn
 from torch._dynamo.utils import counters
 
-from gen_optim.watching import _Patch, around_backward, watching_gradients, watching_modules
+from gen_optim.watching import WatchingGradients, _Patch, around_backward, watching_modules
 from tests.training import Training, gen_adamw, mlp
 
 
@@ -141,7 +141,7 @@ class Passes:
 def test_backward_passes_are_entered_and_left_with_what_they_differentiate() -> None:
     weight = torch.ones(2, requires_grad=True)
     passes = Passes(weight)
-    with watching_gradients(suppress=False), around_backward(passes.around):
+    with WatchingGradients(suppress=False), around_backward(passes.around):
         weight.sum().backward()
         torch.autograd.backward(weight * 3.0, torch.tensor([1.0, 2.0]))
     weight.sum().backward()  # unseen
@@ -153,7 +153,7 @@ def test_backward_passes_are_unseen_outside_of_a_closure_and_where_they_do_nothi
     passes = Passes(weight)
     with around_backward(passes.around):
         weight.sum().backward()
-        with watching_gradients(suppress=True):
+        with WatchingGradients(suppress=True):
             weight.sum().backward()
     assert passes.seen == []
 
@@ -162,7 +162,7 @@ def test_backward_passes_are_unseen_outside_of_a_closure_and_where_they_do_nothi
 def test_backward_passes_within_a_backward_pass_are_part_of_it(use_reentrant: bool) -> None:
     weight = torch.ones(2, requires_grad=True)
     passes = Passes(weight)
-    with watching_gradients(suppress=False), around_backward(passes.around):
+    with WatchingGradients(suppress=False), around_backward(passes.around):
         for _ in range(2):
             block = torch.utils.checkpoint.checkpoint(torch.square, weight, use_reentrant=use_reentrant)
             block.sum().backward()
@@ -173,7 +173,7 @@ def test_backward_passes_within_a_backward_pass_are_part_of_it(use_reentrant: bo
 def test_an_error_in_a_backward_pass_leaves_the_next_one_noticed() -> None:
     weight = torch.ones(2, requires_grad=True)
     passes = Passes(weight)
-    with watching_gradients(suppress=False), around_backward(passes.around):
+    with WatchingGradients(suppress=False), around_backward(passes.around):
         loss = weight.sum()
         loss.register_hook(lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -185,7 +185,7 @@ def test_an_error_in_a_backward_pass_leaves_the_next_one_noticed() -> None:
 def test_backward_passes_of_other_threads_are_not_noticed() -> None:
     weight = torch.ones(2, requires_grad=True)
     passes = Passes(weight)
-    with watching_gradients(suppress=False), around_backward(passes.around):
+    with WatchingGradients(suppress=False), around_backward(passes.around):
         thread = threading.Thread(target=lambda: weight.sum().backward())
         thread.start()
         thread.join()

@@ -186,6 +186,15 @@ def note(calls: list[str], words: str) -> Callable[..., None]:
     return lambda *_: calls.append(words)
 
 
+def test_a_profiler_sees_the_steps_of_wrapper_and_base() -> None:
+    optimizer = wrapped()
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        optimizer.step()
+    names = [event.name for event in profiler.events() if event.name.startswith("Optimizer.step")]
+    assert sorted(names) == ["Optimizer.step#AdamW.step", "Optimizer.step#Stepping.step"]
+
+
 def test_step_hooks_of_wrapper_and_base_fire_once_each() -> None:
     optimizer = wrapped()
     calls: list[str] = []
