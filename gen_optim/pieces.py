@@ -20,7 +20,7 @@ _SIZE_ELSEWHERE = 2**22
 """Elements of a piece on another device, where each call costs microseconds; not measured."""
 _SHARE = 100
 """Of all tensors together, a piece is at most this part,"""
-_LEAST = 2**14
+_LEAST = 2**15
 """unless that is less than this: calls would take longer than what they do."""
 
 
@@ -81,15 +81,19 @@ def lerp(targets: Sequence[Tensor], starts: Sequence[Tensor], ends: Sequence[Ten
 
 def inner_product(gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensor:
     """The real part of ⟨gradients, ends − starts⟩, in float64; nothing as large as the tensors is made on the way."""
-    total = torch.zeros((), dtype=torch.float64, device=ends[0].device if ends else None)
+    shares: list[Tensor] = []
     for batch in pieces(gradients, ends, starts):
         gradient, end, start = (_flat(each) for each in batch)
-        total += torch.dot(gradient, (end - start).to(gradient.dtype)).to(total)
-    return total
+        shares.append(torch.dot(gradient, (end - start).to(gradient.dtype)))
+    if not shares:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack([each.to(shares[0].device, torch.float64) for each in shares]).sum()
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors end to end, in real numbers of 32 bits at least."""
     flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    if flat.dtype in (torch.float32, torch.float64):
+        return flat
     real = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
     return real.to(torch.promote_types(real.dtype, torch.float32))

@@ -45,11 +45,11 @@ class _Patch:
         replacements: What is replaced: an owner and the name of its function, and what makes the replacement of it.
     """
 
-    def __init__(self, *replacements: tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]) -> None:
+    def __init__(self, *replacements: tuple[Any, str, Callable[[Any], Any]]) -> None:
         self._replacements = replacements
         self._lock = threading.RLock()
         self._depth = 0
-        self._originals: list[tuple[Any, str, Callable[..., Any]]] = []
+        self._originals: list[tuple[Any, str, Any]] = []
 
     def hold(self) -> None:
         """Replace them, unless somebody does already."""
@@ -182,29 +182,41 @@ def around_backward(around: Callable[[list[Tensor]], AbstractContextManager[None
         watch.around_backward = outer
 
 
-@functools.cache
-def _announced(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or watch.modules is None:
-            return original(module, *args, **kwargs)
-        (enter, leave), watch.modules = watch.modules, None
-        # Inside, ``Module.__call__`` is as ever: what is compiled there must see no difference.
-        _module_call.release()
+class _AnnouncedCall:
+    """Stands in for ``Module._compiled_call_impl``, which each call of a module looks up first.
+
+    ``Module.__call__`` would be more obvious, but to replace that Python rewrites a slot of each of the hundreds of
+    classes of modules: of a probe step, that took two milliseconds.
+    """
+
+    def __get__(self, module: nn.Module | None, _: object = None) -> Callable[..., Any] | None:
+        compiled = None if module is None else vars(module).get("_compiled_call_impl")
+        if module is None or torch.compiler.is_compiling() or watch.modules is None:
+            return compiled
+        return functools.partial(_announce, module, module._call_impl if compiled is None else compiled)
+
+    def __set__(self, module: nn.Module, compiled: Callable[..., Any] | None) -> None:
+        vars(module)["_compiled_call_impl"] = compiled
+
+
+def _announce(module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    assert watch.modules is not None, "looked up by this thread, for this call"
+    (enter, leave), watch.modules = watch.modules, None
+    # Inside, classes are as ever: what is compiled there must see no difference.
+    _module_call.release()
+    try:
+        enter(module)
         try:
-            enter(module)
-            try:
-                return original(module, *args, **kwargs)
-            finally:
-                leave(module)
+            return call(*args, **kwargs)
         finally:
-            _module_call.hold()
-            watch.modules = (enter, leave)
+            leave(module)
+    finally:
+        _module_call.hold()
+        watch.modules = (enter, leave)
 
-    return call
 
-
-_module_call = _Patch((nn.Module, "__call__", _announced))
+_announced_call = _AnnouncedCall()
+_module_call = _Patch((nn.Module, "_compiled_call_impl", lambda _: _announced_call))
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -26,18 +27,50 @@ class Nested(nn.Module):
         return self.inner(inputs)
 
 
+def is_as_ever() -> bool:
+    """Whether nothing of torch's modules is replaced."""
+    return vars(nn.Module)["_compiled_call_impl"] is None
+
+
 def test_only_outermost_calls_are_noticed_and_each_of_them() -> None:
     calls: list[str] = []
     first, second = Nested(), nn.Linear(4, 1)
-    original = nn.Module.__call__
     with watching_modules(
         lambda module: calls.append(f"enter {type(module).__name__}"),
         lambda module: calls.append(f"leave {type(module).__name__}"),
     ):
-        assert nn.Module.__call__ is not original
+        assert not is_as_ever()
         first(torch.zeros(1, 4)), second(torch.zeros(1, 4))
     assert calls == ["enter Nested", "leave Nested", "enter Linear", "leave Linear"]
-    assert nn.Module.__call__ is original
+    assert is_as_ever()
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.jit.script, torch.fx.symbolic_trace])
+def test_calls_of_any_kind_of_module_are_noticed(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    calls: list[nn.Module] = []
+    module, inputs = nn.Linear(4, 1), torch.ones(1, 4)
+    expected = module(inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting is deprecated
+        other = wrap(module)
+    in_place = copy.deepcopy(module)
+    in_place.compile(backend="eager")
+    with watching_modules(calls.append, lambda _: None):
+        assert torch.equal(other(inputs), expected)
+        assert torch.equal(in_place(inputs), expected)
+        module.compile(backend="eager")
+        assert torch.equal(module(inputs), expected)
+    assert calls == [other, in_place, module]
+    assert torch.equal(module(inputs), expected)
+
+
+def test_arguments_may_have_any_name() -> None:
+    class Named(nn.Module):
+        def forward(self, *, module: int, call: int) -> int:
+            return module + call
+
+    with watching_modules(lambda _: None, lambda _: None):
+        assert Named()(module=1, call=2) == 3
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -49,11 +82,10 @@ def test_a_call_that_fails_is_left_too(error: type[BaseException]) -> None:
         raise error("on purpose")
 
     model.inner.register_forward_hook(fail)
-    original = nn.Module.__call__
     with pytest.raises(error), watching_modules(lambda _: calls.append("enter"), lambda _: calls.append("leave")):
         model(torch.zeros(1, 4))
     assert calls == ["enter", "leave"]
-    assert nn.Module.__call__ is original
+    assert is_as_ever()
 
 
 def test_other_threads_are_not_noticed() -> None:
@@ -92,7 +124,6 @@ def test_a_compiled_model_is_compiled_once_for_each_grad_mode_and_without_a_warn
 
 
 def test_threads_that_overlap_leave_torch_as_it_was() -> None:
-    original = nn.Module.__call__
     models = [mlp(seed=seed, norm=True) for seed in range(3)]
 
     def train(model: nn.Module) -> None:
@@ -103,7 +134,7 @@ def test_threads_that_overlap_leave_torch_as_it_was() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert nn.Module.__call__ is original
+    assert is_as_ever()
     assert [model[1].num_batches_tracked.item() for model in models] == [20, 20, 20]
 
 
