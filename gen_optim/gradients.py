@@ -79,12 +79,13 @@ class GradientOrigin:
         found = self._gradients()
         self._is_clean &= found == (self._left or [])
         yield
-        self._differentiated += [each.detach() for each in differentiated]
+        self._differentiated += [whole(each.detach()) for each in differentiated]
         self._left = self._gradients()
 
     def note(self, loss: Loss) -> None:
         """Take notice that the loss has been differentiated for the closure, with nothing there before."""
-        self._differentiated, self._left, self._is_clean = [torch.as_tensor(loss).detach()], self._gradients(), True
+        self._differentiated = [whole(torch.as_tensor(loss).detach())]
+        self._left, self._is_clean = self._gradients(), True
 
     def differentiated(self) -> list[Tensor] | None:
         """Numbers of whose sum the present gradients are the gradients; None where that is not known."""

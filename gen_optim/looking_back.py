@@ -20,7 +20,7 @@ from torch import Tensor
 from gen_optim.distributed import local, parts_of
 from gen_optim.evaluating import Loss
 from gen_optim.measuring import Measurement
-from gen_optim.pieces import copy, inner_product, lerp, pieces
+from gen_optim.pieces import clone, copy, inner_product, lerp, near, pieces, write
 from gen_optim.quadratic import Parabola, fit_parabola
 
 __all__ = ["KeptPoint", "look_back", "parabola_from_end"]
@@ -35,6 +35,7 @@ class KeptPoint:
         parameters: Those that move. Of DTensors, each rank keeps what it holds.
         lr: The learning rate of the step, the scheduler's factor included.
         last: A point that they have just left, whose copy holds what is to be copied now.
+        on_host: Whether copies are in the host's memory.
 
     Example:
         >>> weight = torch.tensor([1.0])
@@ -49,13 +50,16 @@ class KeptPoint:
     """
 
     @torch.no_grad()
-    def __init__(self, parameters: Sequence[Tensor], lr: float, *, last: KeptPoint | None = None) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], lr: float, *, last: KeptPoint | None = None, on_host: bool = False
+    ) -> None:
         self.lr = lr
         self._parameters = parameters
+        self._on_host = on_host
         self._is_visited = self._was_left = False
         serves = last is not None and last._was_left and all(map(operator.is_, parameters, last._parameters))
         self._copies: list[Tensor] = (
-            last._copies if last is not None and serves else [each.clone() for each in self._locals()]
+            last._copies if last is not None and serves else [clone(each, on_host=on_host) for each in self._locals()]
         )
         # Pieces of parameters, with the copies that hold what was there before.
         self._swapped: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
@@ -73,7 +77,9 @@ class KeptPoint:
         """Whether it tells where these parameters were before their last step, which nobody has changed since."""
         if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
             return False
-        if list(map(_kind, self._copies)) != list(map(_kind, self._locals())):
+        # Copies on the host are as good for any device.
+        kind = _kind if self._on_host else _kind_and_place
+        if list(map(kind, self._copies)) != list(map(kind, self._locals())):
             return False
         return self._marks is None or self._marks == self._present_marks()
 
@@ -94,7 +100,7 @@ class KeptPoint:
             if parameter.grad is not None and parameter.requires_grad:
                 parts = parts_of(parameter.grad, parameter)
                 alike.setdefault(parts, []).append((_dense(local(parameter.grad)).detach(), end, start))
-            elif not torch.equal(start, end):
+            elif not torch.equal(*near([start], end.device), end):
                 return None
         shares = [parts * inner_product(*zip(*tensors, strict=True)) for parts, tensors in alike.items()]
         return torch.stack([share.to(shares[0].device) for share in shares]).sum() if shares else torch.zeros(())
@@ -105,8 +111,8 @@ class KeptPoint:
         for index, (there, kept) in enumerate(pieces(self._locals(), self._copies)):
             end = [each.clone() for each in there]
             _in_spite_of_interrupts(
-                partial(torch._foreach_copy_, there, kept),
-                partial(torch._foreach_copy_, kept, end),
+                partial(write, there, kept),
+                partial(write, kept, end),
                 partial(self._swapped.__setitem__, index, (there, kept)),
             )
         self._is_visited = True
@@ -114,13 +120,13 @@ class KeptPoint:
     @torch.no_grad()
     def visit_middle(self) -> None:
         """Put them half way between there and where the step has led."""
-        self._starts = [each.clone() for each in self._locals()]
+        self._starts = [clone(each, on_host=self._on_host) for each in self._locals()]
         lerp(self._locals(), self._starts, self._copies, 0.5)
 
     @torch.no_grad()
     def leave(self) -> None:
         """Put them back to where the step has led."""
-        _in_spite_of_interrupts(*(partial(torch._foreach_copy_, *each) for each in self._swapped.values()))
+        _in_spite_of_interrupts(*(partial(write, *each) for each in self._swapped.values()))
         self._swapped, self._starts, self._was_left = {}, [], self._is_visited
 
     @torch.no_grad()
@@ -131,7 +137,7 @@ class KeptPoint:
         else:
             parts = enumerate(pieces(self._locals(), self._copies))
             rest = [(there, kept) for index, (there, kept) in parts if index not in self._swapped]
-            _in_spite_of_interrupts(*(partial(torch._foreach_copy_, *each) for each in rest))
+            _in_spite_of_interrupts(*(partial(write, *each) for each in rest))
         self._swapped, self._starts = {}, []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,18 +149,24 @@ class KeptPoint:
         return {"lr": self.lr, "start": list(self._copies)}
 
     @classmethod
-    def load(cls, parameters: Sequence[Tensor], state_dict: dict[str, Any]) -> KeptPoint | None:
+    def load(
+        cls, parameters: Sequence[Tensor], state_dict: dict[str, Any], *, on_host: bool = False
+    ) -> KeptPoint | None:
         """What :meth:`state_dict` has kept; None if it is of other parameters."""
-        kept = cls([], state_dict["lr"])
+        kept = cls([], state_dict["lr"], on_host=on_host)
         kept._copies = [
-            each.to(local(parameter), copy=True)
+            clone(each.to(local(parameter)), on_host=on_host)
             for each, parameter in zip(state_dict["start"], parameters, strict=False)
         ]
         kept._parameters = parameters
         return kept if len(state_dict["start"]) == len(parameters) and kept.is_of(parameters) else None
 
 
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _kind_and_place(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return tensor.shape, tensor.dtype, tensor.device
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gen_optim.distributed import local, placed_like
-from gen_optim.pieces import copy, lerp
+from gen_optim.pieces import clone, copy, lerp, near, room_for
 
 __all__ = ["Move", "movable"]
 
@@ -26,6 +26,7 @@ class Move:
 
     Args:
         groups: The parameters that move, one sequence a parameter group. Of DTensors, each rank moves what it holds.
+        on_host: Whether copies are in the host's memory.
 
     Example:
         >>> weight = torch.tensor([1.0])
@@ -38,12 +39,12 @@ class Move:
     """
 
     @torch.no_grad()
-    def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, groups: Sequence[Sequence[Tensor]], *, on_host: bool = False) -> None:
         self._parameters = groups
         self._groups = [[local(parameter).detach() for parameter in group] for group in groups]
-        self._before = [[parameter.clone() for parameter in group] for group in self._groups]
+        self._before = [[clone(parameter, on_host=on_host) for parameter in group] for group in self._groups]
         # Taken now, so that memory which runs out does so before the base optimizer has moved anything.
-        self._after = [[torch.empty_like(parameter) for parameter in group] for group in self._groups]
+        self._after = [[room_for(parameter, on_host=on_host) for parameter in group] for group in self._groups]
         self._has_arrived = False
 
     @torch.no_grad()
@@ -67,7 +68,7 @@ class Move:
             if each[0].requires_grad
         ]
         return [parameter for parameter, _, _ in points], [
-            placed_like(start - end, each) for each, start, end in points
+            placed_like(torch.sub(*near([start, end], local(each).device)), each) for each, start, end in points
         ]
 
     def write(self, multiple: float) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from gen_optim.checking import check_wrappable
-from gen_optim.control import ControlState
+from gen_optim.control import ControlState, check_option
 from gen_optim.distributed import Ranks, ranks_of, whole
 from gen_optim.evaluating import Evaluator, Loss, Session, check_callable, rounding_of
 from gen_optim.gradients import GradientMark, GradientOrigin, complete_gradients
@@ -94,6 +94,9 @@ class GeNOptimizer(RememberingOptimizer):
         tolerance: Relative rounding error of a loss, in machine epsilons of its dtype (in sixteenths of those where the
             loss, or what autocast computes it from, is of half precision). A slope or curvature that this alone can
             produce is taken as unknown (``"relaxed"``).
+        offload_copies: Whether the copies of the parameters that measuring needs are kept in the host's memory (pinned
+            where parameters are on a CUDA device) and not next to the parameters: for models that nearly fill their
+            device. Probe steps then wait for the copies to be sent there and back.
         process_group: The processes over which measured losses are averaged, so that all choose the same learning
             rate. By default those of the DistributedDataParallel module to which the parameters belong, and those over
             which parameters are spread that are DTensors (``fully_shard``, tensor parallel). A
@@ -126,6 +129,7 @@ class GeNOptimizer(RememberingOptimizer):
         probe: The probe for ``step()``; may be set at any time.
         last_probe: What the last probe step saw and decided; None before the first and after loading.
         process_group: The option of that name.
+        offload_copies: The option of that name; may be set at any time.
     """
 
     closure: Closure | None
@@ -152,6 +156,7 @@ class GeNOptimizer(RememberingOptimizer):
         relaxation: float = 1.8,
         explosion: float = 10.0,
         tolerance: float = 8.0,
+        offload_copies: bool = False,
         process_group: dist.ProcessGroup | Literal["local"] | None = None,
     ) -> None:
         if isinstance(base_optim, GeNOptimizer):
@@ -171,7 +176,8 @@ class GeNOptimizer(RememberingOptimizer):
             explosion=explosion,
             relaxation=relaxation,
         )
-        super().__init__(base_optim, chosen_rule, mode)
+        check_option("offload_copies", offload_copies, "True or False", isinstance(offload_copies, bool))
+        super().__init__(base_optim, chosen_rule, mode, offload_copies=offload_copies)
         self._set_up()
         self.rule, self._tolerance = rule, check_tolerance(tolerance)
         self.closure = check_callable("closure", closure)
@@ -307,7 +313,7 @@ class GeNOptimizer(RememberingOptimizer):
 
             factor = self._rates.factor(groups)
             factors = list(compress(self._rates.factors(groups), self._rates.shares(groups, state.lr)))
-            move = Move(self._moving())
+            move = Move(self._moving(), on_host=self.offload_copies)
             after = self._rule.skip(state)
             try:
                 with self._rates.in_force(groups, self._rates.shares(groups, lr)):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["copy", "inner_product", "lerp", "pieces"]
+__all__ = ["clone", "copy", "inner_product", "lerp", "near", "pieces", "room_for", "write"]
 
 _SIZE = 2**17
 """Elements of a piece on the CPU, by measurement: twice as many and allocations go to the system, which takes longer
@@ -63,27 +63,54 @@ def _cut(row: Sequence[Tensor], limit: int) -> list[tuple[Tensor, ...]]:
     return list(zip(*(torch.split(each, max(1, limit * length // each.numel())) for each in row), strict=True))
 
 
+def room_for(tensor: Tensor, *, on_host: bool) -> Tensor:
+    """Memory for a copy of a tensor: next to it, or on the host, pinned where a CUDA device reads and writes it."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) if on_host else torch.empty_like(tensor)
+
+
+def clone(tensor: Tensor, *, on_host: bool = False) -> Tensor:
+    """A copy of a tensor: next to it, or on the host."""
+    return room_for(tensor, on_host=True).copy_(tensor) if on_host else tensor.clone()
+
+
+def near(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors on a device; copies of those that are elsewhere."""
+    return [each.to(device, non_blocking=True) for each in tensors]
+
+
+def write(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source of a batch to its target. Nobody waits for the host's contents to arrive on a device."""
+    # The other way round somebody must: whoever saves a copy reads it without asking the device.
+    torch._foreach_copy_(targets, sources, non_blocking=targets[0].device.type != "cpu")
+
+
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source to its target."""
     for target, source in pieces(targets, sources, cut=False):
-        torch._foreach_copy_(target, source)
+        write(target, source)
 
 
 def lerp(targets: Sequence[Tensor], starts: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
-    """Write ``torch.lerp(start, end, weight)`` to each target, bit for bit."""
-    for target, start, end in pieces(targets, starts, ends, cut=False):
+    """Write ``torch.lerp(start, end, weight)`` to each target, bit for bit; starts and ends may be on the host."""
+    are_apart = any(start.device != target.device for start, target in zip(starts, targets, strict=True))
+    for target, start, end in pieces(targets, starts, ends, cut=are_apart):
+        there = near(end, target[0].device)
         if len(target) == 1:
-            torch.lerp(start[0], end[0], weight, out=target[0])
+            [here] = near(start, target[0].device)
+            torch.lerp(here, there[0], weight, out=target[0])
         else:
-            torch._foreach_copy_(target, start)
-            torch._foreach_lerp_(target, end, weight)
+            write(target, start)
+            torch._foreach_lerp_(target, there, weight)
 
 
 def inner_product(gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensor:
-    """The real part of ⟨gradients, ends − starts⟩, in float64; nothing as large as the tensors is made on the way."""
+    """The real part of ⟨gradients, ends − starts⟩, in float64; nothing as large as the tensors is made on the way.
+
+    Starts may be on the host.
+    """
     shares: list[Tensor] = []
     for batch in pieces(gradients, ends, starts):
-        gradient, end, start = (_flat(each) for each in batch)
+        gradient, end, start = (_flat(near(each, batch[1][0].device)) for each in batch)
         shares.append(torch.dot(gradient, (end - start).to(gradient.dtype)))
     if not shares:
         return torch.zeros((), dtype=torch.float64)

@@ -44,12 +44,14 @@ class RememberingOptimizer(OptimizerWrapper):
         base_optim: The optimizer to wrap.
         rule: How learning rates are chosen.
         mode: How slope and curvature are measured.
+        offload_copies: Whether copies of parameters are in the host's memory.
     """
 
-    def __init__(self, base_optim: Optimizer, rule: PublishedRule, mode: str) -> None:
+    def __init__(self, base_optim: Optimizer, rule: PublishedRule, mode: str, *, offload_copies: bool) -> None:
         super().__init__(base_optim)
         self._rule = rule
         self.mode = mode
+        self.offload_copies = offload_copies
         self._rates = LearningRates(self, base_optim)
         self._kept: KeptPoint | None = None
         self._be_silent()
@@ -135,7 +137,9 @@ class RememberingOptimizer(OptimizerWrapper):
     def _keep(self, lr: float, left: KeptPoint | None) -> KeptPoint | None:
         """Where the parameters are, to look back at when they have made a step at α; None if they make none."""
         taken = lr * self._rates.factor(self.param_groups)
-        return KeptPoint(list(chain(*self._moving())), taken, last=left) if taken > 0.0 else None
+        if not taken > 0.0:
+            return None
+        return KeptPoint(list(chain(*self._moving())), taken, last=left, on_host=self.offload_copies)
 
     def _rates_in_force(self, lr: float) -> list[float]:
         """Each group's learning rate when α is ``lr``, the scheduler's factor included."""
@@ -169,7 +173,8 @@ class RememberingOptimizer(OptimizerWrapper):
         """
         super().load_state_dict(state_dict)
         kept = state_dict.get(_KEPT)
-        self._kept = None if kept is None else KeptPoint.load(list(chain(*self._moving())), kept)
+        parameters = list(chain(*self._moving()))
+        self._kept = None if kept is None else KeptPoint.load(parameters, kept, on_host=self.offload_copies)
 
     def _after_loading(self) -> None:
         self.last_probe = None

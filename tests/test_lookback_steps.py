@@ -401,6 +401,22 @@ def test_parameters_written_by_hand_cost_one_parabola() -> None:
     assert training.optimizer.last_probe.step == 5
 
 
+def test_weights_clamped_by_a_hook_of_the_base_optimizer_are_looked_back_at() -> None:
+    training = Training.of(looking)
+    weights = list(training.model.parameters())
+
+    @torch.no_grad()
+    def clamp(*_: object) -> None:
+        for each in weights:
+            each.clamp_(-0.3, 0.3)
+
+    training.optimizer.base_optim.register_step_post_hook(clamp)
+    losses = training.train(30)
+    assert training.optimizer.last_probe.step == 30
+    assert max(each.abs().max().item() for each in weights) == pytest.approx(0.3)
+    assert losses[-1] < losses[0]
+
+
 def test_groups_that_are_frozen_added_and_of_other_ratios() -> None:
     model = mlp(dtype=torch.float64)
     groups = [

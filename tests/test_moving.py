@@ -180,12 +180,12 @@ def test_settling_ends_before_an_interrupt_is_raised(
     calls = 0
     write = getattr(torch, writes)
 
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
         nonlocal calls
         calls += 1
         if calls == interrupted_call + 1:
             raise KeyboardInterrupt
-        write(*args)
+        write(*args, **kwargs)
 
     monkeypatch.setattr(torch, writes, interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -607,6 +607,7 @@ def test_gradients_outside_the_optimizer_survive_a_closure_that_zeroes_both_netw
         ({"tolerance": "8"}, "tolerance must be a finite number of at least 0"),
         ({"tolerance": math.inf}, "tolerance must be a finite number of at least 0"),
         ({"lr_max": True}, "lr_max must be a number"),
+        ({"offload_copies": "cpu"}, "offload_copies must be True or False, got 'cpu'"),
         ({"rule": "published", "burn_in": -1}, "burn_in must be"),
     ],
 )
