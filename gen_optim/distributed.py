@@ -231,7 +231,7 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, in the same memory; not differentiable."""
-    if not is_dtensor(tensor):
+    if type(tensor) in _PLAIN or not is_dtensor(tensor):  # the former alone, without a call, for nearly all
         return tensor
     with torch.no_grad():
         return tensor.to_local()

@@ -186,7 +186,8 @@ class Session:
     def parameters(self) -> Iterator[Tensor]:
         """Every parameter whose gradient a probe could touch: the optimizer's and those of the modules called."""
         theirs = (each for module in self._buffers.modules() for each in module._parameters.values())
-        yield from dict.fromkeys(each for each in chain(self._parameters, theirs) if each is not None)
+        # By identity: a tensor's own hash is a call of Python's, of which there would be one a parameter.
+        yield from {id(each): each for each in chain(self._parameters, theirs) if each is not None}.values()
 
     def probe(self, closure: Callable[[], Any], caller: str) -> Loss:
         """Call ``closure`` once more, without gradients, as if it were the first time.

@@ -145,7 +145,7 @@ def _parameters(groups: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
 
 
 def _gradients(groups: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
-    return (each.grad for each in _parameters(groups) if each.requires_grad and each.grad is not None)
+    return (gradient for each in _parameters(groups) if each.requires_grad and (gradient := each.grad) is not None)
 
 
 def _version(gradient: Tensor) -> int:

@@ -67,7 +67,7 @@ class KeptPoint:
         self._marks: list[tuple[int, int]] | None = None
 
     def _locals(self) -> list[Tensor]:
-        return [local(each).detach() for each in self._parameters]
+        return [local(each) for each in self._parameters]
 
     def arrive(self) -> None:
         """Note that the step has been taken; what is written to the parameters from now on is of other origin."""
@@ -97,9 +97,10 @@ class KeptPoint:
         """
         alike: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for parameter, end, start in zip(self._parameters, self._locals(), self._copies, strict=True):
-            if parameter.grad is not None and parameter.requires_grad:
-                parts = parts_of(parameter.grad, parameter)
-                alike.setdefault(parts, []).append((_dense(local(parameter.grad)).detach(), end, start))
+            gradient = parameter.grad
+            if gradient is not None and parameter.requires_grad:
+                parts = parts_of(gradient, parameter)
+                alike.setdefault(parts, []).append((_dense(local(gradient)), end, start))
             elif not torch.equal(*near([start], end.device), end):
                 return None
         shares = [parts * inner_product(*zip(*tensors, strict=True)) for parts, tensors in alike.items()]

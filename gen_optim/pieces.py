@@ -36,24 +36,27 @@ def pieces(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Te
         One list of pieces for each list of tensors. The pieces are views.
     """
     share = sum(each.numel() for each in lists[0]) // _SHARE if cut else _SIZE_ELSEWHERE
-    batch: tuple[list[Tensor], ...] = tuple([] for _ in lists)
+    batch: list[tuple[Tensor, ...]] = []
     kind, limit, room = None, 0, 0
     for row in zip(*lists, strict=True):
-        first = row[0]
+        first, size = row[0], row[0].numel()
         if kind != (present := (first.device, first.dtype)):
             kind, room = present, 0
             limit = max(_LEAST, min(share, _SIZE if first.device.type == "cpu" else _SIZE_ELSEWHERE))
-        for part in _cut(row, limit) if cut and first.numel() > limit else (row,):
+        if size <= room:  # of many small tensors nearly all
+            batch.append(row)
+            room -= size
+            continue
+        for part in _cut(row, limit) if cut and size > limit else (row,):
             taken = part[0].numel()
             if taken > room:
-                if batch[0]:
-                    yield batch
-                batch, room = tuple([] for _ in lists), limit
-            for collected, piece in zip(batch, part, strict=True):
-                collected.append(piece)
+                if batch:
+                    yield tuple(map(list, zip(*batch, strict=True)))
+                batch, room = [], limit
+            batch.append(part)
             room -= taken
-    if batch[0]:
-        yield batch
+    if batch:
+        yield tuple(map(list, zip(*batch, strict=True)))
 
 
 def _cut(row: Sequence[Tensor], limit: int) -> list[tuple[Tensor, ...]]:
@@ -75,7 +78,7 @@ def clone(tensor: Tensor, *, on_host: bool = False) -> Tensor:
 
 def near(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tensors on a device; copies of those that are elsewhere."""
-    return [each.to(device, non_blocking=True) for each in tensors]
+    return [each if each.device == device else each.to(device, non_blocking=True) for each in tensors]
 
 
 def write(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -109,9 +112,10 @@ def inner_product(gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: S
     Starts may be on the host.
     """
     shares: list[Tensor] = []
-    for batch in pieces(gradients, ends, starts):
-        gradient, end, start = (_flat(near(each, batch[1][0].device)) for each in batch)
-        shares.append(torch.dot(gradient, (end - start).to(gradient.dtype)))
+    for gradient, end, start in pieces(gradients, ends, starts):
+        step = _flat(end) - _flat(near(start, end[0].device))
+        slope = _flat(gradient)
+        shares.append(torch.dot(slope, step.to(slope.dtype)))
     if not shares:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack([each.to(shares[0].device, torch.float64) for each in shares]).sum()

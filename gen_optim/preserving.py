@@ -103,7 +103,7 @@ class Buffers:
     def _look_at(self, modules: Iterable[nn.Module]) -> dict[nn.Module, dict[str, Tensor | None]]:
         held = {each: dict(each._buffers.items()) for each in modules}
         self._modules.update(dict.fromkeys(held))
-        for buffers in held.values():
+        for buffers in filter(None, held.values()):
             self._before.keep(buffers.values())
             if not self._is_first:  # what only a probe comes to see must end as it was before that probe
                 self._after.keep(buffers.values())
@@ -111,6 +111,8 @@ class Buffers:
 
     def _compare(self, before: Mapping[nn.Module, dict[str, Tensor | None]]) -> None:
         for module, held in before.items():
+            if not held and not len(module._buffers):
+                continue
             now = dict(module._buffers.items())
             if list(now) != list(held) or any(now[name] is not buffer for name, buffer in held.items()):
                 self._before.names.setdefault(module, held)
