@@ -101,7 +101,7 @@ class KeptPoint:
             if gradient is not None and parameter.requires_grad:
                 parts = parts_of(gradient, parameter)
                 alike.setdefault(parts, []).append((_dense(local(gradient)), end, start))
-            elif not torch.equal(*near([start], end.device), end):
+            elif not torch.equal(near([start], end.device)[0], end):
                 return None
         shares = [parts * inner_product(*zip(*tensors, strict=True)) for parts, tensors in alike.items()]
         return torch.stack([share.to(shares[0].device) for share in shares]).sum() if shares else torch.zeros(())

@@ -47,7 +47,7 @@ def test_a_kept_point_is_where_it_was_asked_to_be(
     on_cuda: list[Tensor], on_host: bool, ending: str, half_way: bool
 ) -> None:
     kept = KeptPoint(on_cuda, 0.1, on_host=on_host)
-    kept.arrive()
+    assert kept.is_of(on_cuda)
     assert kept.rise().device.type == "cuda"
     kept.visit()
     if half_way:
