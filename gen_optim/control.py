@@ -89,6 +89,8 @@ class ControlState:
         agreement_mean: Moving average of the share of the first order in that, negative where the loss ascends.
         agreement_square: Moving average of its square.
         parabola_count: Number of parabolas in these averages.
+        parabola_weight: Their weight in ``slope_mean`` and ``curvature_mean`` together, the last one's being 1.
+        lr_measured: The learning rate of the step along which the last of them was measured.
         factor: The scheduler's factor at the last of them.
         lr_unstable: The learning rate at which training was last seen to be unstable; 0 if it never was.
     """
@@ -110,6 +112,8 @@ class ControlState:
     agreement_mean: float = 0.0
     agreement_square: float = 0.0
     parabola_count: int = 0
+    parabola_weight: float = 0.0
+    lr_measured: float = 0.0
     factor: float = 1.0
     lr_unstable: float = 0.0
 

@@ -88,7 +88,7 @@ class GeNOptimizer(RememberingOptimizer):
         lr_max: Upper limit of the learning rate of the first unfrozen group.
         start_fraction: Fraction of the first direction's best learning rate at which training begins (``"relaxed"``).
         burn_in: Number of probe steps at the beginning that follow each other at every step (``"relaxed"``).
-        relaxation: Multiple of slope / curvature that is aimed at where there is no noise, in [1.1, 2) (``"relaxed"``).
+        relaxation: Multiple of mean slope / mean curvature that is aimed at, in [1, 2) (``"relaxed"``).
         explosion: A loss above the first one, and above the moving average of losses by this many times their mean
             absolute deviation, has exploded, and the learning rate is cut (``"relaxed"``).
         tolerance: Relative rounding error of a loss, in machine epsilons of its dtype (in sixteenths of those where the

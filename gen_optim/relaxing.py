@@ -19,9 +19,6 @@ from gen_optim.starting import StartSearch
 
 __all__ = ["RelaxedRule"]
 
-_GREEDY = 1.1
-"""κ where slopes are nothing but noise."""
-
 _CHANGE = 1.1
 """Factor by which the learning rate changes at most in a probe step: training has to show what the last change did."""
 
@@ -30,7 +27,7 @@ _LATER_GROWTH, _CAREFUL_GROWTH = 1.05, 1.02
 a learning rate 10 % above the edge of stability multiplies what is unstable by a hundred within eight steps, one 5 %
 above by 23, one 2 % above by six: that is seen in time."""
 
-_ANNEALING = 3.0
+_ANNEALING = 6.0
 """Divided by the number of parabolas, how much further the learning rate falls than it grows in pure noise, where it
 does either half of the time: without a horizon it anneals like a power of the number of steps."""
 
@@ -64,12 +61,13 @@ class RelaxedRule(PublishedRule):
       rate found, because the first gradient points down an untypically steep slope and no momentum is built up yet;
     - a burn-in: the first ``burn_in`` probe steps follow each other at every step;
     - slope and curvature are averaged, each relative to how much the loss changes in a step at the time (or what was
-      measured when losses were large would count for ever), and the learning rate moves towards κ times their ratio by
-      at most 10 % a probe step;
+      measured when losses were large would count for ever), and with less weight the more the learning rate has grown
+      since (or what was measured when it was tiny would); the learning rate moves towards κ times their ratio by at
+      most 10 % a probe step;
     - how far to trust them is told by the parabolas themselves: the share of their agreement among all there is in
-      their slopes, 1 without noise and 0 where slopes are nothing but noise. κ runs from 1.1 in pure noise to
-      ``relaxation`` without. Growth is faster where they agree; in pure noise the learning rate falls further than it
-      grows at first, which anneals it, and less far in the long run, or it would die of chance;
+      their slopes, 1 without noise and 0 where slopes are nothing but noise. Growth is faster where they agree; in
+      pure noise the learning rate falls further than it grows at first, which anneals it, and less far in the long
+      run, or it would die of chance;
     - it does not grow where the mean loss has risen, and falls where that has risen far;
     - a scheduler's factor f and this rule must not shrink the same thing twice. In pure noise the learning rate is
       raised only where the target lies above α itself, and lowered only where it lies below the step taken, α · f:
@@ -80,7 +78,7 @@ class RelaxedRule(PublishedRule):
       rate cut by ``max_change``; a loss that exploded cuts it too. From half of where that happened it grows by 2 %.
 
     Attributes:
-        relaxation: κ without noise, in [1.1, 2).
+        relaxation: κ, in [1, 2).
         start_fraction: Fraction of the learning rate found by the start's search at which training begins.
         burn_in: Number of probe steps at the beginning that follow each other at every step.
         explosion: The loss has exploded when it is above the loss where training began and above its own moving
@@ -99,7 +97,7 @@ class RelaxedRule(PublishedRule):
             ValueError: Names the option, what was expected and what came.
         """
         super().__post_init__()
-        check_option("relaxation", self.relaxation, f"in [{_GREEDY}, 2)", _GREEDY <= self.relaxation < 2)
+        check_option("relaxation", self.relaxation, "in [1, 2)", 1 <= self.relaxation < 2)
         check_option("start_fraction", self.start_fraction, "in (0, 1]", 0 < self.start_fraction <= 1)
         check_option("burn_in", self.burn_in, "a whole number of at least 0", is_whole(self.burn_in, least=0))
         check_option("explosion", self.explosion, "above 0", self.explosion > 0)
@@ -161,6 +159,8 @@ class RelaxedRule(PublishedRule):
         if not 0.0 < change < math.inf:
             return state
         weight = max(1.0 - self.smoothing, 1.0 / (state.parabola_count + 1))
+        # A curvature measured at a smaller learning rate is that of a shorter step, and less certain by its square.
+        total = 1.0 + self.smoothing * state.parabola_weight * min(1.0, state.lr_measured / lr) ** 2
         # What a parabola counts is fixed before it is measured, so that averages of noise stay unbiased.
         unit = state.change_mean or change
 
@@ -169,13 +169,15 @@ class RelaxedRule(PublishedRule):
 
         return replace(
             state,
-            slope_mean=average(state.slope_mean, parabola.slope / unit),
-            curvature_mean=average(state.curvature_mean, parabola.curvature / unit),
+            slope_mean=average(state.slope_mean, parabola.slope / unit, 1.0 / total),
+            curvature_mean=average(state.curvature_mean, parabola.curvature / unit, 1.0 / total),
             change_mean=average(state.change_mean, change, max(weight, _SOON)),
             rise_mean=average(state.rise_mean, rise),
             agreement_mean=average(state.agreement_mean, first / change),
             agreement_square=average(state.agreement_square, (first / change) ** 2),
             parabola_count=state.parabola_count + 1,
+            parabola_weight=total,
+            lr_measured=lr,
         )
 
     def _relaxed(self, state: ControlState, factor: float) -> tuple[float, ProbeStatus]:
@@ -183,14 +185,13 @@ class RelaxedRule(PublishedRule):
         if factor == 0.0:  # no step, and nothing to compare with
             return state.lr, ProbeStatus.FITTED
         agreement = self.agreement(state)
-        kappa = _GREEDY + (self.relaxation - _GREEDY) * agreement
         status = ProbeStatus.FITTED
         if state.slope_mean <= 0:
             target, status = 0.0, ProbeStatus.NO_MINIMUM
         elif state.curvature_mean <= 0:
             target, status = math.inf, ProbeStatus.CONCAVE
         else:
-            target = kappa * state.slope_mean / state.curvature_mean
+            target = self.relaxation * state.slope_mean / state.curvature_mean
         growth = (_CHANGE if state.probes < self.burn_in else _LATER_GROWTH) ** (0.5 + 0.5 * agreement)
         if state.lr_unstable and state.lr * growth > _NEAR * state.lr_unstable:
             growth = min(growth, _CAREFUL_GROWTH)
@@ -200,8 +201,6 @@ class RelaxedRule(PublishedRule):
                 growth = 1.0
             if risen > 2.0 * _RISEN * state.loss_deviation:
                 target = 0.0
-        if not factor:  # no step to compare the target with
-            return state.lr, status
         low, high = state.lr * factor, state.lr * factor**agreement
         if target > high:
             # What the scheduler has taken off since is not growth: without noise it is the step that grows so much.

@@ -109,6 +109,18 @@ def test_growth_is_faster_during_the_burn_in() -> None:
     assert rule.decide(young, 1.0, CONCAVE).state.lr > rule.decide(STARTED_LONG_AGO, 1.0, CONCAVE).state.lr > 1.0
 
 
+def test_what_was_measured_at_a_far_smaller_learning_rate_is_soon_forgotten() -> None:
+    """Curvatures of early training differ by decades from later ones; at their face value they would count for long."""
+    rule, state = RelaxedRule(), replace(STARTED_LONG_AGO, lr=1e-3, probes=1)
+    for curvature in [-1.0] * 25 + [1.0] * 12:  # in units of the step
+        state = rule.decide(state, 1.0, Parabola(1.0, 0.6 / state.lr, curvature / state.lr**2)).state
+    assert 0.3 < state.slope_mean / state.curvature_mean / state.lr < 1.0
+    grown = rule.decide(replace(state, lr=10.0 * state.lr), 1.0, CONVEX).state
+    shrunk = rule.decide(replace(state, lr=0.1 * state.lr), 1.0, CONVEX).state
+    assert grown.parabola_weight < 1.2
+    assert shrunk.parabola_weight == pytest.approx(1.0 + rule.smoothing * state.parabola_weight)
+
+
 def test_growth_on_concave_descent_never_stalls_and_ends_at_lr_max() -> None:
     rule = RelaxedRule(lr_max=0.25)
     seen: list[tuple[float, Found]] = [(1.0, CONCAVE)] * 1000
@@ -356,14 +368,15 @@ def in_noise(mean: float, curvature: float) -> ControlState:
 
 @pytest.mark.parametrize("factor", [0.5, 0.1, 1e-3])
 def test_in_noise_a_target_between_the_step_taken_and_alpha_keeps_the_learning_rate(factor: float) -> None:
-    rule, greedy = RelaxedRule(), relaxing._GREEDY
+    rule = RelaxedRule()
+    kappa = rule.relaxation
     for target in (factor * 1.01, math.sqrt(factor), 0.99):
-        state = in_noise(target / greedy, 1.0)
+        state = in_noise(target / kappa, 1.0)
         assert rule._relaxed(state, factor)[0] == 1.0
         if target < 0.9:
             assert rule._relaxed(state, 1.0)[0] < 1.0  # without a scheduler it would fall
-    assert rule._relaxed(in_noise(0.9 * factor / greedy, 1.0), factor)[0] < 1.0
-    assert rule._relaxed(in_noise(1.1 / greedy, 1.0), factor)[0] > 1.0
+    assert rule._relaxed(in_noise(0.9 * factor / kappa, 1.0), factor)[0] < 1.0
+    assert rule._relaxed(in_noise(1.1 / kappa, 1.0), factor)[0] > 1.0
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.1, 1e-3])
@@ -586,7 +599,9 @@ def test_over_20_000_steps_of_a_noisy_quadratic_the_learning_rate_neither_runs_a
     )
     stable = 2.0 * (1.0 + momentum) / curvatures.max()
     assert max(learning_rates) < 10.0 * stable
-    assert min(learning_rates[1000:]) > 1e-4 * stable
+    # One over the number of steps is what such a problem calls for, and 2.5e-5 of what is stable.
+    assert min(learning_rates[1000:]) > 1e-6 * stable
+    assert learning_rates[-1] > 1e-5 * stable
     assert losses[-1] < 10.0  # near the minimum, as far as the noise allows
 
 
