@@ -197,6 +197,7 @@ def look_back(
     call: Callable[[], Loss],
     read: Callable[[Sequence[Loss]], list[float]],
     rounding: Callable[[Sequence[Loss]], float],
+    is_alone: bool = False,
 ) -> Measurement:
     """Measure the loss along the last step on a batch that it was not made for.
 
@@ -212,6 +213,7 @@ def look_back(
         call: Evaluates the loss where the parameters are.
         read: Turns losses into numbers to be minimised, the same on all ranks.
         rounding: The relative error of losses.
+        is_alone: Whether no other rank takes part, whose gradients this one would have to ask for.
 
     Returns:
         The loss along the step, from where it began; ``arrival`` is the loss where it has led.
@@ -221,9 +223,21 @@ def look_back(
     start = call()
     is_known = gradient_of is not None and rise is not None
     summed = sum((torch.as_tensor(each).detach().double() for each in gradient_of or ()), torch.zeros(()).double())
+    middle: Loss | None = None
+    if is_alone and not is_known:  # before the reading, so that there is only one
+        kept.visit_middle()
+        middle = call()
     # One reading decides for all ranks: what is known of the gradients must be known on each.
-    known, loss, arrival, far_slope, differentiated, error = read(
-        [float(is_known), start, end, rise if is_known and rise is not None else 0.0, summed, rounding([start, end])]
+    known, loss, arrival, far_slope, differentiated, error, half_way = read(
+        [
+            float(is_known),
+            start,
+            end,
+            rise if is_known and rise is not None else 0.0,
+            summed,
+            rounding([start, end]),
+            0.0 if middle is None else middle,
+        ]
     )
     known, error = abs(known), abs(error)  # under ``maximize`` what is read changes its sign
     if not (math.isfinite(loss) and math.isfinite(arrival)):
@@ -231,9 +245,10 @@ def look_back(
     elif known == 1.0 and abs(differentiated - arrival) <= 2.0 * error * max(abs(arrival), abs(differentiated)):
         parabola = parabola_from_end(kept.lr, loss, arrival, far_slope, rounding=error)
     else:
-        kept.visit_middle()
-        [middle] = read([call()])
-        learning_rates, losses = (0.0, 0.5 * kept.lr, kept.lr), (loss, middle, arrival)
+        if middle is None:
+            kept.visit_middle()
+            [half_way] = read([call()])
+        learning_rates, losses = (0.0, 0.5 * kept.lr, kept.lr), (loss, half_way, arrival)
         parabola = fit_parabola(learning_rates, losses, rounding=error)
         return Measurement(learning_rates, losses, start, loss, parabola, arrival)
     return Measurement((0.0, kept.lr), (loss, arrival), start, loss, parabola, arrival)

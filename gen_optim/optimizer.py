@@ -272,6 +272,7 @@ class GeNOptimizer(RememberingOptimizer):
                     call=lambda: ranks.attempt(probe, instead=math.nan),
                     read=partial(self._read, ranks),
                     rounding=lambda losses: self._tolerance * rounding_of(losses, session.computed_in),
+                    is_alone=len(ranks) == 1,
                 )
             factor = self._rates.factor(self.param_groups)
             decision = self._rule.decide(

@@ -221,7 +221,7 @@ def measured(**options: Any) -> tuple[Any, list[float]]:
         return parameter**2 - parameter
 
     given = {"end": None, "gradient_of": None, "rise": None, "rounding": lambda _: 1e-15}
-    found = look_back(kept, call=call, read=losses_to_floats, **{**given, **options})  # type: ignore[arg-type]
+    found = look_back(kept, call=call, **{"read": losses_to_floats, **given, **options})  # type: ignore[arg-type]
     return found, evaluated
 
 
@@ -252,6 +252,20 @@ def test_where_gradients_are_not_known_to_be_the_losss_the_middle_tells_the_same
     assert found.arrival == 2.0
     assert found.parabola.slope == pytest.approx(4.0)
     assert found.parabola.curvature == pytest.approx(8.0 / 0.25)
+
+
+@pytest.mark.parametrize(("is_alone", "expected"), [(True, 1), (False, 2)])
+def test_a_rank_on_its_own_reads_once_where_it_knows_nothing_of_the_gradients(is_alone: bool, expected: int) -> None:
+    readings: list[int] = []
+
+    def read(losses: Any) -> list[float]:
+        readings.append(len(losses))
+        return losses_to_floats(losses)
+
+    found, evaluated = measured(is_alone=is_alone, read=read)
+    assert len(readings) == expected
+    assert evaluated == [2.0, 0.0, 1.0]
+    assert (found.parabola.slope, found.parabola.curvature) == pytest.approx((4.0, 8.0 / 0.25))
 
 
 @pytest.mark.parametrize("end", [math.nan, math.inf])
