@@ -43,6 +43,9 @@ _FEW = 3
 _SOON = 0.3
 """Weight of a parabola in the average of how much the loss changes, which others are measured by."""
 
+_MOST = 2.0
+"""So many usual changes of the loss count at most in an average: one step off a saddle would outweigh all others."""
+
 _RISEN = 0.5
 """Growth ends where the mean loss is above its lowest by this many mean absolute deviations of the losses (a mean of
 them varies by about a third of one), and the learning rate falls from twice that on."""
@@ -161,8 +164,8 @@ class RelaxedRule(PublishedRule):
         weight = max(1.0 - self.smoothing, 1.0 / (state.parabola_count + 1))
         # A curvature measured at a smaller learning rate is that of a shorter step, and less certain by its square.
         total = 1.0 + self.smoothing * state.parabola_weight * min(1.0, state.lr_measured / lr) ** 2
-        # What a parabola counts is fixed before it is measured, so that averages of noise stay unbiased.
-        unit = state.change_mean or change
+        # What a parabola counts is fixed before it is measured, so that averages of noise stay unbiased, up to a limit.
+        unit = max(state.change_mean or change, change / _MOST)
 
         def average(mean: float, value: float, weight: float = weight) -> float:
             return mean + weight * (value - mean)

@@ -121,6 +121,14 @@ def test_what_was_measured_at_a_far_smaller_learning_rate_is_soon_forgotten() ->
     assert shrunk.parabola_weight == pytest.approx(1.0 + rule.smoothing * state.parabola_weight)
 
 
+def test_a_single_parabola_counts_little_more_than_usual_ones_however_much_the_loss_has_changed() -> None:
+    rule = RelaxedRule()
+    state = decide_all(rule, STARTED_LONG_AGO, [(1.0, Parabola(1.0, 1.0, 3.0))] * 30)[-1].state
+    usual = state.slope_mean / state.curvature_mean
+    after = rule.decide(replace(state, lr=1.0), 1.0, Parabola(1.0, 0.0, -1e6)).state
+    assert usual < after.slope_mean / after.curvature_mean < 2.0 * usual
+
+
 def test_growth_on_concave_descent_never_stalls_and_ends_at_lr_max() -> None:
     rule = RelaxedRule(lr_max=0.25)
     seen: list[tuple[float, Found]] = [(1.0, CONCAVE)] * 1000
