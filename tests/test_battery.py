@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -53,6 +55,12 @@ def record(config: Config, loss: float = 1.0, **values: object) -> Record:
 
 
 # --- workloads -------------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_only_runs_knows_the_peers() -> None:
+    """Workers are started anew, and import nothing but what runs a configuration."""
+    program = "from benchmarks.battery.running import METHODS; assert 'cdat' in METHODS"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
