@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+import benchmarks.battery.peers  # noqa: F401  # enters them into METHODS, in each process that runs anything
 from benchmarks.battery.config import SCHEDULES, Config
 from benchmarks.battery.data import Data
-from benchmarks.battery.methods import OURS, Stepper, code_fingerprint
-from benchmarks.battery.peers import METHODS  # with the peers in it, in each process that runs anything
+from benchmarks.battery.methods import METHODS, OURS, Stepper, code_fingerprint
 from benchmarks.battery.record import Record
 from benchmarks.battery.task import Task
 from benchmarks.battery.workloads import WORKLOADS
