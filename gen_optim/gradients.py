@@ -125,7 +125,7 @@ def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: Gra
             f"no gradients were computed since the last step, and it returned {_describe(loss)}. "
             "Return the tensor itself, neither .item() nor .detach()."
         )
-    trained = [parameter for parameter in _parameters(groups) if parameter.requires_grad]
+    trained = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = None
     # Into these alone: gradients of another network would pass for fresh ones when its own optimizer steps. Only where
@@ -139,13 +139,12 @@ def _describe(loss: Loss) -> str:
     return "a tensor that does not require grad" if isinstance(loss, Tensor) else "a plain number"
 
 
-def _parameters(groups: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
-    for group in groups:
-        yield from group["params"]
-
-
 def _gradients(groups: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
-    return (gradient for each in _parameters(groups) if each.requires_grad and (gradient := each.grad) is not None)
+    # One generator, not one in another: each lazy step begins it twice, for the first gradient.
+    for group in groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and (gradient := parameter.grad) is not None:
+                yield gradient
 
 
 def _version(gradient: Tensor) -> int:
@@ -154,8 +153,4 @@ def _version(gradient: Tensor) -> int:
 
 
 def _first_gradient(groups: Sequence[dict[str, Any]]) -> Tensor | None:
-    for group in groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad and parameter.grad is not None:
-                return cast(Tensor, parameter.grad)
-    return None
+    return next(_gradients(groups), None)

@@ -218,17 +218,19 @@ def look_back(
     Returns:
         The loss along the step, from where it began; ``arrival`` is the loss where it has led.
     """
+
+    def half_way() -> Loss:
+        kept.visit_middle()
+        return call()
+
     end = call() if end is None else end
     kept.visit()
     start = call()
     is_known = gradient_of is not None and rise is not None
     summed = sum((torch.as_tensor(each).detach().double() for each in gradient_of or ()), torch.zeros(()).double())
-    middle: Loss | None = None
-    if is_alone and not is_known:  # before the reading, so that there is only one
-        kept.visit_middle()
-        middle = call()
+    middle = half_way() if is_alone and not is_known else None  # before the reading, so that there is only one
     # One reading decides for all ranks: what is known of the gradients must be known on each.
-    known, loss, arrival, far_slope, differentiated, error, half_way = read(
+    known, loss, arrival, far_slope, differentiated, error, between = read(
         [
             float(is_known),
             start,
@@ -246,9 +248,8 @@ def look_back(
         parabola = parabola_from_end(kept.lr, loss, arrival, far_slope, rounding=error)
     else:
         if middle is None:
-            kept.visit_middle()
-            [half_way] = read([call()])
-        learning_rates, losses = (0.0, 0.5 * kept.lr, kept.lr), (loss, half_way, arrival)
+            [between] = read([half_way()])
+        learning_rates, losses = (0.0, 0.5 * kept.lr, kept.lr), (loss, between, arrival)
         parabola = fit_parabola(learning_rates, losses, rounding=error)
         return Measurement(learning_rates, losses, start, loss, parabola, arrival)
     return Measurement((0.0, kept.lr), (loss, arrival), start, loss, parabola, arrival)

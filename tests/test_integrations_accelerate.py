@@ -17,7 +17,7 @@ from gen_optim import GeNOptimizer, History, ProbeStatus
 from gen_optim.distributed import whole
 from gen_optim.integrations.accelerate import micro_batches
 from tests import documentation
-from tests.training import accumulating, mlp, parameters_of, regression_data, same
+from tests.training import accumulating, assert_ranks_train_as_one, mlp, parameters_of, regression_data, same
 from tests.workers import Pool
 
 pytest.importorskip("accelerate", reason="needs the extra accelerate")
@@ -181,15 +181,9 @@ def go_on_in_processes(kind: str, folder: str) -> dict[str, Any]:
 def test_two_processes_train_as_one_on_the_joined_batch(
     pool: Pool, kind: str, type_of_parameters: type, tmp_path: Path
 ) -> None:
-    one, other = pool.run(go_on_in_processes, kind, str(tmp_path))
+    ranks = pool.run(go_on_in_processes, kind, str(tmp_path))
     alone = Job(Accelerator(cpu=True, gradient_accumulation_steps=2), steps=10, dropout=0.0, batch=16).train()
-    assert one == other
-    assert one["types"] == {type_of_parameters}
-    assert one["resumed"] == one["trained"]
-    assert [status for status, _ in one["records"]] == [record.status for record in alone.history]
-    expected = [record.lr_after for record in alone.history]
-    assert [lr for _, lr in one["records"]] == pytest.approx(expected, rel=1e-3)
-    torch.testing.assert_close([torch.tensor(each) for each in one["trained"]], parameters_of(alone.model))
+    assert_ranks_train_as_one(ranks, alone.history, alone.model, type_of_parameters)
 
 
 def test_a_step_without_a_loss_says_what_to_do() -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from gen_optim import GeNOptimizer, History, ProbeStatus
 from gen_optim.distributed import whole
 from tests import documentation
-from tests.training import accumulating, mlp, parameters_of, regression_data, same
+from tests.training import accumulating, assert_ranks_train_as_one, mlp, parameters_of, regression_data, same
 from tests.workers import Pool
 
 pytest.importorskip("lightning", reason="needs the extra lightning")
@@ -359,18 +359,12 @@ def go_on_in_processes(kind: str, folder: str) -> dict[str, Any]:
 def test_two_processes_train_as_one_on_the_joined_batch(
     pool: Pool, kind: str, type_of_parameters: type, tmp_path: Path
 ) -> None:
-    one, other = pool.run(go_on_in_processes, kind, str(tmp_path))
+    ranks = pool.run(go_on_in_processes, kind, str(tmp_path))
     alone = Sharded()
     loader = DataLoader(batches(2, steps=12).dataset, batch_size=16)
     fit(alone, tmp_path, loader=loader, max_epochs=2, accumulate_grad_batches=2)
-    assert one == other
-    assert one["types"] == {type_of_parameters}
-    assert one["resumed"] == one["trained"]
-    assert [status for status, _ in one["records"]] == [record.status for record in alone.history]
-    expected = [record.lr_after for record in alone.history]
-    assert [lr for _, lr in one["records"]] == pytest.approx(expected, rel=1e-3)
-    assert one["counts"] == (alone.hooks, alone.average.update_count, 12)
-    torch.testing.assert_close([torch.tensor(each) for each in one["trained"]], parameters_of(alone.model))
+    assert_ranks_train_as_one(ranks, alone.history, alone.model, type_of_parameters)
+    assert ranks[0]["counts"] == (alone.hooks, alone.average.update_count, 12)
 
 
 def test_a_module_without_a_gen_optimizer_is_refused(tmp_path: Path) -> None:

@@ -106,6 +106,19 @@ def test_slope_is_an_unbiased_estimate_of_the_losss_own() -> None:
 # --- what makes the middle necessary ---------------------------------------------------------------------------------
 
 
+def calls_and_losses(closure: Any) -> list[tuple[int, int]]:
+    """Of four steps with a closure: how often the loss was evaluated, and at how many points; the parabola is its."""
+    case = Quadratic(0, noise=1.0)
+    case.step()
+    seen = []
+    for _ in range(4):
+        case.calls = 0
+        slope, curvature = case.step(functools.partial(closure, case))
+        seen.append((case.calls, len(case.history[-1].losses)))
+        assert (case.history[-1].slope, case.history[-1].curvature) == pytest.approx((slope, curvature), rel=1e-8)
+    return seen
+
+
 def clipped(case: Quadratic, batch: Tensor) -> Tensor:
     loss = case.closure(batch)
     if not case.optimizer.is_probing:
@@ -175,13 +188,7 @@ def accumulated_beyond_a_step(case: Quadratic, batch: Tensor) -> Tensor:
     ],
 )
 def test_gradients_of_something_else_cost_a_second_call_and_the_parabola_is_the_losss(closure: Any) -> None:
-    case = Quadratic(0, noise=1.0)
-    case.step()
-    for _ in range(4):
-        case.calls = 0
-        slope, curvature = case.step(functools.partial(closure, case))
-        assert (case.calls, len(case.history[-1].losses)) == (3, 3)
-        assert (case.history[-1].slope, case.history[-1].curvature) == pytest.approx((slope, curvature), rel=1e-8)
+    assert calls_and_losses(closure) == [(3, 3)] * 4
 
 
 def returned_alone(case: Quadratic, batch: Tensor) -> Tensor:
@@ -244,14 +251,8 @@ def differentiated_inside(case: Quadratic, batch: Tensor) -> Tensor:
     ],
 )
 def test_gradients_of_the_loss_cost_one_call_in_whatever_way_they_come(closure: Any) -> None:
-    case = Quadratic(0, noise=1.0)
-    case.step()
-    for step in range(4):
-        case.calls = 0
-        slope, curvature = case.step(functools.partial(closure, case))
-        retried = closure is differentiated_inside and step == 0  # once without gradients, in vain
-        assert (case.calls - retried, len(case.history[-1].losses)) == (2, 2)
-        assert (case.history[-1].slope, case.history[-1].curvature) == pytest.approx((slope, curvature), rel=1e-8)
+    retried = closure is differentiated_inside  # once without gradients, in vain
+    assert calls_and_losses(closure) == [(2 + retried, 2)] + [(2, 2)] * 3
 
 
 @pytest.mark.parametrize("with_closure", [False, True])

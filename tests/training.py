@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from gen_optim import GeNOptimizer
+from gen_optim import GeNOptimizer, ProbeRecord
 
 
 def regression_data(size: int = 16, features: int = 4, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -118,3 +119,25 @@ def accumulating(
         return sum((loss.detach() for loss in losses), torch.zeros(())) / share
 
     return closure
+
+
+def assert_ranks_train_as_one(
+    ranks: Sequence[dict[str, Any]], history: Sequence[ProbeRecord], model: nn.Module, type_of_parameters: type
+) -> None:
+    """Two ranks, each of which tells what it has seen, agree, resume exactly, and equal one process.
+
+    Args:
+        ranks: Of each, the types of its parameters, its probe steps' statuses and learning rates, and the parameters
+            that it has trained, in one go and resumed half way.
+        history: The probe steps of one process on the joined batch.
+        model: What that has trained.
+        type_of_parameters: What those of the ranks must be.
+    """
+    one, other = ranks
+    assert one == other
+    assert one["types"] == {type_of_parameters}
+    assert one["resumed"] == one["trained"]
+    assert [status for status, _ in one["records"]] == [record.status for record in history]
+    expected = [record.lr_after for record in history]
+    assert [lr for _, lr in one["records"]] == pytest.approx(expected, rel=1e-3)
+    torch.testing.assert_close([torch.tensor(each) for each in one["trained"]], parameters_of(model))
