@@ -44,6 +44,9 @@ class ProbeStatus(Enum):
             tries again.
         FITTED: The parabola has a lowest point, and the learning rate moved towards it.
         CONCAVE: The loss descends and curves downwards, or not measurably: the optimum lies further out; grown.
+        GROWING: Without noise, the optimum lies far out: grown, and probed again at the next step.
+        UNSTABLE: The averages call for more, but the last step was too long by its own parabola: lowered, and probed
+            again at the next step.
         NO_MINIMUM: The parabola has no lowest point ahead. The default rule lowers the learning rate, the published one
             keeps it.
         BELOW_NOISE: The differences between the losses are rounding; the learning rate is kept.
@@ -59,6 +62,8 @@ class ProbeStatus(Enum):
     START_FAILED = "start_failed"
     FITTED = "fitted"
     CONCAVE = "concave"
+    GROWING = "growing"
+    UNSTABLE = "unstable"
     NO_MINIMUM = "no_minimum"
     BELOW_NOISE = "below_noise"
     NON_FINITE_LOSS = "non_finite_loss"

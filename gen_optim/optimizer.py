@@ -41,7 +41,7 @@ class GeNOptimizer(RememberingOptimizer):
     whose lowest point, slope / curvature, is where the learning rate is led (Bu and Xu, "Gradient descent with
     generalized Newton's method", ICLR 2025, arXiv:2407.02772).
 
-    A probe step, one in ``period``, looks back at the step before:
+    A probe step, one in ``period`` for the most part, looks back at the step before:
 
     1. The closure is called once, with gradients. It evaluates the loss where the last step has led, on a new batch,
        and its gradients times that step are the slope there.
@@ -80,7 +80,7 @@ class GeNOptimizer(RememberingOptimizer):
             back, or a ``probe`` on one (see ``gen_optim.relaxing``). ``"published"``: as published,
             with ``mode="approximate"``. ``"cdat"``: that of arXiv:2407.06183, to compare with. Options below that
             belong to one rule alone say so.
-        period: A probe step every ``period`` steps.
+        period: A probe step every ``period`` steps; with ``"relaxed"`` at every step where it asks for that.
         smoothing: Weight of what was averaged before, in [0, 1).
         max_change: Factor by which the learning rate is cut where steps go astray; with ``rule="published"``, by which
             an optimum may count above or below the present learning rate.

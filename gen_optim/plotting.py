@@ -27,6 +27,8 @@ _MARKS: dict[ProbeStatus, tuple[str, str]] = {
     ProbeStatus.STARTED: ("*", "start found"),
     ProbeStatus.START_FAILED: ("X", "no start found"),
     ProbeStatus.CONCAVE: ("^", "concave: grown"),
+    ProbeStatus.GROWING: ("1", "far out: grown"),
+    ProbeStatus.UNSTABLE: ("2", "unstable: lowered"),
     ProbeStatus.NO_MINIMUM: ("_", "no minimum"),
     ProbeStatus.BELOW_NOISE: ("|", "below noise: kept"),
     ProbeStatus.NON_FINITE_LOSS: ("x", "loss not finite"),

@@ -34,6 +34,15 @@ does either half of the time: without a horizon it anneals like a power of the n
 _NEAR = 0.5
 """From which fraction of the learning rate at which it was unstable growth is careful."""
 
+_CERTAIN, _FAR = 0.9, 4.0
+"""Above this agreement, and this many times below what is called for, growth is limited by nothing but how soon
+instability would show: it is careful, but at every step."""
+
+_CREDIBLE, _CONTRADICTED = 0.5, 1.3
+"""Above this agreement a single parabola counts against the averages when they call for this many times the learning
+rate, and it for less than that: what makes a step unstable grows by a power from step to step, and is in the averages
+too late."""
+
 _ASTRAY = 8.0
 """A step has gone astray when the loss rises by this many times what it usually changes."""
 
@@ -49,6 +58,9 @@ _MOST = 2.0
 _RISEN = 0.5
 """Growth ends where the mean loss is above its lowest by this many mean absolute deviations of the losses (a mean of
 them varies by about a third of one), and the learning rate falls from twice that on."""
+
+_STATUSES = {0.0: ProbeStatus.NO_MINIMUM, math.inf: ProbeStatus.CONCAVE}
+"""What it is called when the averages call for this."""
 
 _ROUNDING = 2.0**-20
 """A loss may rise by this fraction because it is rounded in single precision; that is no explosion."""
@@ -77,8 +89,12 @@ class RelaxedRule(PublishedRule):
       the horizon anneals the noise, and what the estimate says about that is not followed. Without noise there is
       nothing to anneal, and the target is followed from both sides. While the mean loss is lower than ever, the
       learning rate does not fall under a scheduler;
+    - where the parabolas agree without noise and call for far more, it grows by 2 % and is probed at every step; and
+      where the averages call for more but the last step was too long by its own parabola, the learning rate falls and
+      is probed again at the next step: a direction has become unstable that the averages do not know yet;
     - a step that led to a loss far above the one where it began, on the same batch, is taken back, and the learning
-      rate cut by ``max_change``; a loss that exploded cuts it too. From half of where that happened it grows by 2 %.
+      rate cut by ``max_change``; a loss that exploded cuts it too;
+    - from half of where it was unstable the learning rate grows by 2 % a probe step.
 
     Attributes:
         relaxation: κ, in [1, 2).
@@ -123,6 +139,8 @@ class RelaxedRule(PublishedRule):
             ProbeStatus.EXPLODED,
             ProbeStatus.NON_FINITE_PROBE,
             ProbeStatus.TAKEN_BACK,
+            ProbeStatus.GROWING,
+            ProbeStatus.UNSTABLE,
         )
         return 1 if is_urgent or probes < self.burn_in else self.period
 
@@ -139,8 +157,9 @@ class RelaxedRule(PublishedRule):
         if abs(parabola.slope) <= parabola.slope_noise and abs(parabola.curvature) <= parabola.curvature_noise:
             return self._below_noise(state, loss, parabola, factor, is_taken=arrival is not None)
         state = self._average(state, parabola, state.lr * factor, 0.0 if arrival is None else abs(arrival - loss))
-        lr, status = self._relaxed(state, factor)
-        return Decision(self._probed(replace(state, factor=factor), lr, loss, status), status)
+        lr, status = self._relaxed(state, parabola, factor)
+        lr_unstable = state.lr if status is ProbeStatus.UNSTABLE else state.lr_unstable
+        return Decision(self._probed(replace(state, factor=factor, lr_unstable=lr_unstable), lr, loss, status), status)
 
     def _below_noise(
         self, state: ControlState, loss: float, parabola: Parabola, factor: float, *, is_taken: bool
@@ -183,28 +202,33 @@ class RelaxedRule(PublishedRule):
             lr_measured=lr,
         )
 
-    def _relaxed(self, state: ControlState, factor: float) -> tuple[float, ProbeStatus]:
-        """The learning rate that the averages call for, and why."""
+    def _relaxed(self, state: ControlState, parabola: Parabola, factor: float) -> tuple[float, ProbeStatus]:
+        """The learning rate that the averages and the last parabola in them call for, and why."""
         if factor == 0.0:  # no step, and nothing to compare with
             return state.lr, ProbeStatus.FITTED
         agreement = self.agreement(state)
-        status = ProbeStatus.FITTED
-        if state.slope_mean <= 0:
-            target, status = 0.0, ProbeStatus.NO_MINIMUM
-        elif state.curvature_mean <= 0:
-            target, status = math.inf, ProbeStatus.CONCAVE
-        else:
-            target = self.relaxation * state.slope_mean / state.curvature_mean
-        growth = (_CHANGE if state.probes < self.burn_in else _LATER_GROWTH) ** (0.5 + 0.5 * agreement)
-        if state.lr_unstable and state.lr * growth > _NEAR * state.lr_unstable:
-            growth = min(growth, _CAREFUL_GROWTH)
-        if self._is_settled(state):
-            risen = state.loss_mean - state.loss_lowest
-            if risen > _RISEN * state.loss_deviation:
-                growth = 1.0
-            if risen > 2.0 * _RISEN * state.loss_deviation:
-                target = 0.0
         low, high = state.lr * factor, state.lr * factor**agreement
+        target = self._target(state.slope_mean, state.curvature_mean)
+        status = _STATUSES.get(target, ProbeStatus.FITTED)
+        is_burning_in = state.probes < self.burn_in
+        # What the agreement of a handful says is chance.
+        knows = not is_burning_in and state.parabola_count >= self._usual_count
+        is_near_unstable = 0.0 < _NEAR * state.lr_unstable < state.lr
+        if knows and agreement > _CREDIBLE:
+            own = self._target(parabola.slope, parabola.curvature)
+            if 0.0 < own < low and target > (1.0 if is_near_unstable else _CONTRADICTED) * high:
+                return state.lr * max(self._fall(state, agreement), own / low), ProbeStatus.UNSTABLE
+
+        risen = state.loss_mean - state.loss_lowest if self._is_settled(state) else 0.0
+        growth = (_CHANGE if is_burning_in else _LATER_GROWTH) ** (0.5 + 0.5 * agreement)
+        if risen > _RISEN * state.loss_deviation:
+            growth = 1.0
+        elif is_near_unstable:
+            growth = min(growth, _CAREFUL_GROWTH)
+        elif knows and agreement > _CERTAIN and target > _FAR * high:
+            growth, status = _CAREFUL_GROWTH, ProbeStatus.GROWING
+        if risen > 2.0 * _RISEN * state.loss_deviation:
+            target = 0.0
         if target > high:
             # What the scheduler has taken off since is not growth: without noise it is the step that grows so much.
             growth *= max(1.0, state.factor / factor) ** agreement
@@ -214,6 +238,12 @@ class RelaxedRule(PublishedRule):
         if target < low and not waits:
             return state.lr * max(self._fall(state, agreement), target / low), status
         return state.lr, status
+
+    def _target(self, slope: float, curvature: float) -> float:
+        """What a slope and a curvature call for: κ times the lowest point, 0 uphill, infinity on concave descent."""
+        if slope <= 0.0:
+            return 0.0
+        return self.relaxation * slope / curvature if curvature > 0.0 else math.inf
 
     def _fall(self, state: ControlState, agreement: float) -> float:
         """The factor by which the learning rate falls at most.
@@ -253,7 +283,12 @@ class RelaxedRule(PublishedRule):
 
     def _is_settled(self, state: ControlState) -> bool:
         """Whether the averages of losses are of enough of them."""
-        return state.loss_count >= 1.0 / (1.0 - self.smoothing)
+        return state.loss_count >= self._usual_count
+
+    @property
+    def _usual_count(self) -> float:
+        """How many values an average is of, about."""
+        return 1.0 / (1.0 - self.smoothing)
 
     def _has_exploded(self, state: ControlState, loss: float) -> bool:
         # A shift or a scaling of the loss changes nothing here.

@@ -133,7 +133,7 @@ def test_growth_on_concave_descent_never_stalls_and_ends_at_lr_max() -> None:
     rule = RelaxedRule(lr_max=0.25)
     seen: list[tuple[float, Found]] = [(1.0, CONCAVE)] * 1000
     learning_rates = [each.state.lr for each in decide_all(rule, replace(STARTED_LONG_AGO, lr=1e-6), seen)]
-    slowest = math.sqrt(relaxing._LATER_GROWTH)  # in pure noise
+    slowest = relaxing._CAREFUL_GROWTH  # without noise, at every step
     assert len([each for each in learning_rates if each < 0.25]) <= 2 + math.log(0.25e6) / math.log(slowest)
     assert learning_rates[-1] == 0.25
 
@@ -204,7 +204,7 @@ def test_learning_rate_stays_within_its_limits() -> None:
 def test_without_noise_it_converges_to_kappa_times_the_optimum_from_both_sides(lr: float, relaxation: float) -> None:
     rule = RelaxedRule(relaxation=relaxation)
     # The same parabola at every probe step: slopes agree.
-    state = decide_all(rule, replace(STARTED_LONG_AGO, lr=lr), [(1.0, Parabola(1.0, 1.0, 3.0))] * 400)[-1].state
+    state = decide_all(rule, replace(STARTED_LONG_AGO, lr=lr), [(1.0, Parabola(1.0, 1.0, 3.0))] * 1000)[-1].state
     assert rule.agreement(state) == pytest.approx(1.0)
     assert state.lr == pytest.approx(relaxation / 3.0, rel=1e-3)
 
@@ -380,11 +380,11 @@ def test_in_noise_a_target_between_the_step_taken_and_alpha_keeps_the_learning_r
     kappa = rule.relaxation
     for target in (factor * 1.01, math.sqrt(factor), 0.99):
         state = in_noise(target / kappa, 1.0)
-        assert rule._relaxed(state, factor)[0] == 1.0
+        assert rule._relaxed(state, CONVEX, factor)[0] == 1.0
         if target < 0.9:
-            assert rule._relaxed(state, 1.0)[0] < 1.0  # without a scheduler it would fall
-    assert rule._relaxed(in_noise(0.9 * factor / kappa, 1.0), factor)[0] < 1.0
-    assert rule._relaxed(in_noise(1.1 / kappa, 1.0), factor)[0] > 1.0
+            assert rule._relaxed(state, CONVEX, 1.0)[0] < 1.0  # without a scheduler it would fall
+    assert rule._relaxed(in_noise(0.9 * factor / kappa, 1.0), CONVEX, factor)[0] < 1.0
+    assert rule._relaxed(in_noise(1.1 / kappa, 1.0), CONVEX, factor)[0] > 1.0
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.1, 1e-3])
@@ -411,11 +411,11 @@ def test_under_a_scheduler_the_learning_rate_does_not_fall_while_the_loss_gets_l
 @pytest.mark.parametrize("factor", [0.5, 0.1])
 def test_what_a_scheduler_takes_off_is_made_up_for_at_once_without_noise_but_not_in_noise(factor: float) -> None:
     rule = RelaxedRule()
-    agreeing = decide_all(rule, STARTED_LONG_AGO, [(1.0, Parabola(1.0, 1.0, 3.0))] * 400)[-1].state
+    agreeing = decide_all(rule, STARTED_LONG_AGO, [(1.0, Parabola(1.0, 1.0, 3.0))] * 1000)[-1].state
     decision = rule.decide(agreeing, 1.0, Parabola(1.0, 1.0, 3.0), factor=factor)
     assert 0.6 * agreeing.lr < decision.state.lr * factor <= agreeing.lr * (1.0 + 1e-9)
     assert decision.state.factor == factor
-    assert rule._relaxed(in_noise(1e3, 1.0), factor)[0] == rule._relaxed(in_noise(1e3, 1.0), 1.0)[0]
+    assert rule._relaxed(in_noise(1e3, 1.0), CONVEX, factor)[0] == rule._relaxed(in_noise(1e3, 1.0), CONVEX, 1.0)[0]
 
 
 def test_a_factor_of_zero_asks_for_nothing() -> None:
@@ -492,16 +492,92 @@ def test_after_a_cut_the_averages_do_not_call_for_the_old_learning_rate(status: 
     assert rule.relaxation * after.slope_mean / after.curvature_mean <= after.lr * (1 + 1e-12)
 
 
+def agreeing(target: float, agreement: float = 1.0, **changes: float) -> ControlState:
+    """A state at α = 1 whose averages call for ``target``, about as sure as ``agreement`` says."""
+    state = replace(
+        STARTED_LONG_AGO,
+        slope_mean=target / RelaxedRule().relaxation,
+        curvature_mean=1.0,
+        change_mean=1.0,
+        agreement_mean=math.sqrt(agreement),
+        agreement_square=1.0,
+        parabola_count=1000,
+        parabola_weight=10.0,
+        lr_measured=1.0,
+    )
+    return replace(state, **changes)
+
+
+LONG = Parabola(value=1.0, slope=1.0, curvature=2.0)  # lowest at a half of α
+
+
+@pytest.mark.parametrize(
+    ("state", "burn_in"),
+    [
+        (agreeing(3.9), 50),  # not so far
+        (agreeing(100.0, agreement=0.8), 50),
+        (agreeing(100.0, lr_unstable=1.9), 50),
+        (agreeing(100.0, loss_mean=1.06, loss_lowest=1.0, loss_deviation=0.1, loss_count=100), 50),  # it rises
+        (agreeing(100.0), 1000),  # probed at every step already, and grows faster
+    ],
+)
+def test_what_is_far_out_without_noise_is_approached_with_a_probe_at_every_step(
+    state: ControlState, burn_in: int
+) -> None:
+    rule = RelaxedRule(burn_in=burn_in)
+    lr, status = RelaxedRule()._relaxed(agreeing(4.1), CONVEX, 1.0)
+    assert (lr, status) == (relaxing._CAREFUL_GROWTH, ProbeStatus.GROWING)
+    assert rule.steps_to_next_probe(1000, ProbeStatus.GROWING) == 1
+    assert rule._relaxed(state, CONVEX, 1.0)[1] is ProbeStatus.FITTED
+
+
+def test_a_parabola_that_contradicts_the_averages_lowers_the_learning_rate_and_asks_for_another() -> None:
+    rule = RelaxedRule()
+    decision = rule.decide(agreeing(100.0), 1.0, LONG)
+    assert decision.status is ProbeStatus.UNSTABLE
+    assert 0.9 < decision.state.lr < 0.95
+    assert decision.state.lr_unstable == 1.0
+    assert rule.is_probe_due(decision.state)
+
+
+@pytest.mark.parametrize(
+    ("state", "parabola"),
+    [
+        (agreeing(100.0, agreement=0.4), LONG),  # one parabola tells nothing in noise
+        (agreeing(1.2), LONG),  # the averages do not call for much more
+        (agreeing(100.0), Parabola(1.0, slope=1.2, curvature=2.0)),  # κ times its lowest point lies ahead
+        (agreeing(100.0), Parabola(1.0, slope=-1.0, curvature=2.0)),  # momentum carries uphill
+        (agreeing(100.0, probes=0), LONG),  # in the burn-in
+    ],
+)
+def test_other_parabolas_do_not_contradict_the_averages(state: ControlState, parabola: Parabola) -> None:
+    lr, status = RelaxedRule()._relaxed(state, parabola, 1.0)
+    assert status is not ProbeStatus.UNSTABLE
+    assert lr > 1.0
+
+
+def test_near_where_it_was_unstable_any_contradiction_counts() -> None:
+    lr, status = RelaxedRule()._relaxed(agreeing(1.2, lr_unstable=1.9), LONG, 1.0)
+    assert status is ProbeStatus.UNSTABLE
+    assert lr == pytest.approx(1.0 / relaxing._CHANGE)
+
+
+def test_what_is_unstable_is_lowered_under_a_scheduler_too_though_the_loss_gets_lower_than_ever() -> None:
+    state = agreeing(100.0, loss_mean=1.0, loss_lowest=1.0, loss_deviation=0.1, loss_count=100)
+    lr, status = RelaxedRule()._relaxed(state, Parabola(1.0, slope=0.5, curvature=2.0), 0.5)
+    assert status is ProbeStatus.UNSTABLE
+    assert lr < 1.0
+
+
 def test_near_where_it_was_unstable_the_learning_rate_grows_carefully() -> None:
     rule = RelaxedRule()
-    agreeing = replace(STARTED_LONG_AGO, agreement_mean=1.0, agreement_square=1.0, parabola_count=1000)
-    steep = replace(agreeing, slope_mean=100.0, curvature_mean=1.0, change_mean=1.0)
-    free, _ = rule._relaxed(steep, 1.0)
-    near, _ = rule._relaxed(replace(steep, lr_unstable=1.5), 1.0)
-    far, _ = rule._relaxed(replace(steep, lr_unstable=100.0), 1.0)
+    steep = agreeing(3.0)
+    free, _ = rule._relaxed(steep, CONVEX, 1.0)
+    near, _ = rule._relaxed(replace(steep, lr_unstable=1.5), CONVEX, 1.0)
+    far, _ = rule._relaxed(replace(steep, lr_unstable=100.0), CONVEX, 1.0)
     assert near == pytest.approx(relaxing._CAREFUL_GROWTH)
     assert free == far > near
-    down, _ = rule._relaxed(replace(steep, slope_mean=0.1, lr_unstable=1.5), 1.0)
+    down, _ = rule._relaxed(replace(steep, slope_mean=0.1, lr_unstable=1.5), CONVEX, 1.0)
     assert down == pytest.approx(1.0 / relaxing._CHANGE)  # falling is free
 
 
@@ -582,7 +658,7 @@ def test_growth_ends_where_the_mean_loss_rises_and_further_up_the_learning_rate_
     rule = RelaxedRule()
     state = replace(settled(rule, loss=1.0, deviation=0.1), loss_start=10.0, slope_mean=100.0, curvature_mean=1.0)
     growing, held, falling = (
-        rule._relaxed(replace(state, loss_mean=1.0 + risen * 0.1), 1.0)[0]
+        rule._relaxed(replace(state, loss_mean=1.0 + risen * 0.1), CONVEX, 1.0)[0]
         for risen in (0.9 * relaxing._RISEN, 1.1 * relaxing._RISEN, 2.1 * relaxing._RISEN)
     )
     assert growing > held == 1.0 > falling

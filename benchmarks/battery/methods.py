@@ -21,7 +21,7 @@ from gen_optim import GeNOptimizer
 
 Closure = Callable[[], Tensor]
 
-RULE_VERSION = 3
+RULE_VERSION = 4
 """Part of the key of every run of ours. Raise it when gen_optim decides otherwise; the runs are then repeated."""
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 0.01
