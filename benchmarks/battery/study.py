@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from benchmarks.battery.config import GIVEN, SCHEDULES, SEEDS, SWEEP, SWEEP_SEED, Cell, Config
-from benchmarks.battery.methods import METHODS, OURS, RULE_VERSION, code_fingerprint
+from benchmarks.battery.methods import METHODS, OURS, code_fingerprint
 from benchmarks.battery.peers import PEERS
 from benchmarks.battery.record import Results
 from benchmarks.battery.scoring import best_of_sweep, best_overall
@@ -80,7 +80,7 @@ def sweep(cell: Cell, *, coarse: bool = False) -> tuple[Config, ...]:
 @cache
 def ours(cell: Cell, method: str, seeds: tuple[int, ...], given: tuple[float, ...]) -> tuple[Config, ...]:
     """Runs of our own rules."""
-    options = {"rule_version": RULE_VERSION}
+    options = {"rule_version": OURS[method]}
     return tuple(
         cell.config(method, schedule, lr, seed, options) for schedule in SCHEDULES for lr in given for seed in seeds
     )
@@ -138,7 +138,7 @@ def tuning(cells: Sequence[Cell], options: Mapping[str, Any]) -> list[Config]:
 def trial(cells: Sequence[Cell]) -> list[Config]:
     """A few short runs of every workload, to see that all works."""
     middle = {base: rates[len(rates) // 2] for base, rates in SWEEP.items()}
-    options = {"rule_version": RULE_VERSION}
+    options = {"rule_version": OURS["gen"]}
     return [
         config
         for cell in cells
