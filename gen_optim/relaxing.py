@@ -171,8 +171,8 @@ class RelaxedRule(PublishedRule):
         far_slope = parabola.curvature * state.lr * factor - parabola.slope
         if not (is_taken and far_slope < 0.0):
             return Decision(self._probed(state, state.lr, loss, ProbeStatus.BELOW_NOISE), ProbeStatus.BELOW_NOISE)
-        growth = _CHANGE if state.probes < self.burn_in else _LATER_GROWTH
-        return Decision(self._probed(state, state.lr * growth, loss, ProbeStatus.CONCAVE), ProbeStatus.CONCAVE)
+        lr = state.lr * self._growth(state)
+        return Decision(self._probed(state, lr, loss, ProbeStatus.CONCAVE), ProbeStatus.CONCAVE)
 
     def _average(self, state: ControlState, parabola: Parabola, lr: float, rise: float) -> ControlState:
         """The state with a parabola in its averages, and what the loss has changed along the step at ``lr``."""
@@ -210,17 +210,16 @@ class RelaxedRule(PublishedRule):
         low, high = state.lr * factor, state.lr * factor**agreement
         target = self._target(state.slope_mean, state.curvature_mean)
         status = _STATUSES.get(target, ProbeStatus.FITTED)
-        is_burning_in = state.probes < self.burn_in
         # What the agreement of a handful says is chance.
-        knows = not is_burning_in and state.parabola_count >= self._usual_count
+        knows = not self._is_burning_in(state) and state.parabola_count >= self._usual_count
         is_near_unstable = 0.0 < _NEAR * state.lr_unstable < state.lr
-        if knows and agreement > _CREDIBLE:
-            own = self._target(parabola.slope, parabola.curvature)
-            if 0.0 < own < low and target > (1.0 if is_near_unstable else _CONTRADICTED) * high:
-                return state.lr * max(self._fall(state, agreement), own / low), ProbeStatus.UNSTABLE
+        own = self._target(parabola.slope, parabola.curvature)
+        contradicted = (1.0 if is_near_unstable else _CONTRADICTED) * high
+        if knows and agreement > _CREDIBLE and 0.0 < own < low and target > contradicted:
+            return state.lr * max(self._fall(state, agreement), own / low), ProbeStatus.UNSTABLE
 
         risen = state.loss_mean - state.loss_lowest if self._is_settled(state) else 0.0
-        growth = (_CHANGE if is_burning_in else _LATER_GROWTH) ** (0.5 + 0.5 * agreement)
+        growth = self._growth(state) ** (0.5 + 0.5 * agreement)
         if risen > _RISEN * state.loss_deviation:
             growth = 1.0
         elif is_near_unstable:
@@ -244,6 +243,13 @@ class RelaxedRule(PublishedRule):
         if slope <= 0.0:
             return 0.0
         return self.relaxation * slope / curvature if curvature > 0.0 else math.inf
+
+    def _is_burning_in(self, state: ControlState) -> bool:
+        return state.probes < self.burn_in
+
+    def _growth(self, state: ControlState) -> float:
+        """The factor by which the learning rate grows at most, where nothing speaks against it."""
+        return _CHANGE if self._is_burning_in(state) else _LATER_GROWTH
 
     def _fall(self, state: ControlState, agreement: float) -> float:
         """The factor by which the learning rate falls at most.
