@@ -324,7 +324,7 @@ class PublishedRule:
         weight = max(1.0 - self.smoothing, 1.0 / (state.loss_count + 1))
         surprise = loss - state.loss_mean if state.loss_count else 0.0
         mean = loss if not state.loss_count else state.loss_mean + weight * surprise
-        late = state.step + 1 - state.step_mean
+        distance = state.step + 1 - state.step_mean
         lowest = state.loss_lowest + _FORGETTING * max(mean - state.loss_lowest, 0.0)
         return replace(
             state,
@@ -336,7 +336,7 @@ class PublishedRule:
             loss_deviation=state.loss_deviation + weight * (abs(surprise) - state.loss_deviation),
             loss_count=state.loss_count + 1,
             loss_lowest=min(lowest, mean) if state.loss_count else mean,
-            step_mean=state.step_mean + weight * late,
-            step_square=(1.0 - weight) * (state.step_square + weight * late**2),
-            step_loss=(1.0 - weight) * (state.step_loss + weight * late * surprise),
+            step_mean=state.step_mean + weight * distance,
+            step_square=(1.0 - weight) * (state.step_square + weight * distance**2),
+            step_loss=(1.0 - weight) * (state.step_loss + weight * distance * surprise),
         )
