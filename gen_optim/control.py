@@ -46,7 +46,7 @@ class ProbeStatus(Enum):
         CONCAVE: The loss descends and curves downwards, or not measurably: the optimum lies further out; grown.
         GROWING: Without noise, the optimum lies far out: grown, and probed again at the next step.
         UNSTABLE: The averages call for more, but the last step was too long by its own parabola: lowered, and probed
-            again at the next step.
+            at every step of a period.
         NO_MINIMUM: The parabola has no lowest point ahead. The default rule lowers the learning rate, the published one
             keeps it.
         BELOW_NOISE: The differences between the losses are rounding; the learning rate is kept.
@@ -102,6 +102,7 @@ class ControlState:
         lr_measured: The learning rate of the step along which the last of them was measured.
         factor: The scheduler's factor at the last of them.
         lr_unstable: The learning rate at which training was last seen to be unstable; 0 if it never was.
+        step_unstable: The step at which a parabola last showed that; -1 if none did.
     """
 
     lr: float
@@ -128,6 +129,7 @@ class ControlState:
     lr_measured: float = 0.0
     factor: float = 1.0
     lr_unstable: float = 0.0
+    step_unstable: int = -1
 
     @staticmethod
     def is_in(group: Mapping[str, Any]) -> bool:

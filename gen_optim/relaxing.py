@@ -95,8 +95,9 @@ class RelaxedRule(PublishedRule):
       nothing to anneal, and the target is followed from both sides. While the mean loss is lower than ever, the
       learning rate does not fall under a scheduler;
     - where the parabolas agree without noise and call for far more, it grows by 2 % and is probed at every step; and
-      where the averages call for more but the last step was too long by its own parabola, the learning rate falls and
-      is probed again at the next step: a direction has become unstable that the averages do not know yet;
+      where the averages call for more but the last step was too long by its own parabola, the learning rate falls, and
+      for a period it does not grow and is probed at every step: a direction has become unstable that the averages do
+      not know yet;
     - a step that led to a loss far above the one where it began, on the same batch, is taken back, and the learning
       rate cut by ``max_change``; a loss that exploded cuts it too;
     - from half of where it was unstable the learning rate grows by 2 % a probe step.
@@ -145,7 +146,6 @@ class RelaxedRule(PublishedRule):
             ProbeStatus.NON_FINITE_PROBE,
             ProbeStatus.TAKEN_BACK,
             ProbeStatus.GROWING,
-            ProbeStatus.UNSTABLE,
         )
         return 1 if is_urgent or probes < self.burn_in else self.period
 
@@ -163,8 +163,12 @@ class RelaxedRule(PublishedRule):
             return self._below_noise(state, loss, parabola, factor, is_taken=arrival is not None)
         state = self._average(state, parabola, state.lr * factor, 0.0 if arrival is None else abs(arrival - loss))
         lr, status = self._relaxed(state, parabola, factor)
-        lr_unstable = state.lr if status is ProbeStatus.UNSTABLE else state.lr_unstable
-        return Decision(self._probed(replace(state, factor=factor, lr_unstable=lr_unstable), lr, loss, status), status)
+        if status is ProbeStatus.UNSTABLE:
+            state = replace(state, lr_unstable=state.lr, step_unstable=state.step)
+        probed = self._probed(replace(state, factor=factor), lr, loss, status)
+        if self._is_watching(state):
+            probed = replace(probed, next_probe=probed.step + 1)
+        return Decision(probed, status)
 
     def _below_noise(
         self, state: ControlState, loss: float, parabola: Parabola, factor: float, *, is_taken: bool
@@ -225,7 +229,7 @@ class RelaxedRule(PublishedRule):
 
         risen = state.loss_mean - state.loss_lowest if self._is_settled(state) else 0.0
         growth = self._growth(state) ** (0.5 + 0.5 * agreement)
-        if risen > _RISEN * state.loss_deviation:
+        if risen > _RISEN * state.loss_deviation or self._is_watching(state):
             growth = 1.0
         elif is_near_unstable:
             growth = min(growth, _CAREFUL_GROWTH)
@@ -270,6 +274,10 @@ class RelaxedRule(PublishedRule):
         if slope <= 0.0:
             return 0.0
         return self.relaxation * slope / curvature if curvature > 0.0 else math.inf
+
+    def _is_watching(self, state: ControlState) -> bool:
+        """Whether a parabola has shown instability less than a period ago; with momentum, a better one is no proof."""
+        return state.step_unstable >= 0 and state.step - state.step_unstable < self.period
 
     def _is_burning_in(self, state: ControlState) -> bool:
         return state.probes < self.burn_in

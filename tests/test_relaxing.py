@@ -608,6 +608,20 @@ def test_other_parabolas_do_not_contradict_the_averages(state: ControlState, par
     assert lr > 1.0
 
 
+def test_for_a_period_after_a_contradiction_it_is_probed_at_every_step_and_does_not_grow() -> None:
+    rule = RelaxedRule()
+    state = rule.decide(agreeing(100.0), 1.0, LONG).state
+    lowered, far = state.lr, Parabola(1.0, slope=100.0, curvature=1.0)
+    for _ in range(rule.period - 1):
+        assert rule.is_probe_due(state)
+        state = rule.decide(state, 1.0, far).state
+        assert state.lr == lowered
+    state = rule.decide(state, 1.0, far).state
+    assert state.lr > lowered
+    falling = rule.decide(agreeing(100.0), 1.0, LONG).state
+    assert rule.decide(falling, 1.0, LONG).state.lr < falling.lr
+
+
 def test_near_where_it_was_unstable_any_contradiction_counts() -> None:
     lr, status = RelaxedRule()._relaxed(agreeing(1.2, lr_unstable=1.9), LONG, 1.0)
     assert status is ProbeStatus.UNSTABLE
