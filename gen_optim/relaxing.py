@@ -59,9 +59,6 @@ _RISEN = 0.5
 """Growth ends where the mean loss is above its lowest by this many mean absolute deviations of the losses (a mean of
 them varies by about a third of one), and the learning rate falls from twice that on."""
 
-_NORMAL = 1.25
-"""The standard deviation of normal noise over its mean absolute deviation."""
-
 _STATUSES = {0.0: ProbeStatus.NO_MINIMUM, math.inf: ProbeStatus.CONCAVE}
 """What it is called when the averages call for this."""
 
@@ -82,8 +79,6 @@ class RelaxedRule(PublishedRule):
       measured when losses were large would count for ever), and with less weight the more the learning rate has grown
       since (or what was measured when it was tiny would); the learning rate moves towards κ times their ratio by at
       most 10 % a probe step;
-    - where slopes are noise, so is their mean; but what all steps have achieved shows in the trend of the loss, and
-      what that says about the mean slope counts by how much better it is known;
     - how far to trust them is told by the parabolas themselves: the share of their agreement among all there is in
       their slopes, 1 without noise and 0 where slopes are nothing but noise. Growth is faster where they agree; in
       pure noise the learning rate falls further than it grows at first, which anneals it, and less far in the long
@@ -95,9 +90,8 @@ class RelaxedRule(PublishedRule):
       nothing to anneal, and the target is followed from both sides. While the mean loss is lower than ever, the
       learning rate does not fall under a scheduler;
     - where the parabolas agree without noise and call for far more, it grows by 2 % and is probed at every step; and
-      where the averages call for more but the last step was too long by its own parabola, the learning rate falls, and
-      for a period it does not grow and is probed at every step: a direction has become unstable that the averages do
-      not know yet;
+      where the averages call for more but the last step was too long by its own parabola, the learning rate falls and
+      is probed again at the next step: a direction has become unstable that the averages do not know yet;
     - a step that led to a loss far above the one where it began, on the same batch, is taken back, and the learning
       rate cut by ``max_change``; a loss that exploded cuts it too;
     - from half of where it was unstable the learning rate grows by 2 % a probe step.
@@ -146,6 +140,7 @@ class RelaxedRule(PublishedRule):
             ProbeStatus.NON_FINITE_PROBE,
             ProbeStatus.TAKEN_BACK,
             ProbeStatus.GROWING,
+            ProbeStatus.UNSTABLE,
         )
         return 1 if is_urgent or probes < self.burn_in else self.period
 
@@ -163,12 +158,8 @@ class RelaxedRule(PublishedRule):
             return self._below_noise(state, loss, parabola, factor, is_taken=arrival is not None)
         state = self._average(state, parabola, state.lr * factor, 0.0 if arrival is None else abs(arrival - loss))
         lr, status = self._relaxed(state, parabola, factor)
-        if status is ProbeStatus.UNSTABLE:
-            state = replace(state, lr_unstable=state.lr, step_unstable=state.step)
-        probed = self._probed(replace(state, factor=factor), lr, loss, status)
-        if self._is_watching(state):
-            probed = replace(probed, next_probe=probed.step + 1)
-        return Decision(probed, status)
+        lr_unstable = state.lr if status is ProbeStatus.UNSTABLE else state.lr_unstable
+        return Decision(self._probed(replace(state, factor=factor, lr_unstable=lr_unstable), lr, loss, status), status)
 
     def _below_noise(
         self, state: ControlState, loss: float, parabola: Parabola, factor: float, *, is_taken: bool
@@ -217,7 +208,7 @@ class RelaxedRule(PublishedRule):
             return state.lr, ProbeStatus.FITTED
         agreement = self.agreement(state)
         low, high = state.lr * factor, state.lr * factor**agreement
-        target = self._target(self._slope(state, low, agreement), state.curvature_mean)
+        target = self._target(state.slope_mean, state.curvature_mean)
         status = _STATUSES.get(target, ProbeStatus.FITTED)
         # What the agreement of a handful says is chance.
         knows = not self._is_burning_in(state) and state.parabola_count >= self._usual_count
@@ -229,7 +220,7 @@ class RelaxedRule(PublishedRule):
 
         risen = state.loss_mean - state.loss_lowest if self._is_settled(state) else 0.0
         growth = self._growth(state) ** (0.5 + 0.5 * agreement)
-        if risen > _RISEN * state.loss_deviation or self._is_watching(state):
+        if risen > _RISEN * state.loss_deviation:
             growth = 1.0
         elif is_near_unstable:
             growth = min(growth, _CAREFUL_GROWTH)
@@ -247,37 +238,11 @@ class RelaxedRule(PublishedRule):
             return state.lr * max(self._fall(state, agreement), target / low), status
         return state.lr, status
 
-    def _slope(self, state: ControlState, lr: float, agreement: float) -> float:
-        """The mean slope along steps at ``lr``: of the parabolas, and of what all steps between them have achieved.
-
-        A step lowers the loss by slope · lr − curvature · lr² / 2, and the changes of all steps add up to the trend of
-        the loss, which noise hides much less than it hides the slope along a single step. The two estimates are
-        weighted by the inverses of their variances; where parabolas agree, they have the say.
-        """
-        if not (self._is_settled(state) and min(state.curvature_mean, state.step_square) > 0.0):
-            return state.slope_mean
-        variance = (state.agreement_square - state.agreement_mean**2) / self._equal_weights(state.parabola_count)
-        if variance <= 0.0:
-            return state.slope_mean
-        error = _NORMAL * state.loss_deviation / math.sqrt(self._equal_weights(state.loss_count) * state.step_square)
-        descent = -state.step_loss / state.step_square
-        achieved = descent / state.change_mean / lr + state.curvature_mean * lr / 2.0
-        share = (1.0 - agreement) * variance / (variance + (error / state.change_mean) ** 2)
-        return state.slope_mean + share * (achieved - state.slope_mean)
-
-    def _equal_weights(self, count: int) -> float:
-        """The number of equal weights with the variance of a moving average of so many values."""
-        return min(count, (1.0 + self.smoothing) / (1.0 - self.smoothing))
-
     def _target(self, slope: float, curvature: float) -> float:
         """What a slope and a curvature call for: κ times the lowest point, 0 uphill, infinity on concave descent."""
         if slope <= 0.0:
             return 0.0
         return self.relaxation * slope / curvature if curvature > 0.0 else math.inf
-
-    def _is_watching(self, state: ControlState) -> bool:
-        """Whether a parabola has shown instability less than a period ago; with momentum, a better one is no proof."""
-        return state.step_unstable >= 0 and state.step - state.step_unstable < self.period
 
     def _is_burning_in(self, state: ControlState) -> bool:
         return state.probes < self.burn_in
@@ -300,9 +265,9 @@ class RelaxedRule(PublishedRule):
         """The share of what slopes have in common among all there is in them, in [0, 1].
 
         Of ``n`` slopes that are nothing but noise, the squared mean is still the n-th part of the mean square, which
-        is taken off.
+        is taken off. For a moving average, ``n`` is the number of equal weights with its variance.
         """
-        count = self._equal_weights(state.parabola_count)
+        count = min(state.parabola_count, (1.0 + self.smoothing) / (1.0 - self.smoothing))
         if count <= 1 or not state.agreement_square:
             return 0.0
         share = state.agreement_mean**2 / state.agreement_square
