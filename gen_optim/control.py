@@ -87,6 +87,10 @@ class ControlState:
         loss_deviation: Moving average of their absolute deviation from ``loss_mean``.
         loss_count: Number of losses in these two averages.
         loss_lowest: The lowest ``loss_mean`` of late.
+        step_mean: Moving average of the steps at which these losses were measured.
+        step_square: Moving average of the squared distance from it.
+        step_loss: Moving average of that distance times the losses' from theirs; over ``step_square`` it is the trend
+            of the loss, per step, by least squares.
         slope_mean: Moving average of slopes.
         curvature_mean: Moving average of curvatures.
         change_mean: Moving average of how much the loss changes along a step to first and second order.
@@ -110,6 +114,9 @@ class ControlState:
     loss_deviation: float = 0.0
     loss_count: int = 0
     loss_lowest: float = 0.0
+    step_mean: float = 0.0
+    step_square: float = 0.0
+    step_loss: float = 0.0
     slope_mean: float = 0.0
     curvature_mean: float = 0.0
     change_mean: float = 0.0
@@ -317,6 +324,7 @@ class PublishedRule:
         weight = max(1.0 - self.smoothing, 1.0 / (state.loss_count + 1))
         surprise = loss - state.loss_mean if state.loss_count else 0.0
         mean = loss if not state.loss_count else state.loss_mean + weight * surprise
+        distance = state.step + 1 - state.step_mean
         lowest = state.loss_lowest + _FORGETTING * max(mean - state.loss_lowest, 0.0)
         return replace(
             state,
@@ -328,4 +336,7 @@ class PublishedRule:
             loss_deviation=state.loss_deviation + weight * (abs(surprise) - state.loss_deviation),
             loss_count=state.loss_count + 1,
             loss_lowest=min(lowest, mean) if state.loss_count else mean,
+            step_mean=state.step_mean + weight * distance,
+            step_square=(1.0 - weight) * (state.step_square + weight * distance**2),
+            step_loss=(1.0 - weight) * (state.step_loss + weight * distance * surprise),
         )

@@ -59,6 +59,9 @@ _RISEN = 0.5
 """Growth ends where the mean loss is above its lowest by this many mean absolute deviations of the losses (a mean of
 them varies by about a third of one), and the learning rate falls from twice that on."""
 
+_NORMAL = 1.25
+"""The standard deviation of normal noise over its mean absolute deviation."""
+
 _STATUSES = {0.0: ProbeStatus.NO_MINIMUM, math.inf: ProbeStatus.CONCAVE}
 """What it is called when the averages call for this."""
 
@@ -89,6 +92,9 @@ class RelaxedRule(PublishedRule):
       the horizon anneals the noise, and what the estimate says about that is not followed. Without noise there is
       nothing to anneal, and the target is followed from both sides. While the mean loss is lower than ever, the
       learning rate does not fall under a scheduler;
+    - nor is chance to anneal under a scheduler: where slopes are noise, so is their mean, but what all steps have
+      achieved shows in the trend of the loss, and what that says about the mean slope counts by how much better it is
+      known;
     - where the parabolas agree without noise and call for far more, it grows by 2 % and is probed at every step; and
       where the averages call for more but the last step was too long by its own parabola, the learning rate falls and
       is probed again at the next step: a direction has become unstable that the averages do not know yet;
@@ -208,7 +214,9 @@ class RelaxedRule(PublishedRule):
             return state.lr, ProbeStatus.FITTED
         agreement = self.agreement(state)
         low, high = state.lr * factor, state.lr * factor**agreement
-        target = self._target(state.slope_mean, state.curvature_mean)
+        # Without a scheduler it is the noise in the slopes that anneals.
+        slope = self._slope(state, low, agreement) if factor < 1.0 else state.slope_mean
+        target = self._target(slope, state.curvature_mean)
         status = _STATUSES.get(target, ProbeStatus.FITTED)
         # What the agreement of a handful says is chance.
         knows = not self._is_burning_in(state) and state.parabola_count >= self._usual_count
@@ -238,6 +246,28 @@ class RelaxedRule(PublishedRule):
             return state.lr * max(self._fall(state, agreement), target / low), status
         return state.lr, status
 
+    def _slope(self, state: ControlState, lr: float, agreement: float) -> float:
+        """The mean slope along steps at ``lr``: of the parabolas, and of what all steps between them have achieved.
+
+        A step lowers the loss by slope · lr − curvature · lr² / 2, and the changes of all steps add up to the trend of
+        the loss, which noise hides much less than it hides the slope along a single step. The two estimates are
+        weighted by the inverses of their variances; where parabolas agree, they have the say.
+        """
+        if not (self._is_settled(state) and min(state.curvature_mean, state.step_square) > 0.0):
+            return state.slope_mean
+        variance = (state.agreement_square - state.agreement_mean**2) / self._equal_weights(state.parabola_count)
+        if variance <= 0.0:
+            return state.slope_mean
+        error = _NORMAL * state.loss_deviation / math.sqrt(self._equal_weights(state.loss_count) * state.step_square)
+        descent = -state.step_loss / state.step_square
+        achieved = descent / state.change_mean / lr + state.curvature_mean * lr / 2.0
+        share = (1.0 - agreement) * variance / (variance + (error / state.change_mean) ** 2)
+        return state.slope_mean + share * (achieved - state.slope_mean)
+
+    def _equal_weights(self, count: int) -> float:
+        """The number of equal weights with the variance of a moving average of so many values."""
+        return min(count, (1.0 + self.smoothing) / (1.0 - self.smoothing))
+
     def _target(self, slope: float, curvature: float) -> float:
         """What a slope and a curvature call for: κ times the lowest point, 0 uphill, infinity on concave descent."""
         if slope <= 0.0:
@@ -265,9 +295,9 @@ class RelaxedRule(PublishedRule):
         """The share of what slopes have in common among all there is in them, in [0, 1].
 
         Of ``n`` slopes that are nothing but noise, the squared mean is still the n-th part of the mean square, which
-        is taken off. For a moving average, ``n`` is the number of equal weights with its variance.
+        is taken off.
         """
-        count = min(state.parabola_count, (1.0 + self.smoothing) / (1.0 - self.smoothing))
+        count = self._equal_weights(state.parabola_count)
         if count <= 1 or not state.agreement_square:
             return 0.0
         share = state.agreement_mean**2 / state.agreement_square

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -168,6 +169,19 @@ def test_only_a_step_taken_back_is_taken_back_and_only_a_failed_start_stands_sti
         decision = Decision(ControlState(lr=0.5), status)
         assert decision.takes_back == (status is ProbeStatus.TAKEN_BACK)
         assert decision.taken_lr == (0.0 if status is ProbeStatus.START_FAILED else 0.5)
+
+
+def test_the_trend_of_the_loss_is_that_of_weighted_least_squares() -> None:
+    source, rule = np.random.default_rng(0), PublishedRule()
+    steps = np.cumsum([1] * 30 + [8] * 30)
+    losses = 5.0 - 0.01 * steps + source.normal(0.0, 0.3, steps.size)
+    state = ControlState(lr=1.0)
+    for step, loss in zip(steps, losses, strict=True):
+        state = rule.decide(replace(state, step=int(step) - 1), float(loss), CONVEX).state
+    # The first ten count alike; from then on each takes a tenth of the weight of all before.
+    weights = 0.9 ** (steps.size - np.maximum(np.arange(1, steps.size + 1), 10))
+    expected, _ = np.polyfit(steps, losses, 1, w=np.sqrt(weights))
+    assert state.step_loss / state.step_square == pytest.approx(expected, rel=1e-9)
 
 
 def test_lowest_mean_loss_follows_down_at_once_and_up_slowly() -> None:

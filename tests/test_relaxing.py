@@ -246,6 +246,45 @@ def test_agreement_is_the_share_of_what_slopes_have_in_common() -> None:
     assert RelaxedRule(smoothing=0.0).agreement(found[-1].state) == 0.0  # one slope agrees with nothing
 
 
+def under_noise(descent: float, seed: int, factor: float) -> float:
+    """The learning rate after 400 steps, from 1, where each step lowers the loss by ``descent``.
+
+    Along each the second order costs 0.01, slopes vary by 0.2 around what makes up for both, and losses by 0.05.
+    """
+    rule, source, state = RelaxedRule(), np.random.default_rng(seed), STARTED_LONG_AGO
+    for step in range(400):
+        if rule.is_probe_due(state):
+            first, loss = descent + 0.01 + 0.2 * source.normal(), 5.0 - descent * step + 0.05 * source.normal()
+            taken = state.lr * factor
+            state = rule.decide(state, loss, Parabola(loss, first / taken, 0.02 / taken**2), factor=factor).state
+        else:
+            state = rule.skip(state)
+    return state.lr
+
+
+def test_under_noise_and_a_scheduler_the_losses_tell_what_slopes_do_not() -> None:
+    # By its slopes alone, each of which varies by ten times the mean, no run would be told from the others.
+    descending, standing, ascending = (
+        [under_noise(descent, seed, 0.9) for seed in range(8)] for descent in (0.01, 0.0, -0.01)
+    )
+    assert min(descending) > 3.0 * max(standing) > 3.0 * max(ascending)
+    assert math.prod(descending) > 1.0
+
+
+def test_without_a_scheduler_chance_anneals_the_learning_rate_though_the_loss_falls() -> None:
+    assert math.prod(under_noise(0.01, seed, 1.0) for seed in range(8)) < 0.5**8
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+@pytest.mark.parametrize("trend", [-0.5, -0.1, 0.0])
+def test_where_parabolas_agree_the_losses_do_not_count(trend: float, factor: float) -> None:
+    state = STARTED_LONG_AGO
+    for step in range(300):
+        loss = 5.0 + trend * step + 0.01 * (-1) ** step
+        state = RelaxedRule().decide(state, loss, Parabola(1.0, 1.0, 3.0), factor=factor).state
+    assert state.lr * factor == pytest.approx(0.6, rel=1e-3)
+
+
 finite = st.floats(-1e12, 1e12)
 parabolas = st.builds(Parabola, value=finite, slope=finite, curvature=finite)
 everything = st.tuples(

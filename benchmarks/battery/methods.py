@@ -158,7 +158,7 @@ for _method in (
 ):
     METHODS[_method.name] = _method
 
-OURS = {"gen": 4, "gen-published": 3}
+OURS = {"gen": 5, "gen-published": 3}
 """Our own rules, with a number that is part of the key of every run of theirs. Raise it when the rule decides
 otherwise; its runs are then repeated."""
 
