@@ -1,4 +1,8 @@
-"""What is trained while the cost is measured: models that differ in what dominates, and base optimizers."""
+"""What is trained while the cost is measured: models that differ in what dominates, and base optimizers.
+
+The batches of the first three are so large that forward passes dominate; what a probe step takes besides them hardly
+depends on the batch.
+"""
 
 from __future__ import annotations
 
@@ -67,10 +71,10 @@ class Case:
 
 
 def mlp() -> Case:
-    """A fully connected network; the batch is large enough that the forward pass dominates."""
+    """A fully connected network."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
-    return Case("MLP", model, torch.randn(1024, 256), torch.randint(10, (1024,)))
+    return Case("MLP", model, torch.randn(8192, 256), torch.randint(10, (8192,)))
 
 
 def convolutional() -> Case:
@@ -80,7 +84,7 @@ def convolutional() -> Case:
     for before, after in ((3, 32), (32, 64), (64, 128), (128, 128)):
         layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
-    return Case("convolutional network", model, torch.randn(128, 3, 32, 32), torch.randint(10, (128,)))
+    return Case("convolutional network", model, torch.randn(512, 3, 32, 32), torch.randint(10, (512,)))
 
 
 def transformer() -> Case:
@@ -88,7 +92,7 @@ def transformer() -> Case:
     torch.manual_seed(0)
     train, _ = text.load()
     model = text.Transformer(train.alphabet, width=384, layers=6)
-    return Case("transformer", model, *next(text.batches(train, 16, seed=0)))
+    return Case("transformer", model, *next(text.batches(train, 32, seed=0)))
 
 
 def wide(width: int = 8192) -> Case:

@@ -37,7 +37,8 @@ memory** is that of what torch's allocator hands out in these steps (by its prof
 the size of the parameters; **left behind** is there after them. **Traffic** counts, under a TorchDispatchMode and
 without forward passes and base steps, how often the parameters' size goes into or comes out of an operation, over the
 least: 11 (a clone, two; three moves, three each, or a swap, a way back and the slope). In brackets without temporaries
-of small pieces, which stay in the cache; the goal is for these. Goals are for the first two modes."""
+of small pieces, which stay in the cache; the goal is for these. Goals are for the first two modes. Batches are such
+that forward passes dominate in the first three models; what smaller ones pay besides them is under growth."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -264,7 +265,7 @@ def _fail_on_regressions(figures: Sequence[Figures], lazies: dict[str, list[Lazy
     for each in figures:
         for mode in FORWARDS:
             checks = {
-                "time over forward passes": (each.over_forwards(mode), 8.0 if each.case.name == "MLP" else 40.0),
+                "time over forward passes": (each.over_forwards(mode), 3.0 if each.case.name == "MLP" else 40.0),
                 "peak memory": (each.memory[mode][0], MEMORY_GOALS[mode] + 0.3),
                 "traffic": (each.traffic[mode][0] / LEAST_TRAFFIC, 2.0),
             }
