@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gen_optim.preserving import RandomStreams, random_devices
-from gen_optim.scheduling import write_lr
+from gen_optim.scheduling import Group, check_lr, write_lr
 from gen_optim.wrapping import without_global_hooks
 
-__all__ = ["check_wrappable"]
+__all__ = ["check_groups", "check_wrappable"]
 
 _FURTHER = 1024.0
 """How many times the learning rate of one update is that of the other it is compared with; caps show themselves."""
@@ -35,8 +36,8 @@ def check_wrappable(base_optim: Any) -> None:
 
     Raises:
         TypeError: If it is no ``torch.optim.Optimizer``, or one that evaluates the closure itself.
-        ValueError: If its groups lack a learning rate or disagree on ``maximize``, if it is ``differentiable``, or if
-            its update is not proportional to its learning rate, or depends on earlier ones.
+        ValueError: As :func:`check_groups`; or if its update is not proportional to its learning rate, or depends on
+            earlier ones.
     """
     name = type(base_optim).__name__
     if not isinstance(base_optim, Optimizer):
@@ -47,20 +48,7 @@ def check_wrappable(base_optim: Any) -> None:
             f"base_optim must be able to step without a closure, but {name}.step requires one: it evaluates the loss "
             "itself, with a line search of its own. Use it bare, or wrap another optimizer."
         )
-    for index, group in enumerate(base_optim.param_groups):
-        if "lr" not in group:
-            raise ValueError(
-                f"base_optim must have a learning rate in every group, but param_groups[{index}] has no 'lr'"
-            )
-        if group.get("differentiable"):
-            raise ValueError(
-                f"base_optim must not be differentiable, but param_groups[{index}] has differentiable=True: what GeN "
-                "writes to the parameters cannot be differentiated through. Construct it with differentiable=False."
-            )
-    if len({bool(group.get("maximize")) for group in base_optim.param_groups}) > 1:
-        raise ValueError(
-            "base_optim must have the same maximize in all groups: one loss cannot be measured as both better and worse"
-        )
+    check_groups(base_optim.param_groups)
     growth, memory = _growth_and_memory(base_optim)
     if abs(growth / _FURTHER - 1.0) > 0.01:  # not so where it is NaN
         raise ValueError(
@@ -73,6 +61,30 @@ def check_wrappable(base_optim: Any) -> None:
             f"{_FURTHER:.0f} times the learning rate {name} moves {memory:.3g} times as far. Optimizers that estimate "
             "their own learning rate from the way covered, or average along it, do that: they and GeN would each "
             "correct what the other does. Use it bare, or wrap another optimizer, such as AdamW."
+        )
+
+
+def check_groups(groups: Sequence[Group]) -> None:
+    """Refuse parameter groups whose steps GeN cannot measure.
+
+    Raises:
+        ValueError: If one lacks a learning rate or has one that is negative or not finite, or is ``differentiable``; if
+            they disagree on ``maximize``.
+    """
+    for index, group in enumerate(groups):
+        if "lr" not in group:
+            raise ValueError(
+                f"base_optim must have a learning rate in every group, but param_groups[{index}] has no 'lr'"
+            )
+        check_lr(index, float(group["lr"]))
+        if group.get("differentiable"):
+            raise ValueError(
+                f"base_optim must not be differentiable, but param_groups[{index}] has differentiable=True: what GeN "
+                "writes to the parameters cannot be differentiated through. Construct it with differentiable=False."
+            )
+    if len({bool(group.get("maximize")) for group in groups}) > 1:
+        raise ValueError(
+            "base_optim must have the same maximize in all groups: one loss cannot be measured as both better and worse"
         )
 
 

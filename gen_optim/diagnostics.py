@@ -144,12 +144,24 @@ class History:
         return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write all records to a file, one line of JSON each."""
+        """Write all records to a file, one line of JSON each.
+
+        In the way of Python's ``json``: numbers that are not finite stand there as ``NaN`` and ``Infinity``.
+
+        Example:
+            >>> history.save("history.jsonl")  # doctest: +SKIP
+            >>> history = History.load("history.jsonl")  # doctest: +SKIP
+        """
         Path(path).write_text("".join(json.dumps(each) + "\n" for each in self.to_dicts()), "utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> History:
-        """Read what :meth:`save` has written."""
+        """Read what :meth:`save` has written.
+
+        Raises:
+            OSError: If there is no such file.
+            TypeError, ValueError: If a line is no record.
+        """
         history = cls()
         for line in Path(path).read_text("utf-8").splitlines():
             history.records.append(ProbeRecord.from_dict(json.loads(line)))

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.func import grad_and_value, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gen_optim.pieces import summing_dtype
 from gen_optim.preserving import RandomStreams, random_devices
 from gen_optim.quadratic import Parabola
 from gen_optim.taylor import propagate
@@ -99,7 +100,7 @@ def loss_along(
     if isinstance(learning_rates, Tensor):
         rates = learning_rates.to(some.device)
     else:
-        rates = torch.as_tensor(learning_rates, dtype=torch.float64, device=some.device)
+        rates = torch.as_tensor(learning_rates, dtype=summing_dtype(some.device), device=some.device)
 
     def at(rate: Tensor) -> Tensor:
         moved = dict(params)
@@ -204,7 +205,7 @@ def quadratic_model(
     """
     with torch.no_grad():
         found = derivatives_along(loss_fn, params, direction, method=method)
-    return Parabola(*torch.stack([each.to(torch.float64) for each in found]).tolist())
+    return Parabola(*torch.stack([each.to(summing_dtype(each.device)) for each in found]).tolist())
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------

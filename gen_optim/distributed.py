@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gen_optim.evaluating import Loss, losses_to_floats
+from gen_optim.pieces import summing_dtype
+from gen_optim.warning import warn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
@@ -181,11 +182,10 @@ def ranks_of(
                 "parts of the same model. Leave it at None, which takes the parameters' own mesh."
             )
     if warns and process_group is None and not groups and _processes() > 1:
-        warnings.warn(
+        warn(
             f"GeNOptimizer runs in {_processes()} processes and has found neither a DistributedDataParallel module nor "
             "DTensors: each process chooses a learning rate of its own. Where they train one model together, give it "
-            "process_group=torch.distributed.group.WORLD; where each trains its own, process_group='local'.",
-            stacklevel=5,
+            "process_group=torch.distributed.group.WORLD; where each trains its own, process_group='local'."
         )
     device = local(parameters[0]).device if parameters else None
     return Ranks(_without_subsets(groups), device, is_joined=bool(meshes or replicas))
@@ -263,14 +263,14 @@ def dot(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
             rank holds of it.
 
     Returns:
-        A scalar in float64, on the device of the tensors.
+        A scalar on the device of the tensors, in float64 where that device has it.
 
     Raises:
         ValueError: If two tensors are spread in different ways.
     """
     pairs = [(one, other) for one, other in zip(left, right, strict=True) if one is not None]
-    device = local(right[0]).device if right else None
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    device = local(right[0]).device if right else torch.device("cpu")
+    total = torch.zeros((), dtype=summing_dtype(device), device=device)
     for one, other in pairs:
         mine, theirs = local(one).detach(), local(other).detach()
         total += parts_of(one, other) * torch.sum(mine.conj() * theirs).real.to(total)

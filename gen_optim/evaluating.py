@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_optim.parallel import ParallelModules
+from gen_optim.pieces import summing_dtype
 from gen_optim.preserving import Buffers, RandomStreams, owners_of, random_devices
 from gen_optim.watching import WatchingGradients, watch, watching_autocast, watching_modules
 
@@ -65,8 +66,7 @@ def losses_to_floats(losses: Sequence[Loss]) -> list[float]:
     if not tensors:
         return [float(loss) for loss in losses]
     device = tensors[0].device
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # which that device lacks
-    read = iter(torch.stack([tensor.to(device, dtype) for tensor in tensors]).tolist())
+    read = iter(torch.stack([tensor.to(device, summing_dtype(device)) for tensor in tensors]).tolist())
     return [next(read) if isinstance(loss, Tensor) else float(loss) for loss in losses]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from gen_optim.distributed import local, parts_of
 from gen_optim.evaluating import Loss
 from gen_optim.measuring import Measurement
-from gen_optim.pieces import clone, copy, inner_product, lerp, near, pieces, write
+from gen_optim.pieces import clone, copy, inner_product, lerp, near, pieces, summing_dtype, write
 from gen_optim.quadratic import Parabola, fit_parabola
 
 __all__ = ["KeptPoint", "look_back", "parabola_from_end"]
@@ -57,7 +57,12 @@ class KeptPoint:
         self._parameters = parameters
         self._on_host = on_host
         self._is_visited = self._was_left = False
-        serves = last is not None and last._was_left and all(map(operator.is_, parameters, last._parameters))
+        serves = (
+            last is not None
+            and last._was_left
+            and last._on_host == on_host
+            and all(map(operator.is_, parameters, last._parameters))
+        )
         self._copies: list[Tensor] = (
             last._copies if last is not None and serves else [clone(each, on_host=on_host) for each in self._locals()]
         )
@@ -89,7 +94,7 @@ class KeptPoint:
 
     @torch.no_grad()
     def rise(self) -> Tensor | None:
-        """The slope of the loss at the end of the step in its direction: the gradients times the step, in float64.
+        """The slope of the loss at the end of the step in its direction: the gradients times the step.
 
         None where a parameter has moved whose gradient nobody has computed since: then it is not known.
 
@@ -175,6 +180,10 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
+def _exact(number: Tensor) -> Tensor:
+    return number.detach().to(summing_dtype(number.device))
+
+
 def _in_spite_of_interrupts(*writes: Callable[[], object]) -> None:
     """Write one after the other; an interrupt in the middle is raised when all is written."""
     rest = deque(writes)
@@ -227,7 +236,7 @@ def look_back(
     kept.visit()
     start = call()
     is_known = gradient_of is not None and rise is not None
-    summed = sum((torch.as_tensor(each).detach().double() for each in gradient_of or ()), torch.zeros(()).double())
+    summed = sum(_exact(torch.as_tensor(each)) for each in gradient_of or ())
     middle = half_way() if is_alone and not is_known else None  # before the reading, so that there is only one
     # One reading decides for all ranks: what is known of the gradients must be known on each.
     known, loss, arrival, far_slope, differentiated, error, between = read(
@@ -251,8 +260,8 @@ def look_back(
             [between] = read([half_way()])
         learning_rates, losses = (0.0, 0.5 * kept.lr, kept.lr), (loss, between, arrival)
         parabola = fit_parabola(learning_rates, losses, rounding=error)
-        return Measurement(learning_rates, losses, start, loss, parabola, arrival)
-    return Measurement((0.0, kept.lr), (loss, arrival), start, loss, parabola, arrival)
+        return Measurement(learning_rates, losses, end, loss, parabola, arrival)
+    return Measurement((0.0, kept.lr), (loss, arrival), end, loss, parabola, arrival)
 
 
 def parabola_from_end(lr: float, start: float, end: float, slope_at_end: float, *, rounding: float = 0.0) -> Parabola:

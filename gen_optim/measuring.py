@@ -94,8 +94,8 @@ class Measurement:
     Attributes:
         learning_rates: Where it was evaluated.
         losses: The losses there.
-        raw: The one at learning rate 0, as the closure returned it.
-        loss: The same as a number to be minimised.
+        raw: The one where the present step begins, as the closure returned it.
+        loss: The one where the measured step begins, as a number to be minimised.
         found: The parabola through them, or the outcome of the start's search.
         arrival: The loss where the measured step has led; None where it has not been taken yet.
     """

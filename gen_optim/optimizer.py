@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from gen_optim.checking import check_wrappable
+from gen_optim.checking import check_groups, check_wrappable
 from gen_optim.control import ControlState, check_option
 from gen_optim.distributed import Ranks, ranks_of, whole
 from gen_optim.evaluating import Evaluator, Loss, Session, check_callable, rounding_of
@@ -52,7 +52,8 @@ class GeNOptimizer(RememberingOptimizer):
     5. The parameters are put back, and the base optimizer steps once, at that learning rate and the scheduler's factor.
        A step that has led far up is taken back instead.
     6. Gradients, buffers, grad mode and random streams are as after 1, whatever happened in between. After an exception
-       in a probe the step is taken at the last learning rate, and the exception raised again.
+       in a probe the step is taken at the last learning rate (none is, where the start is still to be found), and the
+       exception raised again.
 
     With ``mode="approximate"`` or ``"exact"`` it looks ahead: the base optimizer steps once after 1, the loss is
     measured along that step on the batch of the gradients, and the multiple that is called for is written.
@@ -66,15 +67,16 @@ class GeNOptimizer(RememberingOptimizer):
 
     Args:
         base_optim: The optimizer that proposes the direction; its update must be proportional to its learning rate.
-            The learning rates given to its groups count only by their ratios (with ``rule="published"``, also as the
-            start); a group at 0 is frozen.
+            The learning rates given to its groups count only by their ratios (with ``rule="published"`` and ``"cdat"``
+            also as the start); a group at 0 is frozen.
         closure: Called by :meth:`step` where that is given none; for frameworks that call ``step()`` bare.
         probe: Likewise for the ``probe`` of :meth:`step`.
         mode: How slope and curvature are measured. ``"lookback"``: along the step before, on a batch that it was not
             made for, at one forward pass; at two (from three losses) where the gradients are not those of the loss
-            (clipped, scaled or penalised in the closure, or the caller's), three where only a ``probe`` is given.
+            (clipped, scaled or penalised in the closure, or the caller's), three where a ``probe`` is given.
             ``"approximate"``: from the losses at −α, 0 and +α. ``"exact"``: by differentiating the closure's loss
-            twice, which costs a second forward pass with its backward pass and a double backward pass.
+            twice, which costs a second forward pass with its backward pass and a double backward pass. Both measure on
+            the gradient's own batch, and are for ``rule="published"``, unless a ``probe`` evaluates another one.
         rule: How the learning rate is chosen from them. ``"relaxed"``: a multiple of mean slope / mean curvature, from
             a start found in the loss itself, which asks for measurements on another batch than the gradient's: looking
             back, or a ``probe`` on one (see ``gen_optim.relaxing``). ``"published"``: as published,
@@ -134,7 +136,6 @@ class GeNOptimizer(RememberingOptimizer):
 
     closure: Closure | None
     probe: Closure | None
-    rule: str
     process_group: dist.ProcessGroup | Literal["local"] | None
     _tolerance: float
 
@@ -179,7 +180,7 @@ class GeNOptimizer(RememberingOptimizer):
         check_option("offload_copies", offload_copies, "True or False", isinstance(offload_copies, bool))
         super().__init__(base_optim, chosen_rule, mode, offload_copies=offload_copies)
         self._set_up()
-        self.rule, self._tolerance = rule, check_tolerance(tolerance)
+        self._rule_name, self._tolerance = rule, check_tolerance(tolerance)
         self.closure = check_callable("closure", closure)
         self.probe = check_callable("probe", probe)
         self.process_group = process_group
@@ -190,11 +191,28 @@ class GeNOptimizer(RememberingOptimizer):
         self._recall()
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a parameter group: at its own ``lr`` over the present one, or at ratio 1 if it brings none."""
+        """Add a parameter group, whose ratio to the others is that of its ``lr`` to the present one; 1 without.
+
+        Args:
+            param_group: Its parameters under ``"params"``, and options that differ from the base optimizer's defaults.
+
+        Raises:
+            TypeError: If ``param_group`` is no dictionary, or what it holds are no parameters.
+            ValueError: If its learning rate is negative or not finite, if it is ``differentiable`` or has another
+                ``maximize`` than the other groups, or if one of its parameters is in another group already.
+
+        Example:
+            >>> trunk, head = torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
+            >>> optimizer = GeNOptimizer(torch.optim.SGD(trunk.parameters(), lr=0.1))
+            >>> optimizer.add_param_group({"params": head.parameters(), "lr": 0.2})  # twice the trunk's from now on
+            >>> optimizer.get_last_lr()
+            [0.1, 0.2]
+        """
         brings_lr = "lr" in param_group
         state = self._recall()
+        check_groups([*self.param_groups, {**self.defaults, **param_group}])
         self.base_optim.add_param_group(param_group)
-        self._rates.join(self.param_groups[-1], state.lr, brings_lr=brings_lr)
+        self._rates.join(self.param_groups, len(self.param_groups) - 1, state.lr, brings_lr=brings_lr)
 
     # --- what it tells -------------------------------------------------------------------------------------------
 
@@ -203,10 +221,23 @@ class GeNOptimizer(RememberingOptimizer):
         """Whether a probe runs right now, so that a closure can skip its logging and metrics."""
         return self._evaluator.is_probing
 
+    @property
+    def mode(self) -> str:
+        """The option of that name."""
+        return self._mode
+
+    @property
+    def rule(self) -> str:
+        """The option of that name."""
+        return self._rule_name
+
     # --- the step ------------------------------------------------------------------------------------------------
 
     def step(self, closure: Closure | None = None, *, probe: Closure | None = None) -> Loss | None:  # type: ignore[override]
         """Take one step.
+
+        With neither ``closure`` nor ``probe``, here or given to the constructor, it is the base optimizer's step at the
+        present learning rate, and nothing is measured.
 
         Args:
             closure: Evaluates the loss and returns it. It is called once with gradients enabled. It may zero the
@@ -222,6 +253,18 @@ class GeNOptimizer(RememberingOptimizer):
             TypeError: If ``closure`` or ``probe`` cannot be called, or returns no loss.
             ValueError: If somebody wrote a learning rate that is negative or not finite.
             RuntimeError: Under ``torch.inference_mode()``; where a probe step failed on another process.
+
+        Warns:
+            UserWarning: If the first ten steps had neither; if ten starts have failed in a row.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.tensor([3.0]))
+            >>> optimizer = GeNOptimizer(torch.optim.SGD([weight]))
+            >>> optimizer.step(lambda: (weight**2).sum())  # calls backward() itself
+            tensor(9., grad_fn=<CloneBackward0>)
+            >>> weight.grad = 2.0 * weight.detach()
+            >>> optimizer.step(probe=lambda: (weight**2).sum())  # for gradients that are there already
+            tensor(7.9524)
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("step() needs gradients: call it outside of torch.inference_mode()")
@@ -234,9 +277,11 @@ class GeNOptimizer(RememberingOptimizer):
         probe = check_callable("probe", self.probe if probe is None else probe)
         probed = closure if probe is None else probe
         state = self._recall()
+        if probed is None:
+            self._warn_of_bare_steps(state)
         if probed is None or not self._rule.is_probe_due(state) or not any(self._rates.shares(groups, state.lr)):
             return self._lazy_step(state, closure, looks_back=probed is not None)
-        measure = search if self._rule.needs_start(state) else MODES[self.mode].measure
+        measure = search if self._rule.needs_start(state) else MODES[self._mode].measure
         if measure is not None:
             return self._probe_step(state, closure, probed, measure)
         kept = self._pending()
@@ -301,7 +346,7 @@ class GeNOptimizer(RememberingOptimizer):
         groups = self.param_groups
         caller = "closure" if probed is closure else "probe"
         session, ranks, probe = self._begin(probed, caller, state)
-        with MODES[self.mode].kernels():
+        with MODES[self._mode].kernels():
             loss = None if closure is None else self._first(session, closure, ranks)
             here = loss if probed is closure else None
             lr = state.lr
@@ -315,18 +360,20 @@ class GeNOptimizer(RememberingOptimizer):
             factor = self._rates.factor(groups)
             factors = list(compress(self._rates.factors(groups), self._rates.shares(groups, state.lr)))
             move = Move(self._moving(), on_host=self.offload_copies)
-            after = self._rule.skip(state)
+            after, is_proposed = self._rule.skip(state), False
             try:
                 with self._rates.in_force(groups, self._rates.shares(groups, lr)):
-                    self.step_base()
+                    self.propose()
                 move.arrive()
+                is_proposed = True
             except BaseException as error:
                 move.cancel()
                 if not ranks.keep(error):
                     raise
                 move.arrive()  # where it began: the others count on this rank for their probes
 
-            taken = after.lr
+            # Until a start is found, the learning rate given is no better than any other.
+            taken = 0.0 if measure is search else after.lr
             try:
                 with session.probing():
                     line = Line(
@@ -344,9 +391,12 @@ class GeNOptimizer(RememberingOptimizer):
                 decision = self._rule.decide(state, measurement.loss, measurement.found, factor=factor)
                 after, taken = decision.state, decision.taken_lr
             finally:
-                # After an exception in a probe this is the lazy step, to which the base's moments belong.
+                # After an exception in a probe this is the lazy step, to which the base's moments belong; none before
+                # a start is found.
                 move.settle([taken * each / lr for each in factors])
                 self._remember(after, self._rates_in_force(taken))
+                if is_proposed:
+                    self.call_post_hooks()
         self._report(state, measurement, decision, factor)
         return measurement.raw if loss is None else loss
 

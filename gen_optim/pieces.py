@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["clone", "copy", "inner_product", "lerp", "near", "pieces", "room_for", "write"]
+__all__ = ["clone", "copy", "inner_product", "lerp", "near", "pieces", "room_for", "summing_dtype", "write"]
 
 _SIZE = 2**17
 """Elements of a piece on the CPU, by measurement: twice as many and allocations go to the system, which takes longer
@@ -87,6 +87,11 @@ def write(targets: list[Tensor], sources: list[Tensor]) -> None:
     torch._foreach_copy_(targets, sources, non_blocking=targets[0].device.type != "cpu")
 
 
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which sums of many numbers are kept on a device: float64, or float32 on MPS, which lacks it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source to its target."""
     for target, source in pieces(targets, sources, cut=False):
@@ -107,9 +112,9 @@ def lerp(targets: Sequence[Tensor], starts: Sequence[Tensor], ends: Sequence[Ten
 
 
 def inner_product(gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensor:
-    """The real part of ⟨gradients, ends − starts⟩, in float64; nothing as large as the tensors is made on the way.
+    """The real part of ⟨gradients, ends − starts⟩; nothing as large as the tensors is made on the way.
 
-    Starts may be on the host.
+    Starts may be on the host. The sum is in :func:`summing_dtype`.
     """
     shares: list[Tensor] = []
     for gradient, end, start in pieces(gradients, ends, starts):
@@ -118,7 +123,8 @@ def inner_product(gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: S
         shares.append(torch.dot(slope, step.to(slope.dtype)))
     if not shares:
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack([each.to(shares[0].device, torch.float64) for each in shares]).sum()
+    device = shares[0].device
+    return torch.stack([each.to(device, summing_dtype(device)) for each in shares]).sum()
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -77,8 +77,8 @@ def plot_loss_along(
     parabola = quadratic_model(loss_fn, dict(params), dict(direction))
     rates = np.linspace(-1.0, 3.0, 41) * _scale(parabola) if learning_rates is None else np.asarray(learning_rates)
     like = next(iter(params.values()))
-    grid = torch.as_tensor(rates, dtype=like.dtype, device=like.device)
-    losses = loss_along(loss_fn, dict(params), dict(direction), grid, chunk_size=1).cpu().numpy()
+    grid = torch.as_tensor(rates, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    losses = loss_along(loss_fn, dict(params), dict(direction), grid, chunk_size=1).float().cpu().numpy()
     name = "" if label is None else f" ({label})"
     [line] = ax.plot(rates, losses, "-", color=_grey(ax), linewidth=2, label=f"loss{name}")
     predicted = np.array([parabola.predict(rate) for rate in rates.tolist()])
@@ -188,6 +188,6 @@ def _axes(rows: int, columns: int) -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("gen_optim.plotting needs matplotlib: pip install 'generalized-newton[plot]'") from error
+        raise ImportError("gen_optim.plotting needs matplotlib: pip install matplotlib") from error
     size = (5.5 * columns, 3.5 * rows)
     return plt.subplots(rows, columns, figsize=size, squeeze=False, sharex="col", sharey="row", layout="constrained")[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain, compress
@@ -19,6 +18,7 @@ from gen_optim.looking_back import KeptPoint
 from gen_optim.measuring import MODES, Measurement
 from gen_optim.moving import movable
 from gen_optim.scheduling import LearningRates
+from gen_optim.warning import warn
 from gen_optim.wrapping import OptimizerWrapper
 
 __all__ = ["RememberingOptimizer"]
@@ -30,7 +30,7 @@ _KEPT = "gen_kept"
 
 
 _PATIENCE = 10
-"""Failed starts after which the user is warned."""
+"""Failed starts, or steps that nothing could be measured in, after which the user is warned."""
 
 
 class RememberingOptimizer(OptimizerWrapper):
@@ -50,7 +50,7 @@ class RememberingOptimizer(OptimizerWrapper):
     def __init__(self, base_optim: Optimizer, rule: PublishedRule, mode: str, *, offload_copies: bool) -> None:
         super().__init__(base_optim)
         self._rule = rule
-        self.mode = mode
+        self._mode = mode
         self.offload_copies = offload_copies
         self._rates = LearningRates(self, base_optim)
         self._kept: KeptPoint | None = None
@@ -63,7 +63,12 @@ class RememberingOptimizer(OptimizerWrapper):
     # --- what it tells -------------------------------------------------------------------------------------------
 
     def get_last_lr(self) -> list[float]:
-        """The learning rates that the last step used, one a parameter group, the scheduler's factor included."""
+        """The learning rates that the last step used, one a parameter group, the scheduler's factor included.
+
+        Example:
+            >>> optimizer.get_last_lr()  # doctest: +SKIP
+            [0.0123, 0.00123]
+        """
         return self._rates.last_lr(self.param_groups)
 
     def register_probe_hook(self, hook: ProbeHook) -> RemovableHandle:
@@ -74,6 +79,11 @@ class RememberingOptimizer(OptimizerWrapper):
 
         Raises:
             TypeError: If ``hook`` cannot be called.
+
+        Example:
+            >>> def log(optimizer, record):
+            ...     print(record.step, record.losses[0], record.lr_after)
+            >>> handle = optimizer.register_probe_hook(log)  # doctest: +SKIP
         """
         if not callable(hook):
             raise TypeError(f"hook must be a callable that takes the optimizer and a record, got {type(hook).__name__}")
@@ -84,13 +94,20 @@ class RememberingOptimizer(OptimizerWrapper):
     def _report(self, before: ControlState, measurement: Measurement, decision: Decision, factor: float) -> None:
         record = self.last_probe = ProbeRecord.of(before, measurement, decision, factor)
         if record.status is ProbeStatus.START_FAILED and decision.state.probes == _PATIENCE:
-            warnings.warn(
+            warn(
                 f"GeNOptimizer has found no learning rate that lowers the loss in {_PATIENCE} steps, and stands still. "
-                "Does the closure return the same loss when it is called twice, and does it depend on the parameters?",
-                stacklevel=4,
+                "Does the closure return the same loss when it is called twice, and does it depend on the parameters?"
             )
         for hook in list(self._probe_hooks.values()):
             hook(self, record)
+
+    def _warn_of_bare_steps(self, state: ControlState) -> None:
+        if state.probes == 0 and state.step + 1 == _PATIENCE:
+            warn(
+                f"GeNOptimizer has taken {_PATIENCE} steps without a closure or a probe, at the base optimizer's "
+                "learning rate: nothing was measured. Call step(closure), or step(probe=...) where the loop calls "
+                "backward() itself."
+            )
 
     # --- what it remembers ---------------------------------------------------------------------------------------
 
@@ -120,7 +137,7 @@ class RememberingOptimizer(OptimizerWrapper):
     def _advance(self, state: ControlState, left: KeptPoint | None = None, *, looks_back: bool = True) -> None:
         """Let the base optimizer step, and remember; keep where the step began if the next one looks back at it."""
         groups = self.param_groups
-        looks_back &= MODES[self.mode].measure is None and self._rule.is_probe_due(state)
+        looks_back &= MODES[self._mode].measure is None and self._rule.is_probe_due(state)
         kept = self._keep(state.lr, left) if looks_back else None
         if self._rates.stand(groups, state.lr):
             rates = self._rates.shares(groups, state.lr)
@@ -160,25 +177,17 @@ class RememberingOptimizer(OptimizerWrapper):
         is_moving = [ratio > 0.0 for ratio in self._rates.shares(self.param_groups, 1.0)]
         return [movable(group["params"]) for group in compress(self.param_groups, is_moving)]
 
-    def state_dict(self) -> dict[str, Any]:
+    def _contents(self) -> dict[str, Any]:
         """The base optimizer's state dictionary, and a copy of the parameters where one is pending."""
-        state_dict = super().state_dict()
-        return state_dict if self._kept is None else {**state_dict, _KEPT: self._kept.state_dict()}
+        contents = super()._contents()
+        return contents if self._kept is None else {**contents, _KEPT: self._kept.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dictionary of this optimizer's or of the base's; nothing of it is shared afterwards.
-
-        Raises:
-            ValueError: If its groups do not match this optimizer's.
-        """
-        super().load_state_dict(state_dict)
+    def _after_loading(self, state_dict: dict[str, Any]) -> None:
+        self.last_probe = None
+        self._recall()
         kept = state_dict.get(_KEPT)
         parameters = list(chain(*self._moving()))
         self._kept = None if kept is None else KeptPoint.load(parameters, kept, on_host=self.offload_copies)
-
-    def _after_loading(self) -> None:
-        self.last_probe = None
-        self._recall()
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep; not the records and their hooks, and of schedulers they know nothing."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from gen_optim.evaluating import losses_to_floats, rounding_of
 from gen_optim.optimizer import GeNOptimizer
+from gen_optim.warning import warn
 
 __all__ = ["check_closure"]
 
@@ -94,8 +94,7 @@ def _warn_of_differences(losses: tuple[float, ...], noise: float) -> None:
         )
     else:
         return
-    warnings.warn(
+    warn(
         f"The closure returns different losses at the same parameters: {', '.join(f'{loss:.9g}' for loss in losses)}. "
-        f"GeNOptimizer would take the difference for slope and curvature. {cause}",
-        stacklevel=3,
+        f"GeNOptimizer would take the difference for slope and curvature. {cause}"
     )

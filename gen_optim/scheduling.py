@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-__all__ = ["Group", "LearningRates", "write_lr"]
+__all__ = ["Group", "LearningRates", "check_lr", "write_lr"]
 
 Group = dict[str, Any]
 
@@ -80,12 +80,18 @@ class LearningRates:
             self._enter(group, ratio=0.0)
         return self._share(groups, [self._read(group.get("initial_lr", group["lr"])) for group in groups])
 
-    def join(self, group: Group, lr: float, *, brings_lr: bool) -> None:
-        """Let a group that was added later take part: at its own learning rate, or at ratio 1 if it brings none."""
+    def join(self, groups: Sequence[Group], index: int, lr: float, *, brings_lr: bool) -> None:
+        """Let a group that was added later take part: at its own learning rate, or at ratio 1 if it brings none.
+
+        Raises:
+            ValueError: If that is negative or not finite.
+        """
+        group = groups[index]
         if not brings_lr:
             # A default that is a tensor is shared by all groups that took it.
             group["lr"] = group["lr"].clone().fill_(lr) if isinstance(group["lr"], Tensor) else lr
         own = self._read(group["lr"])
+        check_lr(index, own)
         self._enter(group, ratio=own / lr if lr else 0.0)
         if not lr:  # all others are frozen: as if a hand had written this one, it sets α
             group[_WRITTEN] = 0.0
@@ -104,9 +110,9 @@ class LearningRates:
         Raises:
             ValueError: If a learning rate is negative or not finite.
         """
-        for group in groups:
+        for index, group in enumerate(groups):
             if _RATIO not in group:
-                self.join(group, lr, brings_lr=group["lr"] is not default_lr and group["lr"] != default_lr)
+                self.join(groups, index, lr, brings_lr=group["lr"] is not default_lr and group["lr"] != default_lr)
         if any("initial_lr" in group for group in groups):
             self._find_writer(groups)
         chosen = [self._chosen(group, lr) for group in groups]
@@ -163,8 +169,7 @@ class LearningRates:
     def _share(self, groups: Sequence[Group], rates: Sequence[float]) -> float:
         """Set the ratios to those of ``rates`` and return α, the first that is not 0."""
         for index, rate in enumerate(rates):
-            if not 0.0 <= rate < math.inf:
-                raise ValueError(f"param_groups[{index}]['lr'] must be a finite number of at least 0, got {rate}")
+            check_lr(index, rate)
         lr = next((rate for rate in rates if rate > 0.0), 0.0)
         for group, rate in zip(groups, rates, strict=True):
             group[_RATIO] = rate / lr if lr else 0.0
@@ -238,6 +243,16 @@ class LearningRates:
         elif self._read(lr) != (rounded := torch.tensor(rate, dtype=lr.dtype).item()):
             write_lr(group, rate)
             self._remember(lr, rounded)
+
+
+def check_lr(index: int, rate: float) -> None:
+    """Refuse the learning rate of a group that no step can be taken at.
+
+    Raises:
+        ValueError: If it is negative or not finite.
+    """
+    if not 0.0 <= rate < math.inf:
+        raise ValueError(f"param_groups[{index}]['lr'] must be a finite number of at least 0, got {rate}")
 
 
 def write_lr(group: Group, rate: float) -> None:

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -93,18 +93,28 @@ class OptimizerWrapper(Optimizer):
         else:
             self.base_optim.step()
 
+    def propose(self) -> None:
+        """Step the base optimizer, once; :meth:`call_post_hooks` follows where the step proposed has been taken."""
+        with _without(self.base_optim._optimizer_step_post_hooks):
+            self.step_base()
+
+    def call_post_hooks(self) -> None:
+        """Call what the base optimizer calls after a step: hooks may write to the parameters or average them."""
+        for hook in list(self.base_optim._optimizer_step_post_hooks.values()):
+            hook(self.base_optim, (self.base_optim,), {})
+
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dictionary."""
+        """The base optimizer's state dictionary, and what the wrapper adds to it."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = self.base_optim.state_dict()
+        state_dict = self._contents()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dictionary of the base optimizer's; nothing of it is shared afterwards.
+        """Load a state dictionary of the wrapper's or of the base optimizer's; nothing of it is shared afterwards.
 
         Raises:
             ValueError: If its groups do not match this optimizer's.
@@ -115,11 +125,15 @@ class OptimizerWrapper(Optimizer):
             state_dict = state_dict if changed is None else changed
         # torch's own loading keeps the tensors it is given, and two optimizers would go on writing into one state.
         self.base_optim.load_state_dict(copy.deepcopy(state_dict))
-        self._after_loading()
+        self._after_loading(state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _after_loading(self) -> None:
+    def _contents(self) -> dict[str, Any]:
+        """The state dictionary that the hooks of saving are handed."""
+        return self.base_optim.state_dict()
+
+    def _after_loading(self, state_dict: dict[str, Any]) -> None:
         """What a subclass has to take in before the hooks of loading run."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,10 +153,14 @@ class OptimizerWrapper(Optimizer):
                 setattr(self, name, state[name])
 
 
-@contextmanager
-def without_global_hooks() -> Iterator[None]:
+def without_global_hooks() -> AbstractContextManager[None]:
     """Keep torch's global optimizer hooks still: they belong to the outer of two optimizers, once a step."""
-    tables: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    return _without(_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+
+
+@contextmanager
+def _without(*tables: dict[int, Any]) -> Iterator[None]:
+    """Keep the hooks of some tables still."""
     kept = [dict(table) for table in tables]
     try:
         for table in tables:

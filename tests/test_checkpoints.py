@@ -177,6 +177,27 @@ def test_a_point_to_look_back_at_does_not_outlive_loading_another_checkpoint() -
     assert training.optimizer._kept is None
 
 
+def test_hooks_of_saving_and_loading_have_the_point_to_look_back_at_in_hand() -> None:
+    training, other = (Training.of(lambda p: gen_adamw(p, mode="lookback")) for _ in range(2))
+    training.train(5)
+    aside: dict[str, object] = {}
+
+    def set_aside(optimizer: object, state_dict: dict[str, object]) -> None:
+        aside["gen_kept"] = state_dict.pop("gen_kept")
+
+    training.optimizer.register_state_dict_post_hook(set_aside)
+    saved = through_torch_save(training.optimizer.state_dict())
+    assert "gen_kept" not in saved
+    pending: list[bool] = []
+    other.optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: {**state_dict, **aside})
+    other.optimizer.register_load_state_dict_post_hook(lambda optimizer: pending.append(optimizer._kept is not None))
+    other.model.load_state_dict(training.model.state_dict())
+    other.optimizer.load_state_dict(saved)
+    assert pending == [True]
+    training.train(5), other.train(5)
+    assert same(parameters_of(other.model), parameters_of(training.model))
+
+
 def test_loading_forgets_the_last_probe_and_shares_nothing() -> None:
     training = Training.of(gen_adamw)
     training.train(3)

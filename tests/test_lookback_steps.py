@@ -401,6 +401,17 @@ def test_parameters_written_by_hand_cost_one_parabola() -> None:
     assert training.optimizer.last_probe.step == 5
 
 
+def test_a_step_given_a_probe_alone_returns_the_loss_where_it_began() -> None:
+    training = Training.of(looking)
+    training.train(1)
+    for _ in range(4):
+        training.optimizer.zero_grad()
+        here = training.loss()
+        here.backward()
+        assert training.optimizer.step(probe=training.loss).item() == here.item()
+        assert training.optimizer.last_probe.arrival == here.item()
+
+
 def test_weights_clamped_by_a_hook_of_the_base_optimizer_are_looked_back_at() -> None:
     training = Training.of(looking)
     weights = list(training.model.parameters())

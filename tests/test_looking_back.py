@@ -151,6 +151,15 @@ def test_one_copy_is_held_and_a_second_one_half_way() -> None:
     assert held == [(3, 0), (3, 0), (3, 3), (3, 0)]
 
 
+@pytest.mark.parametrize("on_host", [False, True])
+def test_copies_that_are_elsewhere_do_not_serve_again(on_host: bool) -> None:
+    parameters, _, _, kept = points()
+    kept.visit()
+    kept.leave()
+    again = KeptPoint(parameters, 0.1, last=kept, on_host=on_host)
+    assert (again._copies is kept._copies) is not on_host
+
+
 def test_it_is_of_parameters_that_nobody_has_written_since() -> None:
     parameters, _, _, kept = points()
     assert kept.is_of(parameters)

@@ -275,6 +275,68 @@ def test_with_neither_it_is_the_base_optimizers_step() -> None:
     assert wrapped.optimizer.last_probe is None
 
 
+def test_ten_steps_with_neither_are_warned_of_once() -> None:
+    training = Training.of(gen_sgd)
+
+    def train_bare(steps: int) -> None:
+        for _ in range(steps):
+            training.optimizer.zero_grad()
+            training.loss().backward()
+            training.optimizer.step()
+
+    train_bare(9)
+    with pytest.warns(UserWarning, match="10 steps without a closure or a probe") as caught:
+        train_bare(1)
+    assert caught[0].filename == __file__
+    train_bare(20)
+
+
+def test_bare_steps_are_no_mistake_where_something_has_been_measured() -> None:
+    training = Training.of(gen_sgd)
+    training.train(1)
+    for _ in range(20):
+        training.optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["lookback", "approximate"])
+def test_hooks_of_the_base_optimizer_see_the_steps_that_are_taken(mode: str) -> None:
+    training = Training.of(lambda parameters: gen_sgd(parameters, mode=mode, burn_in=3, period=2))
+    seen: list[list[Tensor]] = []
+
+    def look(base: Any, args: Any, kwargs: Any) -> None:
+        assert base is training.optimizer.base_optim
+        assert (args, kwargs) == ((base,), {})
+        seen.append(parameters_of(training.model))
+
+    training.optimizer.base_optim.register_step_post_hook(look)
+    after: list[list[Tensor]] = []
+    for _ in range(8):
+        training.train(1)
+        after.append(parameters_of(training.model))
+    assert len(seen) == 8
+    assert all(map(same, seen, after))
+
+
+@pytest.mark.parametrize("mode", ["lookback", "approximate"])
+def test_what_a_hook_of_the_base_optimizer_writes_stays_within_its_bounds_from_the_first_step_on(mode: str) -> None:
+    training = Training.of(lambda parameters: gen_sgd(parameters, mode=mode, period=1))
+    free = Training.of(lambda parameters: gen_sgd(parameters, mode=mode, period=1))
+    bound = max(each.abs().max().item() for each in training.model.parameters())
+
+    def clamp(*_: object) -> None:
+        with torch.no_grad():
+            for each in training.model.parameters():
+                each.clamp_(-bound, bound)
+
+    training.optimizer.base_optim.register_step_post_hook(clamp)
+    training.train(1), free.train(1)
+    # The start is searched along the optimizer's direction, not along what is left of it between bounds.
+    assert training.optimizer.last_probe.optimal_lr == free.optimizer.last_probe.optimal_lr
+    for _ in range(20):
+        training.train(1)
+        assert max(each.abs().max().item() for each in training.model.parameters()) <= bound
+
+
 @pytest.mark.parametrize(
     "convert", [torch.Tensor.item, lambda loss: loss.reshape(1, 1), lambda loss: loss.to("cpu", torch.float64)]
 )
@@ -463,6 +525,37 @@ def test_an_exception_in_a_probe_ends_the_step_as_a_lazy_one(
     assert optimizer.last_probe is not record
 
 
+@pytest.mark.parametrize("failing", [1, 2, 5])
+@pytest.mark.parametrize("as_probe", [False, True])
+def test_an_exception_while_a_start_is_searched_moves_nothing_and_it_is_searched_again(
+    failing: int, as_probe: bool
+) -> None:
+    training = Training.of(lambda parameters: gen_adamw(parameters, lr=100.0))
+    begin, steps = parameters_of(training.model), []
+    training.optimizer.base_optim.register_step_post_hook(lambda *_: steps.append(parameters_of(training.model)))
+
+    def raise_at(self: Training) -> None:
+        if self.calls == failing:
+            raise ValueError("on purpose")
+
+    def step() -> None:
+        if as_probe:
+            training.optimizer.zero_grad()
+            nn.functional.mse_loss(training.model(training.inputs), training.targets).backward()
+            training.optimizer.step(probe=training.loss)
+        else:
+            training.train(1)
+
+    training.before_return = raise_at
+    with pytest.raises(ValueError, match="on purpose"):
+        step()
+    assert same(parameters_of(training.model), begin)
+    assert all(same(each, begin) for each in steps)
+    training.before_return = lambda self: None
+    step()
+    assert training.optimizer.last_probe.status is ProbeStatus.STARTED
+
+
 def test_an_exception_in_the_first_call_moves_nothing_and_acts_as_on_the_bare_optimizer() -> None:
     wrapped, bare = Training.of(gen_adamw, mlp(norm=True)), Training.of(AdamW, mlp(norm=True))
     wrapped.train(2)
@@ -634,6 +727,39 @@ def test_types_are_checked() -> None:
         gen_sgd(model.parameters()).step(lambda: 1.0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -0.1}, r"param_groups\[1\]\['lr'\] must be a finite number of at least 0, got -0.1"),
+        ({"lr": math.inf}, r"param_groups\[1\]\['lr'\] must be a finite number"),
+        ({"maximize": True}, "same maximize in all groups"),
+        ({"differentiable": True}, r"param_groups\[1\] has differentiable=True"),
+    ],
+)
+def test_a_group_that_cannot_be_trained_is_not_added(options: dict[str, Any], message: str) -> None:
+    training = Training.of(lambda parameters: gen_sgd(parameters[:2]))
+    group = {"params": [training.model[4].weight], **options}
+    with pytest.raises(ValueError, match=message):
+        training.optimizer.add_param_group(group)
+    assert len(training.optimizer.param_groups) == 1
+    training.train(3)
+
+
+def test_a_group_added_to_the_base_with_a_learning_rate_below_zero_is_noticed_at_the_next_step() -> None:
+    training = Training.of(lambda parameters: gen_sgd(parameters[:2]))
+    training.optimizer.base_optim.add_param_group({"params": [training.model[4].weight], "lr": -1.0})
+    with pytest.raises(ValueError, match=r"param_groups\[1\]\['lr'\] must be a finite number of at least 0, got -1.0"):
+        training.train(1)
+
+
+@pytest.mark.parametrize("name", ["mode", "rule"])
+def test_what_cannot_be_changed_later_is_read_only(name: str) -> None:
+    optimizer = gen_sgd(mlp().parameters(), mode="approximate", rule="published")
+    assert getattr(optimizer, name) == {"mode": "approximate", "rule": "published"}[name]
+    with pytest.raises(AttributeError):
+        setattr(optimizer, name, "other")
+
+
 def test_numbers_of_numpy_do_not_reach_checkpoints() -> None:
     options = {"smoothing": np.float32(0.5), "period": np.int64(4), "lr_max": np.float64(1.0)}
     training = Training.of(lambda parameters: gen_sgd(parameters, **options))
@@ -663,8 +789,11 @@ def test_a_start_that_fails_takes_no_step_warns_at_length_and_goes_on_trying(lr:
 
     for _ in range(9):
         training.optimizer.step(closure)
-    with pytest.warns(UserWarning, match="found no learning rate that lowers the loss in 10 steps"):
+    training.optimizer.register_step_post_hook(lambda *_: None)  # through torch's own lines
+    torch.optim.lr_scheduler.ConstantLR(training.optimizer, factor=1.0)
+    with pytest.warns(UserWarning, match="found no learning rate that lowers the loss in 10 steps") as caught:
         training.optimizer.step(closure)
+    assert caught[0].filename == __file__
     training.optimizer.step(closure)
     assert training.optimizer.last_probe.status is ProbeStatus.START_FAILED
     assert same(parameters_of(training.model), before)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gen_optim import pieces as module
-from gen_optim.pieces import copy, inner_product, lerp, pieces
+from gen_optim.pieces import copy, inner_product, lerp, pieces, summing_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64]
 SHAPES = [(), (0,), (1,), (3, 2), (7,), (5, 4, 3), (40,), (9, 7)]
@@ -84,6 +84,12 @@ def test_inner_product_is_that_in_double_precision(dtype: torch.dtype) -> None:
     found = inner_product(gradients, ends, starts)
     assert found.dtype == torch.float64
     assert found.item() == pytest.approx(float(expected), rel=1e-6, abs=1e-5 if dtype != torch.float64 else 1e-12)
+
+
+def test_sums_are_in_double_precision_where_a_device_has_that() -> None:
+    assert summing_dtype(torch.device("cpu")) is torch.float64
+    assert summing_dtype(torch.device("cuda", 1)) is torch.float64
+    assert summing_dtype(torch.device("mps")) is torch.float32
 
 
 def test_nothing_has_no_pieces() -> None:

@@ -73,6 +73,13 @@ def test_a_loss_that_explodes_leaves_the_panel() -> None:
     assert ax.get_ylim()[1] < 100.0
 
 
+def test_parameters_of_half_precision_are_drawn_at_the_learning_rates_given() -> None:
+    params, direction = ({name: each.bfloat16() for name, each in some.items()} for some in (PARAMS, DIRECTION))
+    ax = plot_loss_along(quadratic, params, direction, learning_rates=[0.0, 1.0 / 3.0, 2.0])
+    assert lines(ax)["loss"].get_xdata() == pytest.approx([0.0, 1.0 / 3.0, 2.0])
+    assert lines(ax)["loss"].get_ydata() == pytest.approx([4.0, (5.0 / 3.0) ** 2, 0.0], rel=0.02)
+
+
 def test_parameters_stay_as_they_are() -> None:
     params = {"x": torch.tensor([3.0], requires_grad=True)}
     plot_loss_along(quadratic, params, DIRECTION)

@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -57,10 +58,15 @@ class Wrapped:
         self._optimizer = GeNOptimizer(base, mode=mode, rule="published", period=self._steps)
         self._began = self._others = 0.0
         self.on_others: Callable[[bool], object] = bool
-        base.register_step_pre_hook(lambda *_: self._enter())
-        base.register_step_post_hook(lambda *_: self._leave())
+        # Not by its hooks: those after a step wait for the probes.
+        base.step = partial(self._base_step, base.step)  # type: ignore[assignment, method-assign]
         for _ in range(2):  # after which periods of looking back end with a probe
             self._optimizer.step(self._closure)
+
+    def _base_step(self, step: Callable[[], object]) -> None:
+        self._enter()
+        step()
+        self._leave()
 
     def _enter(self) -> None:
         self.on_others(True)

@@ -1,0 +1,21 @@
+"""Warnings that point at the user's line, however many lines of this package and of torch lie in between."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+__all__ = ["warn"]
+
+_INTERNAL = tuple(str(Path(file).resolve().parent) for file in (__file__, torch.__file__))
+
+
+def warn(message: str) -> None:
+    """Issue a ``UserWarning`` at the innermost line that belongs neither to this package nor to torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(Path(frame.f_code.co_filename).resolve()).startswith(_INTERNAL):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
