@@ -52,7 +52,7 @@ class GeNOptimizer(RememberingOptimizer):
     5. The parameters are put back, and the base optimizer steps once, at that learning rate and the scheduler's factor.
        A step that has led far up is taken back instead.
     6. Gradients, buffers, grad mode and random streams are as after 1, whatever happened in between. After an exception
-       in a probe the step is taken at the last learning rate (none is, where the start is still to be found), and the
+       in a probe the step is taken at the last learning rate (that given, where a start is still to be found), and the
        exception raised again.
 
     With ``mode="approximate"`` or ``"exact"`` it looks ahead: the base optimizer steps once after 1, the loss is
@@ -372,8 +372,7 @@ class GeNOptimizer(RememberingOptimizer):
                     raise
                 move.arrive()  # where it began: the others count on this rank for their probes
 
-            # Until a start is found, the learning rate given is no better than any other.
-            taken = 0.0 if measure is search else after.lr
+            taken = after.lr
             try:
                 with session.probing():
                     line = Line(
@@ -391,8 +390,7 @@ class GeNOptimizer(RememberingOptimizer):
                 decision = self._rule.decide(state, measurement.loss, measurement.found, factor=factor)
                 after, taken = decision.state, decision.taken_lr
             finally:
-                # After an exception in a probe this is the lazy step, to which the base's moments belong; none before
-                # a start is found.
+                # After an exception in a probe this is the lazy step, to which the base's moments belong.
                 move.settle([taken * each / lr for each in factors])
                 self._remember(after, self._rates_in_force(taken))
                 if is_proposed:
