@@ -76,7 +76,7 @@ def check_groups(groups: Sequence[Group]) -> None:
             raise ValueError(
                 f"base_optim must have a learning rate in every group, but param_groups[{index}] has no 'lr'"
             )
-        check_lr(index, float(group["lr"]))
+        check_lr(index, group["lr"])
         if group.get("differentiable"):
             raise ValueError(
                 f"base_optim must not be differentiable, but param_groups[{index}] has differentiable=True: what GeN "

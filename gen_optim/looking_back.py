@@ -70,6 +70,7 @@ class KeptPoint:
         self._swapped: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._starts: list[Tensor] = []
         self._marks: list[tuple[int, int]] | None = None
+        self._end: Tensor | None = None
 
     def _locals(self) -> list[Tensor]:
         return [local(each) for each in self._parameters]
@@ -82,10 +83,19 @@ class KeptPoint:
         """Whether it tells where these parameters were before their last step, which nobody has changed since."""
         if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
             return False
+        return self.is_intact()
+
+    def is_intact(self) -> bool:
+        """Whether nobody has changed the parameters since their last step."""
         # Copies on the host are as good for any device.
         kind = _kind if self._on_host else _kind_and_place
         if list(map(kind, self._copies)) != list(map(kind, self._locals())):
             return False
+        if self._end is not None:  # versions begin anew with what is loaded
+            if not torch.equal(self._end, self._fingerprint()):
+                return False
+            self._end = None
+            self.arrive()
         return self._marks is None or self._marks == self._present_marks()
 
     def _present_marks(self) -> list[tuple[int, int]]:
@@ -148,11 +158,17 @@ class KeptPoint:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep; versions begin anew in them."""
-        return {**self.__dict__, "_marks": None}
+        return {**self.__dict__, "_marks": None, "_end": self._fingerprint()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the learning rate, and the contents in the order of the parameters."""
-        return {"lr": self.lr, "start": list(self._copies)}
+        """What a checkpoint keeps: the learning rate, the contents in the order of the parameters, and their end."""
+        return {"lr": self.lr, "start": list(self._copies), "end": self._fingerprint()}
+
+    @torch.no_grad()
+    def _fingerprint(self) -> Tensor:
+        """What tells where the parameters are: sums of their bits, exact in any order, and of numbers that are NaN."""
+        sums = [_bits(each).sum(dtype=torch.int64).cpu() for each in self._locals()]
+        return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
     @classmethod
     def load(
@@ -165,7 +181,11 @@ class KeptPoint:
             for each, parameter in zip(state_dict["start"], parameters, strict=False)
         ]
         kept._parameters = parameters
-        return kept if len(state_dict["start"]) == len(parameters) and kept.is_of(parameters) else None
+        if len(state_dict["start"]) != len(parameters) or not kept.is_intact():
+            return None
+        # Compared later: the model may be loaded after its optimizer.
+        kept._end = state_dict.get("end")
+        return kept
 
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
@@ -178,6 +198,11 @@ def _kind_and_place(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.devi
 
 def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.reshape(-1).view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[real.itemsize])
 
 
 def _exact(number: Tensor) -> Tensor:

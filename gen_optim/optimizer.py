@@ -392,9 +392,11 @@ class GeNOptimizer(RememberingOptimizer):
             finally:
                 # After an exception in a probe this is the lazy step, to which the base's moments belong.
                 move.settle([taken * each / lr for each in factors])
-                self._remember(after, self._rates_in_force(taken))
-                if is_proposed:
-                    self.call_post_hooks()
+                rates = self._rates_in_force(taken)
+                if is_proposed and taken > 0.0:
+                    with self._rates.in_force(groups, rates):
+                        self.call_post_hooks()
+                self._remember(after, rates)
         self._report(state, measurement, decision, factor)
         return measurement.raw if loss is None else loss
 

@@ -172,6 +172,11 @@ class RememberingOptimizer(OptimizerWrapper):
             self._kept = None
         return self._kept
 
+    def _drop_stale(self) -> None:
+        """Keep no point that parameters have left since by another hand: in a copy nothing would tell."""
+        if self._kept is not None and not self._kept.is_intact():
+            self._kept = None
+
     def _moving(self) -> list[list[Tensor]]:
         """The parameters that a step can change, of each group that is not frozen."""
         is_moving = [ratio > 0.0 for ratio in self._rates.shares(self.param_groups, 1.0)]
@@ -179,6 +184,7 @@ class RememberingOptimizer(OptimizerWrapper):
 
     def _contents(self) -> dict[str, Any]:
         """The base optimizer's state dictionary, and a copy of the parameters where one is pending."""
+        self._drop_stale()
         contents = super()._contents()
         return contents if self._kept is None else {**contents, _KEPT: self._kept.state_dict()}
 
@@ -191,6 +197,7 @@ class RememberingOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep; not the records and their hooks, and of schedulers they know nothing."""
+        self._drop_stale()
         dropped = ("_rates", "last_probe", "_probe_hooks")
         return {name: value for name, value in super().__getstate__().items() if name not in dropped}
 

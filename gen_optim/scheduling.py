@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
+from numbers import Real
 from typing import Any
 
 import torch
@@ -93,6 +94,10 @@ class LearningRates:
         own = self._read(group["lr"])
         check_lr(index, own)
         self._enter(group, ratio=own / lr if lr else 0.0)
+        if any(each[_SCHEDULED] for each in groups[:index]):
+            # Schedulers that compute the next value from the present one write this group too.
+            group.setdefault("initial_lr", own)
+            group[_SCHEDULED] = True
         if not lr:  # all others are frozen: as if a hand had written this one, it sets α
             group[_WRITTEN] = 0.0
 
@@ -245,14 +250,14 @@ class LearningRates:
             self._remember(lr, rounded)
 
 
-def check_lr(index: int, rate: float) -> None:
+def check_lr(index: int, rate: Any) -> None:
     """Refuse the learning rate of a group that no step can be taken at.
 
     Raises:
-        ValueError: If it is negative or not finite.
+        ValueError: If it is no number, negative or not finite.
     """
-    if not 0.0 <= rate < math.inf:
-        raise ValueError(f"param_groups[{index}]['lr'] must be a finite number of at least 0, got {rate}")
+    if not (isinstance(rate, Real | Tensor) and 0.0 <= float(rate) < math.inf):
+        raise ValueError(f"param_groups[{index}]['lr'] must be a finite number of at least 0, got {rate!r}")
 
 
 def write_lr(group: Group, rate: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 __all__ = ["warn"]
 
-_INTERNAL = tuple(str(Path(file).resolve().parent) for file in (__file__, torch.__file__))
+_INTERNAL = tuple(str(Path(file).resolve().parent) + os.sep for file in (__file__, torch.__file__))
 
 
 def warn(message: str) -> None:

@@ -62,7 +62,10 @@ class OptimizerWrapper(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, as the base optimizer does."""
-        self.base_optim.zero_grad(set_to_none=set_to_none)
+        if set_to_none:
+            self.base_optim.zero_grad()  # those of some optimizers take no argument
+        else:
+            self.base_optim.zero_grad(set_to_none=False)
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,13 +98,18 @@ class OptimizerWrapper(Optimizer):
 
     def propose(self) -> None:
         """Step the base optimizer, once; :meth:`call_post_hooks` follows where the step proposed has been taken."""
-        with _without(self.base_optim._optimizer_step_post_hooks):
+        with _without(self._base_post_hooks):
             self.step_base()
 
     def call_post_hooks(self) -> None:
         """Call what the base optimizer calls after a step: hooks may write to the parameters or average them."""
-        for hook in list(self.base_optim._optimizer_step_post_hooks.values()):
+        for hook in list(self._base_post_hooks.values()):
             hook(self.base_optim, (self.base_optim,), {})
+
+    @property
+    def _base_post_hooks(self) -> dict[int, Any]:
+        """The base optimizer's hooks; wrappers around others that skip their parent's set-up have none."""
+        return getattr(self.base_optim, "_optimizer_step_post_hooks", {})
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dictionary, and what the wrapper adds to it."""

@@ -177,6 +177,43 @@ def test_a_point_to_look_back_at_does_not_outlive_loading_another_checkpoint() -
     assert training.optimizer._kept is None
 
 
+def test_weights_written_after_loading_are_not_looked_back_at() -> None:
+    training, other = (Training.of(lambda p: gen_sgd(p, mode="lookback")) for _ in range(2))
+    training.train(20)
+    other.model.load_state_dict(training.model.state_dict())
+    other.optimizer.load_state_dict(through_torch_save(training.optimizer.state_dict()))
+    with torch.no_grad():
+        other.model[4].weight.fill_(2.0)  # a new head; the step before would be taken back, and it with it
+    other.train(1)
+    assert other.optimizer.last_probe is None
+    assert other.model[4].weight.min() > 1.5
+    other.train(1)
+    assert other.optimizer.last_probe.step == 22
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda training: pickle.loads(pickle.dumps(training))])
+def test_weights_written_in_a_copy_are_not_looked_back_at(duplicate: Any) -> None:
+    training = Training.of(lambda p: gen_sgd(p, mode="lookback"))
+    training.train(20)
+    model, optimizer = duplicate((training.model, training.optimizer))
+    twin = Training(model, optimizer, training.inputs, training.targets)
+    with torch.no_grad():
+        model[4].weight.fill_(2.0)
+    twin.train(1)
+    assert optimizer.last_probe is None
+    assert model[4].weight.min() > 1.5
+
+
+def test_a_point_that_parameters_have_left_by_another_hand_is_not_saved() -> None:
+    training = Training.of(lambda p: gen_sgd(p, mode="lookback"))
+    training.train(20)
+    assert "gen_kept" in training.optimizer.state_dict()
+    with torch.no_grad():
+        training.model[4].weight.mul_(0.5)
+    assert "gen_kept" not in copy.deepcopy(training.optimizer).state_dict()
+    assert "gen_kept" not in training.optimizer.state_dict()
+
+
 def test_hooks_of_saving_and_loading_have_the_point_to_look_back_at_in_hand() -> None:
     training, other = (Training.of(lambda p: gen_adamw(p, mode="lookback")) for _ in range(2))
     training.train(5)

@@ -318,6 +318,48 @@ def test_hooks_of_the_base_optimizer_see_the_steps_that_are_taken(mode: str) -> 
 
 
 @pytest.mark.parametrize("mode", ["lookback", "approximate"])
+def test_hooks_of_the_base_optimizer_see_the_learning_rate_in_force(mode: str) -> None:
+    training = Training.of(lambda parameters: gen_sgd(parameters, mode=mode, burn_in=3, period=2))
+    scheduler = torch.optim.lr_scheduler.LinearLR(training.optimizer, 0.5, 1.0, total_iters=10)
+    seen: list[float] = []
+    training.optimizer.base_optim.register_step_post_hook(lambda base, *_: seen.append(base.param_groups[0]["lr"]))
+    in_force = []
+    for _ in range(8):
+        training.train(1)
+        in_force += training.optimizer.get_last_lr()
+        scheduler.step()
+    assert seen == in_force
+
+
+def test_hooks_of_the_base_optimizer_are_not_called_where_no_start_was_found() -> None:
+    training = Training.of(gen_sgd)
+    calls: list[int] = []
+    training.optimizer.base_optim.register_step_post_hook(lambda *_: calls.append(training.calls))
+    for _ in range(3):
+        training.optimizer.step(lambda: training.closure().detach() + 1e6)
+    assert training.optimizer.last_probe.status is ProbeStatus.START_FAILED
+    assert calls == []
+
+
+@pytest.mark.parametrize("mode", ["lookback", "approximate"])
+def test_a_base_that_wraps_another_and_skips_the_set_up_of_hooks(mode: str) -> None:
+    class Around(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner, self.param_groups = inner, inner.param_groups
+            self.state, self.defaults = inner.state, inner.defaults
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.inner.zero_grad(set_to_none)
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+    around = Training.of(lambda parameters: GeNOptimizer(Around(SGD(parameters, lr=0.1)), mode=mode))
+    plain = Training.of(lambda parameters: GeNOptimizer(SGD(parameters, lr=0.1), mode=mode))
+    assert around.train(10) == plain.train(10)
+
+
+@pytest.mark.parametrize("mode", ["lookback", "approximate"])
 def test_what_a_hook_of_the_base_optimizer_writes_stays_within_its_bounds_from_the_first_step_on(mode: str) -> None:
     training = Training.of(lambda parameters: gen_sgd(parameters, mode=mode, period=1))
     free = Training.of(lambda parameters: gen_sgd(parameters, mode=mode, period=1))
@@ -731,6 +773,7 @@ def test_types_are_checked() -> None:
     ("options", "message"),
     [
         ({"lr": -0.1}, r"param_groups\[1\]\['lr'\] must be a finite number of at least 0, got -0.1"),
+        ({"lr": None}, r"param_groups\[1\]\['lr'\] must be a finite number of at least 0, got None"),
         ({"lr": math.inf}, r"param_groups\[1\]\['lr'\] must be a finite number"),
         ({"maximize": True}, "same maximize in all groups"),
         ({"differentiable": True}, r"param_groups\[1\] has differentiable=True"),

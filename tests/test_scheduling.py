@@ -358,6 +358,23 @@ def test_groups_that_join_while_all_are_frozen_or_share_a_tensor() -> None:
     assert optimizer.param_groups[1]["lr"].item() == 0.5
 
 
+@pytest.mark.parametrize("name", ["ExponentialLR", "StepLR", "LinearLR"])
+def test_a_group_that_joins_under_a_scheduler_is_no_hand_at_each_of_its_steps(name: str) -> None:
+    model = mlp()
+    optimizer = GeNOptimizer(SGD(model[0].parameters(), lr=0.01))
+    scheduler = SCHEDULERS[name](optimizer)
+    training = Training(model, optimizer, *regression_data())
+    training.train(3, scheduler)
+    optimizer.add_param_group({"params": model[4].parameters()})
+    before = parameters_of(model)
+    training.train(6, scheduler)
+    group, joined = optimizer.param_groups
+    assert group["gen_parabola_count"] >= 6  # none forgotten
+    assert joined["gen_ratio"] == 1.0
+    assert optimizer.get_last_lr()[1] > 0.0
+    assert not any(map(torch.equal, parameters_of(model), before))
+
+
 def test_freezing_all_by_hand_and_letting_go_again() -> None:
     training = Training.of(lambda parameters: gen_sgd(parameters, mode="approximate"))
     training.train(3)

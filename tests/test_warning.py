@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import gen_optim
 from gen_optim.warning import warn
 
 OURS, TORCHS, USERS = gen_optim.__file__, torch.__file__, "/somewhere/training.py"
+NEIGHBOUR = str(Path(OURS).parent) + "_runs.py"
 
 
 def through(files: list[str]) -> Callable[[], None]:
@@ -30,6 +32,7 @@ def through(files: list[str]) -> Callable[[], None]:
         ([OURS, TORCHS, OURS, TORCHS], __file__),
         ([OURS, USERS], USERS),
         ([OURS, TORCHS, USERS, TORCHS], USERS),
+        ([OURS, NEIGHBOUR, USERS], NEIGHBOUR),
     ],
 )
 def test_a_warning_points_at_the_innermost_line_outside_of_the_package_and_of_torch(

@@ -105,6 +105,17 @@ def test_gradients_are_zeroed_as_the_base_does(set_to_none: bool) -> None:
         assert parameter.grad is None if set_to_none else not parameter.grad.any()
 
 
+def test_zero_grad_of_a_base_whose_own_takes_no_argument_is_called() -> None:
+    class Zeroing(torch.optim.SGD):
+        def zero_grad(self) -> None:
+            super().zero_grad()
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    Stepping(Zeroing([weight], lr=0.1)).zero_grad()
+    assert weight.grad is None
+
+
 def test_zero_grad_of_a_base_that_has_its_own_is_called() -> None:
     calls = []
 
