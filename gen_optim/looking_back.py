@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_optim.distributed import local, parts_of
+from gen_optim.distributed import is_dtensor, local, parts_of
 from gen_optim.evaluating import Loss
 from gen_optim.measuring import Measurement
 from gen_optim.pieces import clone, copy, inner_product, lerp, near, pieces, summing_dtype, write
@@ -92,7 +92,7 @@ class KeptPoint:
         if list(map(kind, self._copies)) != list(map(kind, self._locals())):
             return False
         if self._end is not None:  # versions begin anew with what is loaded
-            if not torch.equal(self._end, self._fingerprint()):
+            if not torch.equal(self._end.cpu(), self._fingerprint().cpu()):
                 return False
             self._end = None
             self.arrive()
@@ -166,9 +166,14 @@ class KeptPoint:
 
     @torch.no_grad()
     def _fingerprint(self) -> Tensor:
-        """What tells where the parameters are: sums of their bits, exact in any order, and of numbers that are NaN."""
-        sums = [_bits(each).sum(dtype=torch.int64).cpu() for each in self._locals()]
-        return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+        """What tells where the parameters are: sums of their bits, exact in any order, and of numbers that are NaN.
+
+        Empty where they are spread over ranks: each would see its own, and they might not go the same way.
+        """
+        if not self._parameters or any(map(is_dtensor, self._parameters)):
+            return torch.zeros(0, dtype=torch.int64)
+        sums = [_bits(each).sum(dtype=torch.int64) for each in self._parameters]
+        return torch.stack([each.to(sums[0].device) for each in sums])
 
     @classmethod
     def load(
