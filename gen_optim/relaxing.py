@@ -75,7 +75,7 @@ class RelaxedRule(PublishedRule):
 
     In the order in which a training run meets it:
 
-    - a start taken from the loss itself (:func:`search_start`); training begins at ``start_fraction`` of the learning
+    - a start taken from the loss itself (``gen_optim.starting``); training begins at ``start_fraction`` of the learning
       rate found, because the first gradient points down an untypically steep slope and no momentum is built up yet;
     - a burn-in: the first ``burn_in`` probe steps follow each other at every step;
     - slope and curvature are averaged, each relative to how much the loss changes in a step at the time (or what was
