@@ -24,13 +24,15 @@ from gen_optim.pieces import summing_dtype
 from gen_optim.preserving import Buffers, RandomStreams, owners_of, random_devices
 from gen_optim.watching import WatchingGradients, watch, watching_autocast, watching_modules
 
-__all__ = ["Evaluator", "Loss", "Session", "check_callable", "check_loss", "losses_to_floats", "rounding_of"]
+__all__ = ["Closure", "Evaluator", "Loss", "Session", "check_callable", "check_loss", "losses_to_floats", "rounding_of"]
 
 Loss = Tensor | float
 """What a closure returns: a number or a one-element tensor."""
+Closure = Callable[[], Any]
+"""A closure: who wrote it may return anything, and is told so where that is no loss."""
 
 
-def check_callable(name: str, value: Callable[[], Any] | None) -> Callable[[], Any] | None:
+def check_callable(name: str, value: Closure | None) -> Closure | None:
     """Return a closure if it is one, or None.
 
     Raises:
@@ -103,7 +105,7 @@ class Evaluator:
         return list(self._owners)
 
     @staticmethod
-    def call(closure: Callable[[], Any]) -> tuple[Loss, bool]:
+    def call(closure: Closure) -> tuple[Loss, bool]:
         """Call ``closure`` with gradients enabled, as the user wrote it.
 
         Returns:
@@ -189,7 +191,7 @@ class Session:
         # By identity: a tensor's own hash is a call of Python's, of which there would be one a parameter.
         yield from {id(each): each for each in chain(self._parameters, theirs) if each is not None}.values()
 
-    def probe(self, closure: Callable[[], Any], caller: str) -> Loss:
+    def probe(self, closure: Closure, caller: str) -> Loss:
         """Call ``closure`` once more, without gradients, as if it were the first time.
 
         Raises:
@@ -212,7 +214,7 @@ class Session:
                 )
             raise
 
-    def differentiable(self, closure: Callable[[], Any], caller: str) -> Tensor:
+    def differentiable(self, closure: Closure, caller: str) -> Tensor:
         """Call ``closure`` once more, as if it were the first time, and return the loss with its graph.
 
         Where the closure returns a loss without one, it is the sum of what it calls ``backward()`` on.
@@ -236,7 +238,7 @@ class Session:
             "differentiate. Return the tensor itself, neither .item() nor .detach(), or use mode='approximate'."
         )
 
-    def _replay(self, closure: Callable[[], Any], caller: str) -> Loss:
+    def _replay(self, closure: Closure, caller: str) -> Loss:
         with self._replaying(with_graph=self._evaluator._loss_differentiates):
             loss = check_loss(closure(), caller)
         # Cloned: a closure may write all its losses into the same tensor.

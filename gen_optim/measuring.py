@@ -23,6 +23,7 @@ __all__ = [
     "Line",
     "Measurement",
     "Mode",
+    "check_mode",
     "check_tolerance",
     "differentiate",
     "probe_around",
@@ -200,3 +201,13 @@ MODES = {
     "exact": Mode(differentiate, twice_differentiable_kernels),
 }
 """Modes by the name that ``GeNOptimizer(mode=...)`` takes."""
+
+
+def check_mode(name: object) -> None:
+    """Refuse what is no mode.
+
+    Raises:
+        ValueError: Names those that there are.
+    """
+    if name not in list(MODES):
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {name!r}")

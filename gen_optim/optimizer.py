@@ -12,23 +12,20 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from gen_optim.checking import check_groups, check_wrappable
-from gen_optim.control import ControlState, check_option
+from gen_optim.checking import check_wrappable
+from gen_optim.control import ControlState
 from gen_optim.distributed import Ranks, ranks_of, whole
-from gen_optim.evaluating import Evaluator, Loss, Session, check_callable, rounding_of
+from gen_optim.evaluating import Closure, Evaluator, Loss, Session, check_callable, rounding_of
 from gen_optim.gradients import GradientMark, GradientOrigin, complete_gradients
 from gen_optim.looking_back import KeptPoint, look_back
-from gen_optim.measuring import MODES, Line, Measurement, check_tolerance, search, searched_lr
+from gen_optim.measuring import MODES, Line, Measurement, check_mode, check_tolerance, search, searched_lr
 from gen_optim.moving import Move
 from gen_optim.parallel import check_twice_differentiable
 from gen_optim.remembering import RememberingOptimizer
 from gen_optim.rules import make_rule
-from gen_optim.scheduling import Group
 from gen_optim.watching import around_backward, watch
 
 __all__ = ["GeNOptimizer"]
-
-Closure = Callable[[], Any]
 
 
 class GeNOptimizer(RememberingOptimizer):
@@ -137,7 +134,6 @@ class GeNOptimizer(RememberingOptimizer):
     closure: Closure | None
     probe: Closure | None
     process_group: dist.ProcessGroup | Literal["local"] | None
-    _tolerance: float
 
     def __init__(
         self,
@@ -163,8 +159,7 @@ class GeNOptimizer(RememberingOptimizer):
         if isinstance(base_optim, GeNOptimizer):
             raise TypeError("base_optim must be the optimizer to wrap, got another GeNOptimizer; wrap its base_optim")
         check_wrappable(base_optim)
-        if mode not in list(MODES):
-            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+        check_mode(mode)
         chosen_rule = make_rule(
             rule,
             period=period,
@@ -177,10 +172,9 @@ class GeNOptimizer(RememberingOptimizer):
             explosion=explosion,
             relaxation=relaxation,
         )
-        check_option("offload_copies", offload_copies, "True or False", isinstance(offload_copies, bool))
-        super().__init__(base_optim, chosen_rule, mode, offload_copies=offload_copies)
+        super().__init__(base_optim, chosen_rule, rule, mode, offload_copies=offload_copies)
         self._set_up()
-        self._rule_name, self._tolerance = rule, check_tolerance(tolerance)
+        self._tolerance = check_tolerance(tolerance)
         self.closure = check_callable("closure", closure)
         self.probe = check_callable("probe", probe)
         self.process_group = process_group
@@ -190,46 +184,10 @@ class GeNOptimizer(RememberingOptimizer):
             check_twice_differentiable(parameters)
         self._recall()
 
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a parameter group, whose ratio to the others is that of its ``lr`` to the present one; 1 without.
-
-        Args:
-            param_group: Its parameters under ``"params"``, and options that differ from the base optimizer's defaults.
-
-        Raises:
-            TypeError: If ``param_group`` is no dictionary, or what it holds are no parameters.
-            ValueError: If its learning rate is negative or not finite, if it is ``differentiable`` or has another
-                ``maximize`` than the other groups, or if one of its parameters is in another group already.
-
-        Example:
-            >>> trunk, head = torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
-            >>> optimizer = GeNOptimizer(torch.optim.SGD(trunk.parameters(), lr=0.1))
-            >>> optimizer.add_param_group({"params": head.parameters(), "lr": 0.2})  # twice the trunk's from now on
-            >>> optimizer.get_last_lr()
-            [0.1, 0.2]
-        """
-        brings_lr = "lr" in param_group
-        state = self._recall()
-        check_groups([*self.param_groups, {**self.defaults, **param_group}])
-        self.base_optim.add_param_group(param_group)
-        self._rates.join(self.param_groups, len(self.param_groups) - 1, state.lr, brings_lr=brings_lr)
-
-    # --- what it tells -------------------------------------------------------------------------------------------
-
     @property
     def is_probing(self) -> bool:
         """Whether a probe runs right now, so that a closure can skip its logging and metrics."""
         return self._evaluator.is_probing
-
-    @property
-    def mode(self) -> str:
-        """The option of that name."""
-        return self._mode
-
-    @property
-    def rule(self) -> str:
-        """The option of that name."""
-        return self._rule_name
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -263,8 +221,7 @@ class GeNOptimizer(RememberingOptimizer):
             >>> optimizer.step(lambda: (weight**2).sum())  # calls backward() itself
             tensor(9., grad_fn=<CloneBackward0>)
             >>> weight.grad = 2.0 * weight.detach()
-            >>> optimizer.step(probe=lambda: (weight**2).sum())  # for gradients that are there already
-            tensor(7.9524)
+            >>> optimizer.step(probe=lambda: (weight**2).sum())  # for gradients that are there; None: it was lazy
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("step() needs gradients: call it outside of torch.inference_mode()")

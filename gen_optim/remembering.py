@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gen_optim.control import ControlState, Decision, ProbeStatus, PublishedRule
+from gen_optim.checking import check_groups
+from gen_optim.control import ControlState, Decision, ProbeStatus, PublishedRule, check_option
 from gen_optim.diagnostics import ProbeRecord
 from gen_optim.gradients import mark_used
 from gen_optim.looking_back import KeptPoint
 from gen_optim.measuring import MODES, Measurement
 from gen_optim.moving import movable
-from gen_optim.scheduling import LearningRates
+from gen_optim.scheduling import Group, LearningRates
 from gen_optim.warning import warn
 from gen_optim.wrapping import OptimizerWrapper
 
@@ -43,14 +44,17 @@ class RememberingOptimizer(OptimizerWrapper):
     Args:
         base_optim: The optimizer to wrap.
         rule: How learning rates are chosen.
+        rule_name: The option of which it was made.
         mode: How slope and curvature are measured.
         offload_copies: Whether copies of parameters are in the host's memory.
     """
 
-    def __init__(self, base_optim: Optimizer, rule: PublishedRule, mode: str, *, offload_copies: bool) -> None:
+    def __init__(
+        self, base_optim: Optimizer, rule: PublishedRule, rule_name: str, mode: str, *, offload_copies: bool
+    ) -> None:
+        check_option("offload_copies", offload_copies, "True or False", isinstance(offload_copies, bool))
         super().__init__(base_optim)
-        self._rule = rule
-        self._mode = mode
+        self._rule, self._rule_name, self._mode = rule, rule_name, mode
         self.offload_copies = offload_copies
         self._rates = LearningRates(self, base_optim)
         self._kept: KeptPoint | None = None
@@ -60,7 +64,43 @@ class RememberingOptimizer(OptimizerWrapper):
         self.last_probe: ProbeRecord | None = None
         self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
 
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group, whose ratio to the others is that of its ``lr`` to the present one; 1 without.
+
+        Args:
+            param_group: Its parameters under ``"params"``, and options that differ from the base optimizer's defaults.
+
+        Raises:
+            TypeError: If ``param_group`` is no dictionary, or what it holds are no parameters.
+            ValueError: If its learning rate is negative or not finite, if it is ``differentiable`` or has another
+                ``maximize`` than the other groups, or if one of its parameters is in another group already.
+
+        Example:
+            >>> import torch
+            >>> from gen_optim import GeNOptimizer
+            >>> trunk, head = torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
+            >>> optimizer = GeNOptimizer(torch.optim.SGD(trunk.parameters(), lr=0.1))
+            >>> optimizer.add_param_group({"params": head.parameters(), "lr": 0.2})  # twice the trunk's from now on
+            >>> optimizer.get_last_lr()
+            [0.1, 0.2]
+        """
+        brings_lr = "lr" in param_group
+        state = self._recall()
+        check_groups([*self.param_groups, {**self.defaults, **param_group}])
+        self.base_optim.add_param_group(param_group)
+        self._rates.join(self.param_groups, len(self.param_groups) - 1, state.lr, brings_lr=brings_lr)
+
     # --- what it tells -------------------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> str:
+        """The option of that name."""
+        return self._mode
+
+    @property
+    def rule(self) -> str:
+        """The option of that name."""
+        return self._rule_name
 
     def get_last_lr(self) -> list[float]:
         """The learning rates that the last step used, one a parameter group, the scheduler's factor included.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import os
 import random
 import subprocess
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from gen_optim import directional, proposing, quadratic, taylor
 from gen_optim.directional import derivatives_along, loss_along, quadratic_model
 from tests.oracles import (
     dense_derivatives,
@@ -507,10 +505,3 @@ def test_errors_of_the_loss_itself_pass_unchanged() -> None:
     for method in METHODS:
         with pytest.raises(RuntimeError, match="size of tensor a"):
             derivatives_along(lambda p: (p["x"] + torch.ones(2)).sum(), params, params, method=method)
-
-
-@pytest.mark.parametrize("module", [directional, proposing, quadratic, taylor], ids=lambda module: module.__name__)
-def test_examples_in_the_documentation(module: Any) -> None:
-    outcome = doctest.testmod(module)
-    assert outcome.attempted > 0
-    assert outcome.failed == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib.util
 import itertools
 import pkgutil
@@ -25,6 +26,12 @@ from tests.training import mlp, regression_data
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+EXAMPLES = sorted(
+    path.stem
+    for path in (ROOT / "gen_optim").glob("*.py")
+    if any(">>> " in line and "+SKIP" not in line for line in path.read_text("utf-8").splitlines())
+)
+"""Modules whose docstrings hold examples that run by themselves."""
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 FRAMEWORKS = ("accelerate", "datasets", "lightning", "peft", "tensorboard", "torchao", "transformers")
 """What a page may ask for and the tests do without; anything else that is missing is an error."""
@@ -173,3 +180,10 @@ def test_the_example_ends_at_the_same_validation_loss_from_any_learning_rate() -
     losses = [validation_loss(lr) for lr in (1e-7, 1e-3, 10.0)]
     assert max(losses) < 0.25
     assert max(losses) <= 1.1 * min(losses)
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_examples_in_docstrings(module: str) -> None:
+    outcome = doctest.testmod(importlib.import_module(f"gen_optim.{module}"))
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
