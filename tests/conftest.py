@@ -16,9 +16,9 @@ settings.load_profile("gen_optim")
 torch.set_num_threads(1)  # the models are small, and pytest runs several processes
 
 
-@pytest.fixture
-def seeded() -> None:
-    """Every global random stream begins anew."""
+@pytest.fixture(autouse=True)
+def _streams_begin_anew() -> None:
+    """No test depends on which others ran before it in its process."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

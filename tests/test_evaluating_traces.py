@@ -26,7 +26,6 @@ from tests.probes import (
     stream_states,
 )
 
-pytestmark = pytest.mark.usefixtures("seeded")
 
 # --- random streams --------------------------------------------------------------------------------------------------
 
@@ -453,7 +452,7 @@ def test_another_thread_keeps_its_gradients_while_this_one_probes() -> None:
             checks.append(other.weight.grad is not None)
             torch.autograd.backward(other(INPUTS).sum())
             assert other.weight.grad is not None
-            checks.append(torch.allclose(other.weight.grad, 2 * INPUTS.sum(dim=0, keepdim=True)))
+            checks.append(torch.allclose(other.weight.grad, 2 * INPUTS.sum(dim=0, keepdim=True), atol=1e-5))
             other.zero_grad()
             checks.append(other.weight.grad is None)
 

@@ -51,7 +51,7 @@ def test_a_grad_scaler_steps_it_with_a_probe(dtype: torch.dtype) -> None:
     for _ in range(60):
         scaled_step(model, optimizer, scaler, dtype=dtype)
     assert low_precision_loss(model).item() < 0.5 * before
-    assert optimizer.last_probe.status in (ProbeStatus.FITTED, ProbeStatus.CONCAVE, ProbeStatus.BELOW_NOISE)
+    assert optimizer.last_probe.status not in (ProbeStatus.NON_FINITE_LOSS, ProbeStatus.NON_FINITE_PROBE)
 
 
 def test_the_base_optimizer_sees_unscaled_and_clipped_gradients() -> None:
