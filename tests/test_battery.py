@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,44 +14,20 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.battery import job, scoring, storing
+from benchmarks.battery import job, storing
 from benchmarks.battery.comparing import Comparison
 from benchmarks.battery.config import BASES, GIVEN, SCHEDULES, SEEDS, SWEEP, Cell, Config, cells
 from benchmarks.battery.data import KINDS, Data
 from benchmarks.battery.methods import METHODS, code_fingerprint
 from benchmarks.battery.peers import PEERS
 from benchmarks.battery.record import Record, Results
-from benchmarks.battery.report import page, tuning_table
+from benchmarks.battery.report import page
 from benchmarks.battery.running import POINTS, run
-from benchmarks.battery.study import Study, matches, refinements, sweep, trial, tuning
+from benchmarks.battery.study import Study, matches, other_seed, refinements, sweep, trial, tuning
 from benchmarks.battery.task import Task
 from benchmarks.battery.working import work
 from benchmarks.battery.workloads import WORKLOADS
-
-DATA = Data()
-CHEAP = {name: WORKLOADS[name] for name in ("beale", "quadratic")}
-
-
-def tiny(method: str = "bare", lr: float | None = 1e-2, workload: str = "beale", steps: int = 3) -> Config:
-    cell = next(cell for cell in cells({workload: WORKLOADS[workload]}, DATA, steps) if cell.base == "SGD")
-    return cell.config(method, "linear", lr, 0)
-
-
-def record(config: Config, loss: float = 1.0, **values: object) -> Record:
-    fields = {
-        "train_loss": loss,
-        "validation_loss": loss,
-        "initial_train_loss": 10.0,
-        "initial_validation_loss": 10.0,
-        "diverged": not loss <= 10.0,
-        "steps": (1, 2),
-        "losses": (9.0, loss),
-        "learning_rates": (1e-3, 1e-2),
-        "extra_forwards": 1,
-        "total_seconds": 0.5,
-    }
-    return Record(config=config, **{**fields, **values})
-
+from tests.battery_results import CHEAP, DATA, record, tiny
 
 # --- workloads -------------------------------------------------------------------------------------------------------
 
@@ -187,9 +162,13 @@ def test_the_best_of_a_finished_sweep_are_refined_and_the_fixed_baseline_follows
     chosen = refinements(first, results)
     assert {(config.lr, config.schedule) for config in chosen} == {
         *((sweep(first)[place].lr, "cosine") for place in (19, 20, 21)),
-        (sweep(first)[8].lr, "constant"),
+        *((sweep(first)[place].lr, "constant") for place in (6, 7, 8)),
     }
     assert {config.seed for config in chosen} == {1, 2}
+    # What diverges on another seed is no baseline: the next best is tried in its place.
+    results.add(record(other_seed(sweep(first)[20], first, 2), math.inf))
+    more = {config.key: config for config in refinements(first, results)}.keys() - {config.key for config in chosen}
+    assert len(more) == 2  # one more configuration, on two seeds
     stages = dict(Study(rows, frozenset()).stages(results))
     assert stages["fixed baseline"] == []
     for place, config in enumerate(sweep(rows[1])):
@@ -300,82 +279,6 @@ def test_processes_find_what_one_finds(tmp_path: Path) -> None:
         assert one.losses == two.losses
 
 
-# --- scores and the report -------------------------------------------------------------------------------------------
-
-
-def test_losses_that_approach_zero_have_a_floor_and_diverged_runs_a_cap() -> None:
-    config = tiny()
-    floor = scoring.FLOOR * 10.0
-    assert scoring.score(record(config, 0.0), WORKLOADS["beale"]) == floor
-    assert scoring.score(record(config, 0.5), WORKLOADS["digits-mlp"]) == 0.5
-    lost = scoring.score(record(config, math.inf), WORKLOADS["beale"])
-    assert scoring.ratio_of(lost, 1.0) == scoring.CAP
-    assert scoring.ratio_of(1e9, 1.0) == scoring.CAP
-    assert scoring.geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
-
-
-def everything(loss: Callable[[Config], float], study: Study) -> Results:
-    """Results of a whole study, without a run."""
-    results = Results()
-    while True:
-        todo = [each for _, configs in study.stages(results) for each in configs if each not in results]
-        if not todo:
-            return results
-        for config in todo:
-            results.add(record(config, loss(config)))
-
-
-def test_the_report_of_a_whole_battery() -> None:
-    study = Study(cells(CHEAP, DATA), frozenset(each.name for each in PEERS))
-
-    def loss(config: Config) -> float:
-        if config.method == "gen":
-            return 0.5 * (1.2 if config.lr == 10.0 else 1.0)
-        best = config.method == "bare" and config.lr == SWEEP[config.base][4] and config.schedule == "linear"
-        return 1.0 if best else 2.0
-
-    known = Comparison(study, everything(loss, study))
-    cell = study.cells[0]
-    tuned = known.tuned[cell]
-    assert tuned is not None
-    assert tuned.is_complete
-    assert (tuned.config.lr, tuned.config.schedule, len(tuned.runs)) == (SWEEP["SGD"][4], "linear", 3)
-    ratio = known.over(cell, known.ours(cell, "gen", "linear"), tuned)
-    assert ratio is not None
-    floor = scoring.FLOOR * 10.0
-    assert ratio.value == pytest.approx((0.525 + floor) / (1.0 + floor))
-    assert ratio.is_complete
-    assert known.spread(cell) == pytest.approx((0.6 + floor) / (0.5 + floor))
-    assert known.failures(cell, "gen") == (0, 0, 36)
-    fixed = known.fixed[cell]
-    assert fixed is not None
-    assert fixed.config == tuned.config
-    text = page(known, "command", {"title": "file.png"})
-    assert "Nothing: all runs are done." in text
-    assert "![title](file.png)" in text
-    assert "*" not in text.split("## GeN")[1].split("**geometric mean**")[0]
-    assert "2/2" in text.split("**we are ahead on**")[1]
-
-
-def test_the_report_of_little_says_what_is_missing_and_of_nothing_too() -> None:
-    study = Study(cells(CHEAP, DATA))
-    for results in (Results(), everything(lambda _: 1.0, Study(study.cells[:1], frozenset()))):
-        text = page(Comparison(study, results), "command", {})
-        assert "Runs are still missing" in text
-        assert "not known yet" in text
-
-
-def test_the_table_of_tuning_compares_with_what_is_known() -> None:
-    rows = cells(CHEAP, DATA)
-    plan = tuning(rows, {})
-    results = Results()
-    for config in plan:
-        results.add(record(config, 0.5))
-    known = Comparison(Study(rows, frozenset()), everything(lambda _: 1.0, Study(rows, frozenset())))
-    assert "0.500" in tuning_table(known, plan, results)
-    assert "0.500" not in tuning_table(Comparison(Study(rows, frozenset()), Results()), plan, results)
-
-
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -408,7 +311,8 @@ def test_quick_covers_every_workload_and_leaves_no_results(tmp_path: Path, monke
     assert {config.workload for config in trial(cells(WORKLOADS, DATA, steps=2))} == set(WORKLOADS)
     monkeypatch.setattr(job, "WORKLOADS", CHEAP)
     main(["battery", "--quick", "--jobs", "1", "--output", str(tmp_path)])
-    assert all("quick" in path.name and path.suffix != ".jsonl" for path in tmp_path.iterdir())
+    pictures = {f"battery-quick-{name}.png" for name in ("ratios", "learning-rates", "losses")}
+    assert {path.name for path in tmp_path.iterdir()} == {"battery-quick.md", *pictures}
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,8 @@ def test_a_bare_checkpoint_loads_into_one_that_has_already_trained() -> None:
     training.train(60)
     training.optimizer.load_state_dict(bare.optimizer.state_dict())
     training.train(1)
-    assert training.optimizer.last_probe.status is ProbeStatus.STARTED
+    # It searches anew, along moments of another run, which may not descend here.
+    assert training.optimizer.last_probe.status in (ProbeStatus.STARTED, ProbeStatus.START_FAILED)
     assert training.optimizer.last_probe.lr_before == 0.01
 
 

@@ -31,7 +31,6 @@ from tests.probes import (
     stream_states,
 )
 
-
 # --- what a closure returns ------------------------------------------------------------------------------------------
 
 

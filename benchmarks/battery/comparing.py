@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,21 +101,26 @@ class Comparison:
         """Runs of ours with one schedule, over initial learning rates and seeds."""
         return [config for config in ours(cell, method, SEEDS, GIVEN) if config.schedule == schedule]
 
-    def spread(self, cell: Cell, method: str = "gen") -> float | None:
+    def spread(self, cell: Cell, method: str = "gen") -> Ratio | None:
         """Largest over smallest validation loss over initial learning rates, the worst of schedules and seeds."""
-        spreads = []
-        for schedule in SCHEDULES:
-            for seed in SEEDS:
-                runs = [config for config in self.ours(cell, method, schedule) if config.seed == seed]
-                scores = [self.score(config, cell) for config in runs if config in self.results]
-                if len(scores) > 1:
-                    spreads.append(scoring.ratio_of(max(scores), min(scores)) if min(scores) < math.inf else 1.0)
-        return max(spreads, default=None)
+        planned = ours(cell, method, SEEDS, GIVEN)
+        scores: dict[tuple[str, int], list[float]] = defaultdict(list)
+        for config in planned:
+            if config in self.results:
+                scores[config.schedule, config.seed].append(self.score(config, cell))
+        spreads = [scoring.ratio_of(max(each), min(each)) for each in scores.values() if len(each) > 1]
+        return Ratio(max(spreads), sum(map(len, scores.values())), len(planned)) if spreads else None
 
     def records(self, cell: Cell, method: str) -> list[Record]:
         """What is known of a rule of ours in a cell."""
         found = (self.results.get(config) for config in ours(cell, method, SEEDS, GIVEN))
         return [record for record in found if record is not None]
+
+    def extra_forwards(self, cells: Sequence[Cell], method: str) -> float:
+        """Those of a rule of ours in some cells, over all steps that it took there; NaN where nothing is known."""
+        records = [record for cell in cells for record in self.records(cell, method) if record.steps]
+        steps = sum(record.steps[-1] for record in records)  # a run whose parameters are lost ends early
+        return sum(record.extra_forwards for record in records) / steps if records else math.nan
 
     def failures(self, cell: Cell, method: str) -> tuple[int, int, int]:
         """How many runs diverged, stalled, and there are."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.battery.comparing import Baseline
 from benchmarks.battery.scoring import Ratio, geometric_mean
@@ -34,24 +34,21 @@ def setting(baseline: Baseline | None) -> str:
     return NOTHING if baseline is None else f"{baseline.config.lr:g} {baseline.config.schedule}"
 
 
-def bottom_lines(rows: Sequence[Sequence[str]], columns: range) -> list[list[str]]:
+def bottom_lines(width: int, columns: Mapping[int, Sequence[float]]) -> list[list[str]]:
     """Lines under a table: geometric means and worst of its columns of ratios.
 
     Args:
-        rows: The cells of the table.
-        columns: Which columns are ratios.
+        width: The number of the table's columns.
+        columns: The known ratios by the place of their column.
     """
-    if not rows:
-        return []
-    summaries: list[tuple[str, Callable[[list[float]], float]]] = [
+    summaries: list[tuple[str, Callable[[Sequence[float]], float]]] = [
         ("**geometric mean**", geometric_mean),
         ("**worst**", lambda values: max(values, default=math.nan)),
     ]
     lines = []
     for title, summarise in summaries:
-        line = [title, *[""] * (len(rows[0]) - 1)]
-        for column in columns:
-            shown = (row[column] for row in rows)
-            line[column] = number(summarise([float(each.rstrip("*")) for each in shown if each != NOTHING]))
+        line = [title, *[""] * (width - 1)]
+        for place, values in columns.items():
+            line[place] = number(summarise(values))
         lines.append(line)
     return lines

@@ -18,9 +18,14 @@ STALL = 2.0
 """A run that ends above this many times the tuned baseline has stalled."""
 
 
+def has_ended_well(record: Record) -> bool:
+    """Whether a run neither diverged nor raised."""
+    return not (record.diverged or record.error)
+
+
 def score(record: Record, workload: Workload) -> float:
     """A run's validation loss, with the floor where there is one; infinite where it diverged."""
-    if record.diverged or record.error:
+    if not has_ended_well(record):
         return math.inf
     floor = FLOOR * record.initial_validation_loss if workload.approaches_zero else 0.0
     return record.validation_loss + floor
@@ -71,7 +76,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One loss over another, each a mean over the same seeds.
+    """One loss over another.
 
     Attributes:
         value: The ratio, capped.
@@ -119,4 +124,4 @@ def mean_ratio(
 
 
 def _loss(record: Record) -> float:
-    return math.inf if record.diverged or record.error else record.validation_loss
+    return record.validation_loss if has_ended_well(record) else math.inf

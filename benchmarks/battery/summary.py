@@ -85,7 +85,7 @@ class _Summary:
 
     def _spread(self) -> list[str]:
         spreads = [
-            (cell.name, spread)
+            (cell.name, spread.value)
             for cell in self.known.study.cells
             if (spread := self.known.spread(cell, self.method)) is not None
         ]
@@ -97,18 +97,10 @@ class _Summary:
         return self._row("runs", "failures", f"{diverged} diverged, {stalled} stalled", "", f"of {count} runs")
 
     def _forwards(self) -> list[str]:
+        known, cells = self.known, self.known.study.cells
         shares = [
-            record.extra_forwards / record.config.steps
-            for cell in self.known.study.cells
-            for record in self.known.records(cell, self.method)
-            if not record.error
+            (cell.name, share) for cell in cells if not math.isnan(share := known.extra_forwards([cell], self.method))
         ]
-        mean = sum(shares) / len(shares) if shares else math.nan
-        most = max(shares, default=math.nan)
-        return self._row(
-            "extra forward passes a step",
-            "forwards",
-            f"{number(mean)} (arithmetic)",
-            number(most),
-            f"{len(shares)} runs",
-        )
+        _, _, _, worst, count = self._means("extra forward passes a step", "forwards", shares)
+        mean = f"{number(known.extra_forwards(cells, self.method))} (of all steps)"
+        return self._row("extra forward passes a step", "forwards", mean, worst, count)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from benchmarks.battery.comparing import Comparison
-from benchmarks.battery.config import SCHEDULES, SEEDS, SWEEP, Cell, Config
+from benchmarks.battery.config import GIVEN, SCHEDULES, SEEDS, SWEEP, Cell, Config
 from benchmarks.battery.formatting import NOTHING, bottom_lines, named, number, ratio, setting
 from benchmarks.battery.methods import METHODS, OURS
 from benchmarks.battery.peers import PEERS
-from benchmarks.battery.scoring import Ratio
+from benchmarks.battery.scoring import Ratio, geometric_mean
 from benchmarks.battery.study import peer, sweep
 from benchmarks.command import markdown_table
 
@@ -27,27 +28,56 @@ def main_table(known: Comparison, method: str) -> str:
     """A rule of ours: its three schedules over the tuned baseline, its spread, cost and failures."""
     head = ["workload, base", "tuned loss", "fixed", *map(named, SCHEDULES), "no scheduler / best constant", "spread"]
     head += ["extra forwards a step", "diverged", "stalled"]
-    rows = [_main_row(known, cell, method) for cell in known.study.cells]
-    return markdown_table(head, [*rows, *bottom_lines(rows, range(2, 8))])
+    rows, ratios = [], []
+    for cell in known.study.cells:
+        diverged, stalled, count = known.failures(cell, method)
+        forwards = known.extra_forwards([cell], method)
+        ratios.append(_main_ratios(known, cell, method))
+        rows.append(
+            [
+                cell.name,
+                tuned_loss(known, cell),
+                *map(ratio, ratios[-1]),
+                NOTHING if math.isnan(forwards) else f"{forwards:.2f}",
+                f"{diverged}/{count}",
+                f"{stalled}/{count}",
+            ]
+        )
+    return markdown_table(head, [*rows, *_bottom(len(head), 2, ratios)])
 
 
-def _main_row(known: Comparison, cell: Cell, method: str) -> list[str]:
+def _main_ratios(known: Comparison, cell: Cell, method: str) -> list[Ratio | None]:
     tuned, fixed = known.tuned[cell], known.fixed[cell]
-    diverged, stalled, count = known.failures(cell, method)
-    records = [record for record in known.records(cell, method) if not record.error]
-    forwards = sum(record.extra_forwards / record.config.steps for record in records)
-    spread = known.spread(cell, method)
     return [
-        cell.name,
-        tuned_loss(known, cell),
-        ratio(None if fixed is None else known.over(cell, fixed.runs, tuned)),
-        *(ratio(known.over(cell, known.ours(cell, method, schedule), tuned)) for schedule in SCHEDULES),
-        ratio(known.over(cell, known.ours(cell, method, "constant"), known.best_constant[cell])),
-        NOTHING if spread is None else number(spread),
-        f"{forwards / len(records):.2f}" if records else NOTHING,
-        f"{diverged}/{count}",
-        f"{stalled}/{count}",
+        None if fixed is None else known.over(cell, fixed.runs, tuned),
+        *(known.over(cell, known.ours(cell, method, schedule), tuned) for schedule in SCHEDULES),
+        known.over(cell, known.ours(cell, method, "constant"), known.best_constant[cell]),
+        known.spread(cell, method),
     ]
+
+
+def _bottom(width: int, first: int, rows: Sequence[Sequence[Ratio | None]]) -> list[list[str]]:
+    """Lines under a table of which ratios fill the columns from the first on."""
+    columns = enumerate(zip(*rows, strict=True), start=first)
+    return bottom_lines(width, {place: [each.value for each in column if each] for place, column in columns})
+
+
+def starts_table(known: Comparison) -> str:
+    """Rules of ours from each initial learning rate, over the tuned baseline: geometric means over all rows."""
+    rows = []
+    for method in OURS:
+        for schedule in SCHEDULES:
+            row = [METHODS[method].title, named(schedule)]
+            for lr in GIVEN:
+                found = (
+                    known.over(
+                        cell, [run for run in known.ours(cell, method, schedule) if run.lr == lr], known.tuned[cell]
+                    )
+                    for cell in known.study.cells
+                )
+                row.append(number(geometric_mean(each.value for each in found if each)))
+            rows.append(row)
+    return markdown_table(["rule", "schedule", *(f"from {lr:g}" for lr in GIVEN)], rows)
 
 
 def peer_table(known: Comparison, base: str) -> str:
@@ -61,22 +91,23 @@ def peer_table(known: Comparison, base: str) -> str:
         if _is_there(known, base, each.name, schedule)
     ]
     columns = mine + theirs
-    rows, wins = [], {column: Wins() for column in theirs}
+    rows, ratios, wins = [], [], {column: Wins() for column in theirs}
     for cell in known.study.cells:
         if cell.base != base:
             continue
         found = {column: known.over(cell, _runs(known, cell, *column), known.tuned[cell]) for column in columns}
-        rows.append([cell.workload.name, *map(ratio, found.values())])
+        ratios.append(list(found.values()))
+        rows.append([cell.workload.name, *map(ratio, ratios[-1])])
         for name, schedule in theirs:
             # Like with like: with a horizon, against our run with the same one.
             wins[name, schedule].count(found["gen", schedule], found[name, schedule])
     ahead = ["**we are ahead on**", *[""] * len(mine), *map(str, wins.values())]
     head = ["workload", *(f"{METHODS[name].title}, {named(schedule)}" for name, schedule in columns)]
-    return markdown_table(head, [*rows, *bottom_lines(rows, range(1, len(head))), ahead])
+    return markdown_table(head, [*rows, *_bottom(len(head), 1, ratios), ahead])
 
 
 class Wins:
-    """On how many workloads we are ahead of a peer."""
+    """On how many workloads we are ahead of a peer; being equal is not."""
 
     def __init__(self) -> None:
         self.won = self.compared = 0
@@ -84,7 +115,7 @@ class Wins:
     def count(self, ours: Ratio | None, theirs: Ratio | None) -> None:
         """Takes a workload in, where both are known."""
         if ours is not None and theirs is not None:
-            self.won += ours.value <= theirs.value
+            self.won += ours.value < theirs.value
             self.compared += 1
 
     def __str__(self) -> str:

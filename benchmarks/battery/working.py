@@ -96,11 +96,12 @@ def work(
 
 def _record_of(future: Future[Record]) -> Record:
     try:
-        return future.result()
+        record = future.result()
     except BrokenProcessPool:
         raise SystemExit(
             "A process of the battery was killed. What was done is kept; start it again to go on."
         ) from None
+    return Record.from_line(record.to_line())  # as the file has it, so that a report made later says the same
 
 
 def _open(pending: Pending, results: Results) -> list[Config]:
