@@ -126,6 +126,8 @@ def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: Gra
             "Return the tensor itself, neither .item() nor .detach()."
         )
     trained = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+    if not trained:
+        return False
     for parameter in trained:
         parameter.grad = None
     # Into these alone: gradients of another network would pass for fresh ones when its own optimizer steps. Only where

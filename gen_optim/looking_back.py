@@ -20,6 +20,7 @@ from torch import Tensor
 from gen_optim.distributed import is_dtensor, local, parts_of
 from gen_optim.evaluating import Loss
 from gen_optim.measuring import Measurement
+from gen_optim.moving import movable
 from gen_optim.pieces import clone, copy, inner_product, lerp, near, pieces, summing_dtype, write
 from gen_optim.quadratic import Parabola, fit_parabola
 
@@ -61,6 +62,7 @@ class KeptPoint:
             last is not None
             and last._was_left
             and last._on_host == on_host
+            and len(parameters) == len(last._parameters)
             and all(map(operator.is_, parameters, last._parameters))
         )
         self._copies: list[Tensor] = (
@@ -80,8 +82,14 @@ class KeptPoint:
         self._marks = self._present_marks()
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether it tells where these parameters were before their last step, which nobody has changed since."""
-        if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
+        """Whether it tells where these were before their last step, which nobody has changed since.
+
+        Of two networks that train against each other, closures switch on and off which one requires gradients, and
+        this may be asked in between: what has moved belongs to it either way, and what cannot move does not matter.
+        """
+        moved = set(map(id, self._parameters))
+        present = [each for each in parameters if id(each) in moved or movable([each])]
+        if len(present) != len(self._parameters) or not all(map(operator.is_, present, self._parameters)):
             return False
         return self.is_intact()
 
@@ -92,7 +100,7 @@ class KeptPoint:
         if list(map(kind, self._copies)) != list(map(kind, self._locals())):
             return False
         if self._end is not None:  # versions begin anew with what is loaded
-            if not torch.equal(self._end.cpu(), self._fingerprint().cpu()):
+            if not torch.equal(self._end.cpu(), self._fingerprint(self._parameters).cpu()):
                 return False
             self._end = None
             self.arrive()
@@ -158,22 +166,28 @@ class KeptPoint:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep; versions begin anew in them."""
-        return {**self.__dict__, "_marks": None, "_end": self._fingerprint()}
+        return {**self.__dict__, "_marks": None, "_end": self._fingerprint(self._parameters)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the learning rate, the contents in the order of the parameters, and their end."""
-        return {"lr": self.lr, "start": list(self._copies), "end": self._fingerprint()}
+        """What a checkpoint keeps: the learning rate, the contents in the order of the parameters, and their end.
+
+        As everything that torch's optimizers hand out the contents are not copied. Later steps write to them, which
+        the second fingerprint shows.
+        """
+        return {
+            "lr": self.lr,
+            "start": list(self._copies),
+            "start_sums": self._fingerprint(self._copies),
+            "end": self._fingerprint(self._parameters),
+        }
 
     @torch.no_grad()
-    def _fingerprint(self) -> Tensor:
-        """What tells where the parameters are: sums of their bits, exact in any order, and of numbers that are NaN.
+    def _fingerprint(self, tensors: Sequence[Tensor]) -> Tensor:
+        """What tells contents from others: sums of their bits, exact in any order, and of numbers that are NaN.
 
-        Empty where they are spread over ranks: each would see its own, and they might not go the same way.
+        Empty where parameters are spread over ranks: each would see its own, and they might not go the same way.
         """
-        if not self._parameters or any(map(is_dtensor, self._parameters)):
-            return torch.zeros(0, dtype=torch.int64)
-        sums = [_bits(each).sum(dtype=torch.int64) for each in self._parameters]
-        return torch.stack([each.to(sums[0].device) for each in sums])
+        return _sums([] if any(map(is_dtensor, self._parameters)) else tensors)
 
     @classmethod
     def load(
@@ -187,6 +201,9 @@ class KeptPoint:
         ]
         kept._parameters = parameters
         if len(state_dict["start"]) != len(parameters) or not kept.is_intact():
+            return None
+        sums = state_dict.get("start_sums")
+        if sums is not None and not torch.equal(sums.cpu(), kept._fingerprint(state_dict["start"]).cpu()):
             return None
         # Compared later: the model may be loaded after its optimizer.
         kept._end = state_dict.get("end")
@@ -203,6 +220,11 @@ def _kind_and_place(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.devi
 
 def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def _sums(tensors: Sequence[Tensor]) -> Tensor:
+    sums = [_bits(each).sum(dtype=torch.int64) for each in tensors]
+    return torch.stack([each.to(sums[0].device) for each in sums]) if sums else torch.zeros(0, dtype=torch.int64)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -213,7 +213,8 @@ class GeNOptimizer(RememberingOptimizer):
             RuntimeError: Under ``torch.inference_mode()``; where a probe step failed on another process.
 
         Warns:
-            UserWarning: If the first ten steps had neither; if ten starts have failed in a row.
+            UserWarning: If the first ten steps had neither. If ten times in a row a start has failed, a probe was due
+                but there was nothing to look back at, or somebody wrote a learning rate by hand.
 
         Example:
             >>> weight = torch.nn.Parameter(torch.tensor([3.0]))
@@ -242,12 +243,11 @@ class GeNOptimizer(RememberingOptimizer):
         if measure is not None:
             return self._probe_step(state, closure, probed, measure)
         kept = self._pending()
-        if kept is None:
-            return self._lazy_step(state, closure)
-        return self._look_back_step(state, closure, probed, kept)
+        return self._look_back_step(state, closure, probed, kept) if kept else self._lazy_step(state, closure)
 
     def _lazy_step(self, state: ControlState, closure: Closure | None, *, looks_back: bool = True) -> Loss | None:
         loss = None if closure is None else self._call(closure)
+        state = state if closure is None else self._recall()  # closures may set the learning rate: manual warm-ups do
         self._advance(self._rule.skip(state), looks_back=looks_back)
         return loss
 
@@ -259,6 +259,7 @@ class GeNOptimizer(RememberingOptimizer):
         origin = GradientOrigin(self.param_groups)
         with around_backward(origin.around_backward):
             loss = None if closure is None else self._first(session, closure, ranks, origin)
+        state = self._recall()
         self._kept = None  # it serves once, but a closure that fails may be called again
         end = loss if probed is closure else None
         after, is_done = self._rule.skip(state), False
@@ -305,6 +306,7 @@ class GeNOptimizer(RememberingOptimizer):
         session, ranks, probe = self._begin(probed, caller, state)
         with MODES[self._mode].kernels():
             loss = None if closure is None else self._first(session, closure, ranks)
+            state = self._recall()
             here = loss if probed is closure else None
             lr = state.lr
             if measure is search:
@@ -313,7 +315,6 @@ class GeNOptimizer(RememberingOptimizer):
                         here = ranks.attempt(probe, instead=math.nan)
                 # A loss that is not finite asks for the base optimizer's own step, bit for bit.
                 lr = searched_lr(state.probes) if math.isfinite(self._read(ranks, [here])[0]) else state.lr
-
             factor = self._rates.factor(groups)
             factors = list(compress(self._rates.factors(groups), self._rates.shares(groups, state.lr)))
             move = Move(self._moving(), on_host=self.offload_copies)

@@ -132,5 +132,5 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     if flat.dtype in (torch.float32, torch.float64):
         return flat
-    real = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    real = torch.view_as_real(flat.resolve_conj()).reshape(-1) if flat.is_complex() else flat
     return real.to(torch.promote_types(real.dtype, torch.float32))

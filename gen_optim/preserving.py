@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Buffers", "RandomStreams", "owners_of", "random_devices"]
 
@@ -164,7 +165,11 @@ class _Snapshot:
 
 
 def _copy(buffer: Tensor) -> Tensor | None:
-    """A copy, or None where there is no need: torch refuses to write in place to a tensor that overlaps itself."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(buffer) or torch._debug_has_internal_overlap(buffer) == 1:
+    """A copy, or None of what torch refuses to write to in place, or what has no contents to go back to."""
+    if is_lazy(buffer) or torch._C._functorch.is_functorch_wrapped_tensor(buffer):
         return None  # torch.func's own tensors are gone when the call is over
+    if buffer.is_nested or buffer.is_inference():
+        return None
+    if buffer.layout is torch.strided and torch._debug_has_internal_overlap(buffer) == 1:
+        return None
     return buffer.detach().clone()

@@ -63,6 +63,8 @@ class RememberingOptimizer(OptimizerWrapper):
     def _be_silent(self) -> None:
         self.last_probe: ProbeRecord | None = None
         self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
+        self._missed = self._by_hand = 0
+        self._last_by_hand = -1
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a parameter group, whose ratio to the others is that of its ``lr`` to the present one; 1 without.
@@ -149,6 +151,30 @@ class RememberingOptimizer(OptimizerWrapper):
                 "backward() itself."
             )
 
+    def _warn_of_missed_probe(self) -> None:
+        """Called where a probe is due and there is nothing to look back at; once in a while that is normal."""
+        self._missed += self._rates.factor(self.param_groups) > 0.0
+        if self._missed == _PATIENCE:
+            warn(
+                f"GeNOptimizer could not look back in {_PATIENCE} steps in a row in which a probe was due, and keeps "
+                "its learning rate: between its steps somebody else writes to the parameters (the loop, a forward "
+                "pass, an optimizer that shares them), or steps lie without a closure or a probe. Write to parameters "
+                "in base_optim.register_step_post_hook(...), give every step a closure or a probe, or use "
+                "mode='approximate' with a probe on another batch."
+            )
+
+    def _warn_of_hands(self, step: int) -> None:
+        """Called where somebody has written a learning rate."""
+        if step != self._last_by_hand:
+            self._by_hand = self._by_hand + 1 if step == self._last_by_hand + 1 else 1
+            self._last_by_hand = step
+            if self._by_hand == _PATIENCE:
+                warn(
+                    f"param_groups[...]['lr'] has been written by hand before each of {_PATIENCE} steps in a row, so "
+                    "that GeNOptimizer's own learning rate is never used. Attach a scheduler instead, for example "
+                    "torch.optim.lr_scheduler.LambdaLR: its factor multiplies what GeNOptimizer finds."
+                )
+
     # --- what it remembers ---------------------------------------------------------------------------------------
 
     def _recall(self) -> ControlState:
@@ -164,6 +190,7 @@ class RememberingOptimizer(OptimizerWrapper):
             lr = self._rates.refresh(groups, state.lr, self.defaults.get("lr"))
             if lr is None:
                 return state
+            self._warn_of_hands(state.step)
             state = self._rule.restart_averages(state, lr)
         groups[0].update(state.dump())
         return state
@@ -207,9 +234,13 @@ class RememberingOptimizer(OptimizerWrapper):
         ]
 
     def _pending(self) -> KeptPoint | None:
-        """The point where the last step began, if there is one."""
-        if self._kept is not None and not self._kept.is_of(list(chain(*self._moving()))):
+        """The point where the last step began, for a probe that is due, if there is one."""
+        if self._kept is not None and not self._kept.is_of(list(chain(*self._unfrozen()))):
             self._kept = None
+        if self._kept is None:
+            self._warn_of_missed_probe()
+        else:
+            self._missed = 0
         return self._kept
 
     def _drop_stale(self) -> None:
@@ -219,8 +250,12 @@ class RememberingOptimizer(OptimizerWrapper):
 
     def _moving(self) -> list[list[Tensor]]:
         """The parameters that a step can change, of each group that is not frozen."""
+        return [movable(parameters) for parameters in self._unfrozen()]
+
+    def _unfrozen(self) -> list[list[Tensor]]:
+        """The parameters of each group that is not frozen."""
         is_moving = [ratio > 0.0 for ratio in self._rates.shares(self.param_groups, 1.0)]
-        return [movable(group["params"]) for group in compress(self.param_groups, is_moving)]
+        return [group["params"] for group in compress(self.param_groups, is_moving)]
 
     def _contents(self) -> dict[str, Any]:
         """The base optimizer's state dictionary, and a copy of the parameters where one is pending."""
@@ -231,14 +266,14 @@ class RememberingOptimizer(OptimizerWrapper):
     def _after_loading(self, state_dict: dict[str, Any]) -> None:
         self.last_probe = None
         self._recall()
-        kept = state_dict.get(_KEPT)
+        kept = state_dict.get(_KEPT) if MODES[self._mode].measure is None else None
         parameters = list(chain(*self._moving()))
         self._kept = None if kept is None else KeptPoint.load(parameters, kept, on_host=self.offload_copies)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep; not the records and their hooks, and of schedulers they know nothing."""
         self._drop_stale()
-        dropped = ("_rates", "last_probe", "_probe_hooks")
+        dropped = ("_rates", "last_probe", "_probe_hooks", "_missed", "_by_hand", "_last_by_hand")
         return {name: value for name, value in super().__getstate__().items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import SWALR
 
 __all__ = ["Group", "LearningRates", "check_lr", "write_lr"]
 
@@ -35,7 +36,7 @@ _USED = "gen_last_lr"
 _SCHEDULED = "gen_scheduled"
 """Whether a scheduler has been noticed."""
 _PEAK = "gen_peak_lr"
-"""The ``max_lr`` of a CyclicLR or OneCycleLR, whose ``initial_lr`` is low; 0 where another scheduler writes."""
+"""The top of a scheduler that may rise above the ``initial_lr`` (CyclicLR, OneCycleLR, SWALR); 0 for all others."""
 
 _LOOKS = 16
 """How often in a row a scheduler is looked for in vain; a look takes tens of milliseconds."""
@@ -49,7 +50,7 @@ class LearningRates:
     """
 
     def __init__(self, *owners: Optimizer) -> None:
-        self._owners = owners
+        self._owners = [weakref.ref(each) for each in owners]  # a cycle would keep the model until a collection
         self._read_before: dict[int, tuple[weakref.ref[Tensor], int, float]] = {}
         self._writer: weakref.ref[LRScheduler] | None = None
         self._looks_left = _LOOKS
@@ -194,18 +195,17 @@ class LearningRates:
         if (known is not None and has_written(known)) or not self._looks_left:
             return
         self._looks_left -= 1
-        writers = [each for each in _attached(self._owners) if has_written(each)]
+        owners = [owner for each in self._owners if (owner := each()) is not None]
+        writers = [each for each in _attached(owners) if has_written(each)]
         if writers:
             # One that is part of a SequentialLR or ChainedScheduler comes before the whole if it knows its peak.
-            writer = max(writers, key=lambda each: isinstance(each, CyclicLR | OneCycleLR))
+            writer = max(writers, key=lambda each: isinstance(each, CyclicLR | OneCycleLR | SWALR))
             self._writer, self._looks_left = weakref.ref(writer), _LOOKS
             for index, group in enumerate(groups):
-                peak: Any = 0.0
-                if isinstance(writer, CyclicLR):
-                    peak = writer.max_lrs[index]
-                elif isinstance(writer, OneCycleLR):
-                    peak = group["max_lr"]
-                group[_PEAK] = self._read(peak)
+                group[_PEAK] = self._read(_peak(writer, index, group))
+        elif not any(group[_PEAK] for group in groups):
+            for group in groups:  # after ``gc.freeze()`` no scheduler is found, but OneCycleLR leaves this
+                group[_PEAK] = self._read(group.get("max_lr", 0.0))
 
     def _chosen(self, group: Group, lr: float) -> float:
         """The learning rate that holds for a group now, without a factor: GeN's own or one written by hand."""
@@ -248,6 +248,17 @@ class LearningRates:
         elif self._read(lr) != (rounded := torch.tensor(rate, dtype=lr.dtype).item()):
             write_lr(group, rate)
             self._remember(lr, rounded)
+
+
+def _peak(writer: LRScheduler, index: int, group: Group) -> Any:
+    if isinstance(writer, CyclicLR):
+        return writer.max_lrs[index]
+    if isinstance(writer, OneCycleLR):
+        return group["max_lr"]
+    if isinstance(writer, SWALR):
+        # Chosen for the learning rate given, which nobody had to choose: above that it is the top, and not many times.
+        return max(group["swa_lr"], group["initial_lr"])
+    return 0.0
 
 
 def check_lr(index: int, rate: Any) -> None:

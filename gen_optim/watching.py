@@ -7,6 +7,7 @@ backward pass or an autocast. So some functions of torch are replaced while a cl
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -123,6 +124,8 @@ def _summands(
 ) -> list[Tensor]:
     """The scalars that ``torch.autograd.backward``, called with these arguments, adds up and differentiates."""
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if not all(isinstance(each, Tensor) for each in tensors):  # edges of the graph, whose values nobody has
+        return [torch.tensor(math.nan)]
     weights = (
         [grad_tensors] * len(tensors) if grad_tensors is None or isinstance(grad_tensors, Tensor) else grad_tensors
     )

@@ -74,9 +74,12 @@ class OptimizerWrapper(Optimizer):
         They take 10 µs, and the base optimizer's step has them too.
         """
         wrapped = Optimizer.profile_hook_step(func)
+        uncompiled = torch._disable_dynamo(func)  # type: ignore[attr-defined]  # imports the compiler when called
 
         @functools.wraps(func)
         def step(self: OptimizerWrapper, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                return uncompiled(self, *args, **kwargs)
             is_seen = (
                 torch.autograd.profiler._is_profiler_enabled
                 or self._optimizer_step_pre_hooks

@@ -244,6 +244,27 @@ def test_dropout_differs_between_micro_batches_and_not_between_probes(accumulate
         assert not any(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize("has_closure", [True, False])
+def test_a_compiled_function_may_hold_the_whole_step(has_closure: bool) -> None:
+    training = Training.of(lambda parameters: gen_adamw(parameters, burn_in=3, period=2))
+
+    @torch.compile(backend="eager")
+    def train() -> None:
+        if has_closure:
+            training.optimizer.step(training.closure)
+        else:
+            loss = training.loss()
+            loss.backward()
+            training.optimizer.step(probe=training.loss)
+            training.optimizer.zero_grad()
+
+    before = training.loss().item()
+    for _ in range(12):
+        train()
+    assert training.optimizer.last_probe.step > 1
+    assert training.loss().item() < before
+
+
 # --- synchronisation -------------------------------------------------------------------------------------------------
 
 

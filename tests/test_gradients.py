@@ -4,10 +4,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from gen_optim.evaluating import Evaluator, Loss
 from gen_optim.gradients import GradientMark, GradientOrigin, complete_gradients, mark_used
 from gen_optim.watching import around_backward
+from tests.training import Training, looking
 
 INPUTS = torch.tensor([1.0, 2.0])
 FRESH = INPUTS
@@ -408,3 +410,20 @@ def test_backward_that_fails_leaves_nothing_known(away: Trained) -> None:
     with around_backward(origin.around_backward), pytest.raises(ZeroDivisionError):
         Evaluator.call(closure)
     assert origin.differentiated() is None
+
+
+def test_a_backward_pass_from_an_edge_of_the_graph_is_of_nothing_known() -> None:
+    training = Training.of(looking)
+
+    def closure() -> Tensor:
+        training.optimizer.zero_grad()
+        loss = training.loss()
+        if loss.requires_grad:
+            torch.autograd.backward((get_gradient_edge(loss),))
+        return loss
+
+    for _ in range(5):
+        training.optimizer.step(closure)
+    record = training.optimizer.last_probe
+    assert record.step == 5
+    assert record.multiples == (0.0, 0.5, 1.0)  # without a slope from the gradients

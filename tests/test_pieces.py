@@ -86,6 +86,13 @@ def test_inner_product_is_that_in_double_precision(dtype: torch.dtype) -> None:
     assert found.item() == pytest.approx(float(expected), rel=1e-6, abs=1e-5 if dtype != torch.float64 else 1e-12)
 
 
+def test_inner_product_of_gradients_that_are_conjugated_lazily() -> None:
+    gradient, end, start = (torch.randn(5, dtype=torch.complex64) for _ in range(3))
+    assert gradient.conj().is_conj()
+    expected = torch.sum(gradient * (end - start)).real
+    assert inner_product([gradient.conj()], [end], [start]).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_sums_are_in_double_precision_where_a_device_has_that() -> None:
     assert summing_dtype(torch.device("cpu")) is torch.float64
     assert summing_dtype(torch.device("cuda", 1)) is torch.float64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -183,3 +184,33 @@ def test_scripted_models_train() -> None:
     training = Training.of(published, model)
     training.train(4)
     assert dict(model.named_buffers())["1.num_batches_tracked"].item() == 4
+
+
+@torch.inference_mode()
+def inference_tensor() -> Tensor:
+    return torch.ones(3)
+
+
+def nested_tensor() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, says torch
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+def sparse_tensor() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in beta, says torch
+        return torch.eye(3).to_sparse_csr()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [inference_tensor, nested_tensor, sparse_tensor, nn.parameter.UninitializedBuffer, lambda: torch.ones(1).expand(3)],
+    ids=["inference tensor", "nested", "sparse", "uninitialized", "overlapping"],
+)
+def test_buffers_of_any_kind_are_no_obstacle(make: Callable[[], Tensor]) -> None:
+    model = mlp()
+    model.register_buffer("table", make())
+    training = Training.of(published, model)
+    losses = training.train(6)
+    assert losses[-1] < losses[0]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 from gen_optim import GeNOptimizer, ProbeStatus
 from tests.training import Training, gen_adamw, gen_sgd, mlp, parameters_of, regression_data, same
@@ -165,6 +166,32 @@ def test_a_factor_of_zero_beside_a_closure_of_the_constructor_remembers_nothing(
     training.optimizer.step()
     assert training.calls == 0
     assert training.optimizer.param_groups[0]["gen_step"] == 0
+
+
+def test_the_averaging_phase_of_swa_keeps_to_what_gen_finds() -> None:
+    """``swa_lr`` is a learning rate, chosen for the one given to the optimizer: above that it is the top."""
+    training = Training.of(lambda parameters: gen_sgd(parameters, lr=1e-3, rule="published", period=1))
+    cosine = lr_scheduler.CosineAnnealingLR(training.optimizer, 10)
+    averaging = SWALR(training.optimizer, swa_lr=0.05, anneal_epochs=4)
+    training.train(10, cosine)
+    factors = []
+    for _ in range(8):
+        training.train(1, averaging)
+        factors.append(training.optimizer.last_probe.factor)
+    assert factors[0] == pytest.approx(0.0)  # where cosine has led
+    assert factors[1:] == sorted(factors[1:])
+    assert factors[-1] == pytest.approx(1.0)
+
+
+def test_a_peak_is_known_though_its_scheduler_cannot_be_found() -> None:
+    training = Training.of(lambda parameters: gen_sgd(parameters, rule="published", period=1))
+    scheduler = lr_scheduler.OneCycleLR(training.optimizer, max_lr=0.1, total_steps=20, cycle_momentum=False)
+    gc.freeze()  # hides from gc.get_referrers what is there already
+    try:
+        training.train(6, scheduler)
+    finally:
+        gc.unfreeze()
+    assert training.optimizer.last_probe.factor == pytest.approx(1.0, abs=0.1)
 
 
 def test_attaching_in_the_middle_starts_at_a_factor_of_one() -> None:
