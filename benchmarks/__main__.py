@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import curvature, directions, main_job, replay
+from benchmarks import curvature, directions, replay
 from benchmarks.battery import job as battery
 from benchmarks.cost import job as cost
+from benchmarks.main_job import job as main_job
 
 
 @dataclass(frozen=True)

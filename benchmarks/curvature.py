@@ -145,7 +145,7 @@ def _by_noise(comparisons: list[Comparison]) -> str:
     ratio = np.array([abs(each.probed - each.exact) / each.epsilon_noise for each in comparisons])
     rows = []
     for low, high in itertools.pairwise(NOISE_BINS):
-        inside = (noise >= low) & (noise < high)
+        inside = (noise >= low) & ((noise < high) | (high == np.inf))
         if inside.any():
             rows.append(
                 [

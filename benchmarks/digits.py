@@ -10,6 +10,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from benchmarks.repeatable import seeded
+
 CLASSES = 10
 BRIGHTEST = 16.0  # pixels are whole numbers from 0 to 16
 
@@ -80,6 +82,7 @@ def network(seed: int) -> nn.Module:
     Args:
         seed: Decides the initial weights. The global random stream stays as it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, CLASSES))
+    return seeded(
+        lambda: nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, CLASSES)),
+        seed,
+    )

@@ -10,6 +10,8 @@ from pydoc_data import topics
 import torch
 from torch import Tensor, nn
 
+from benchmarks.repeatable import seeded
+
 CONTEXT = 64
 
 
@@ -99,6 +101,4 @@ def network(alphabet: int, seed: int, *, dropout: float = 0.0) -> Transformer:
         seed: Decides the initial weights. The global random stream stays as it was.
         dropout: Share of features that are dropped while training.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Transformer(alphabet, dropout=dropout)
+    return seeded(lambda: Transformer(alphabet, dropout=dropout), seed)

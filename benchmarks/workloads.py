@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, mse_loss
 
 from benchmarks import digits, text
+from benchmarks.repeatable import seeded
 
 Batch = tuple[Tensor, Tensor]
 
@@ -55,7 +56,7 @@ def regression(seed: int = 0) -> Workload:
             noise = 0.1 * torch.randn(128, 1, generator=generator)
             yield inputs, torch.sin(2.0 * inputs[:, :1]) + inputs[:, 1:2] * inputs[:, 2:3] + noise
 
-    model = _seeded(
+    model = seeded(
         lambda: nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)), seed
     )
     return Workload("regression on synthetic data", model, batches(), mse_loss)
@@ -72,7 +73,7 @@ def digits_cnn(seed: int = 0) -> Workload:
     """The digits as pictures, and a small convolutional network with batch normalisation."""
     images, _ = digits.load(seed)
     stream = ((batch.inputs.reshape(-1, 1, 8, 8), batch.targets) for batch in digits.batches(images, 64, seed))
-    model = _seeded(
+    model = seeded(
         lambda: nn.Sequential(
             *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
@@ -91,9 +92,3 @@ def character_transformer(seed: int = 0) -> Workload:
     return Workload(
         "character transformer", model, stream, lambda outputs, targets: cross_entropy(outputs.flatten(0, 1), targets)
     )
-
-
-def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()

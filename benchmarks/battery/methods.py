@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import gen_optim
-from benchmarks.battery.config import Config
+from benchmarks.battery.config import SCHEDULES, Config
 from benchmarks.battery.task import Task
 from gen_optim import GeNOptimizer
 
@@ -142,7 +142,7 @@ class Ours:
         return OurStepper(GeNOptimizer(base, **{**self.arguments, **extra}))
 
 
-ALL = ("constant", "linear", "cosine")
+ALL = tuple(SCHEDULES)
 
 for _method in (
     Method(name="bare", title="bare", bases=("SGD", "AdamW"), schedules=ALL, build=_bare),

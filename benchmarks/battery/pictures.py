@@ -13,6 +13,7 @@ from matplotlib.ticker import NullFormatter
 from benchmarks.battery.comparing import Comparison
 from benchmarks.battery.config import GIVEN, SCHEDULES, SWEEP_SEED, Cell
 from benchmarks.battery.record import Record
+from benchmarks.battery.study import USUAL
 
 _LOOKS = {"constant": ("o", "#0b3c6f"), "linear": ("s", "#c26a1b"), "cosine": ("^", "#14501a")}
 _STARTS = ("#0b3c6f", "#14501a", "#c26a1b", "#7f1d1d")
@@ -129,7 +130,7 @@ def _losses(known: Comparison) -> Figure:
     for cell, panel in zip(cells, panels, strict=False):
         tuned = known.tuned[cell]
         curves = [("0.5", None if tuned is None else known.results.get(tuned.config))]
-        curves += [(_LOOKS[schedule][1], _one(known, cell, schedule, 1e-5)) for schedule in SCHEDULES]
+        curves += [(_LOOKS[schedule][1], _one(known, cell, schedule, USUAL)) for schedule in SCHEDULES]
         for colour, record in curves:
             if record is not None:
                 losses = [loss if 0 < loss < math.inf else math.nan for loss in record.losses]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from benchmarks.battery.data import Data
 
@@ -126,11 +127,9 @@ def workload(
     return enter
 
 
-def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Makes a model whose initial weights the seed decides; the global random stream stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
+def classification(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of a model on inputs and the class of each."""
+    return cross_entropy(model(batch[0]), batch[1])
 
 
 def shuffled(tensors: Sequence[Tensor], size: int) -> Stream:

@@ -21,7 +21,7 @@ from benchmarks.battery.data import Data
 from benchmarks.battery.methods import code_fingerprint
 from benchmarks.battery.record import Record, Results
 from benchmarks.battery.storing import Writer
-from benchmarks.training import single_thread
+from benchmarks.repeatable import single_thread
 
 Pending = Callable[[Results], Sequence[Config]]
 """From what is known to what is to be run, in order; what is known already may be among it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ BASES: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 """At learning rates so small that the model, which all optimizers share, stays what it is."""
 
 
+Bound = Literal["forwards", "copies", "calls"]
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and one batch.
@@ -34,12 +38,14 @@ class Case:
         model: The model.
         inputs: The batch's inputs.
         targets: The class of each output.
+        bound: What takes the time: forward passes, copies of the parameters, or the overhead of each call.
     """
 
     name: str
     model: nn.Module
     inputs: Tensor
     targets: Tensor
+    bound: Bound = "forwards"
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -99,14 +105,14 @@ def wide(width: int = 8192) -> Case:
     """A network of a few large matrices, in which copying parameters takes as long as much else."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(3)), nn.Linear(width, 10))
-    return Case("wide network", model, torch.randn(64, width), torch.randint(10, (64,)))
+    return Case("wide network", model, torch.randn(64, width), torch.randint(10, (64,)), bound="copies")
 
 
 def tiny(tensors: int = 1000) -> Case:
     """A network of many tiny tensors."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(tensors // 2)))
-    return Case("many tiny tensors", model, torch.randn(64, 16), torch.randint(16, (64,)))
+    return Case("many tiny tensors", model, torch.randn(64, 16), torch.randint(16, (64,)), bound="calls")
 
 
 CASES: dict[str, Callable[[], Case]] = {

@@ -88,7 +88,7 @@ def lazy(make: Callable[[list[nn.Parameter]], Optimizer], tensors: int, rounds: 
         return closure
 
     theirs, mine = parameters(), parameters()
-    bare, wrapped = make(theirs), GeNOptimizer(make(mine), rule="published", mode="approximate", period=10**9)
+    bare, wrapped = make(theirs), GeNOptimizer(make(mine), burn_in=0, period=10**9)
     bare_closure, closure = closure_of(theirs[0]), closure_of(mine[0])
     wrapped.step(closure)
     rest = {name: [] for name in ("bare", "probe", "closure")}  # type: dict[str, list[float]]

@@ -6,24 +6,21 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from benchmarks import digits
 from benchmarks.battery.data import Data
-from benchmarks.battery.task import TRAINING_SAMPLE, Batch, Task, chunks, seeded, shuffled, workload
+from benchmarks.battery.task import TRAINING_SAMPLE, Task, chunks, classification, shuffled, workload
+from benchmarks.repeatable import seeded
 
 PIXELS = 64
-
-
-def _classify(model: nn.Module, batch: Batch) -> Tensor:
-    return cross_entropy(model(batch[0]), batch[1])
 
 
 def _classifier(model: nn.Module, data: Data, seed: int) -> Task:
     split = data.digits(seed)
     return Task(
         model=model,
-        loss=_classify,
+        loss=classification,
         batches=shuffled(split.train, 64),
         training=chunks(split.train, TRAINING_SAMPLE),
         validation=chunks(split.valid),

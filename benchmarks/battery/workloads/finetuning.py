@@ -6,11 +6,12 @@ import copy
 from functools import cache
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, relu
+from torch.nn.functional import relu
 from torch.optim import AdamW
 
 from benchmarks.battery.data import Data
-from benchmarks.battery.task import Batch, Task, chunks, seeded, shuffled, workload
+from benchmarks.battery.task import Batch, Task, chunks, classification, shuffled, workload
+from benchmarks.repeatable import seeded
 
 _KNOWN = 5  # the digits 0 to 4 are for pretraining
 _PRETRAINING_STEPS = 300
@@ -55,10 +56,6 @@ class Network(nn.Module):
         return self
 
 
-def _classify(model: nn.Module, batch: Batch) -> Tensor:
-    return cross_entropy(model(batch[0]), batch[1])
-
-
 def _half(images: Tensor, labels: Tensor, *, known: bool) -> Batch:
     chosen = labels < _KNOWN if known else labels >= _KNOWN
     return images[chosen], labels[chosen] % _KNOWN
@@ -71,7 +68,7 @@ def _pretrained(data: Data, seed: int) -> nn.Module:
     stream = shuffled(_half(*data.digits(seed).train, known=True), 64)(seed)
     for _ in range(_PRETRAINING_STEPS):
         optimizer.zero_grad()
-        _classify(model, next(stream)).backward()  # type: ignore[no-untyped-call]
+        classification(model, next(stream)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return model
 
@@ -90,7 +87,7 @@ def finetune_adapters(seed: int, data: Data) -> Task:
     assert isinstance(network, Network)
     return Task(
         model=seeded(lambda: network.adapt(rank=4), 1000 + seed),
-        loss=_classify,
+        loss=classification,
         batches=shuffled(train, 32),
         training=chunks(train),
         validation=chunks(valid),

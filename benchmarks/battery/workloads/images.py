@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from torch import Tensor, nn, zeros
-from torch.nn.functional import cross_entropy, relu
+from torch.nn.functional import relu
 
 from benchmarks.battery.data import Data
-from benchmarks.battery.task import TRAINING_SAMPLE, Batch, Task, chunks, seeded, shuffled, workload
+from benchmarks.battery.task import TRAINING_SAMPLE, Task, chunks, classification, shuffled, workload
+from benchmarks.repeatable import seeded
 
 CLASSES = 10
-
-
-def _classify(model: nn.Module, batch: Batch) -> Tensor:
-    return cross_entropy(model(batch[0]), batch[1])
 
 
 def _classifier(make: type[nn.Module], data: Data, seed: int) -> Task:
@@ -21,7 +18,7 @@ def _classifier(make: type[nn.Module], data: Data, seed: int) -> Task:
     _, channels, size, _ = split.train_x.shape
     return Task(
         model=seeded(lambda: make(channels, size), seed),
-        loss=_classify,
+        loss=classification,
         batches=shuffled(split.train, 64),
         training=chunks(split.train, TRAINING_SAMPLE),
         validation=chunks(split.valid),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.battery.data import Data
-from benchmarks.battery.task import Batch, Task, seeded, workload
+from benchmarks.battery.task import Batch, Task, workload
+from benchmarks.repeatable import seeded
 
 _WAVE = 2.0 * math.pi
 _BOUNDARY_WEIGHT = 10.0

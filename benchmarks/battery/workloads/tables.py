@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from benchmarks.battery.data import Data
-from benchmarks.battery.task import Batch, Loss, Task, chunks, seeded, shuffled, workload
+from benchmarks.battery.task import Batch, Loss, Task, chunks, shuffled, workload
+from benchmarks.repeatable import seeded
 
 
 def _linear(name: str, loss: Loss, data: Data, seed: int) -> Task:

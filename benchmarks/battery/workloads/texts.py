@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import text
 from benchmarks.battery.data import Data
-from benchmarks.battery.task import Batch, Task, seeded, workload
+from benchmarks.battery.task import Batch, Task, workload
+from benchmarks.repeatable import seeded
 
 _EXCERPTS = 128  # that give training and validation loss
 

@@ -1,4 +1,4 @@
-"""The main job: does GeN find a learning rate that the bare optimizer needs to be told?
+"""The job: train, print the table, write it and the picture.
 
 AdamW and SGD, each from a learning rate that is far too small, a usual one and one that is far too
 large, each bare and wrapped: twelve runs that differ in nothing else.
@@ -11,8 +11,9 @@ import argparse
 from tqdm import tqdm
 
 from benchmarks.command import add_output, command_line
-from benchmarks.report import LEGEND, table
-from benchmarks.training import Result, Spec, single_thread, train
+from benchmarks.main_job.report import LEGEND, table
+from benchmarks.main_job.training import Result, Spec, train
+from benchmarks.repeatable import single_thread
 
 LEARNING_RATES = {
     "AdamW": (1e-6, 1e-3, 1.0),
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     written.write_text(_page(results, None if options.no_picture else f"{stem}.png"), "utf-8")
     print(f"table:   {written}")
     if not options.no_picture:
-        from benchmarks.pictures import draw
+        from benchmarks.main_job.pictures import draw
 
         picture = options.output / f"{stem}.png"
         draw(results, picture)

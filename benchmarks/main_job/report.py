@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.command import markdown_table
-from benchmarks.training import Result
+from benchmarks.main_job.training import Result
 
 _HEADINGS = (
     "optimizer",

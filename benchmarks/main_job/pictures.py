@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.digits import CLASSES
-from benchmarks.training import Result
+from benchmarks.main_job.training import Result
 
 # For a small, a usual and a large learning rate: marker, colour if wrapped (dark), if bare (light).
 _LOOKS = (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,17 +88,6 @@ class Result:
     def diverged(self) -> bool:
         """Whether the run ended without a finite training loss."""
         return not math.isfinite(self.training_losses[-1])
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """Computes on one thread: the network is so small that more only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def train(spec: Spec, on_step: Callable[[], object] = lambda: None) -> Result:
