@@ -72,7 +72,7 @@ class KeptPoint:
         self._swapped: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._starts: list[Tensor] = []
         self._marks: list[tuple[int, int]] | None = None
-        self._end: Tensor | None = None
+        self._known: Tensor | None = None
 
     def _locals(self) -> list[Tensor]:
         return [local(each) for each in self._parameters]
@@ -99,10 +99,10 @@ class KeptPoint:
         kind = _kind if self._on_host else _kind_and_place
         if list(map(kind, self._copies)) != list(map(kind, self._locals())):
             return False
-        if self._end is not None:  # versions begin anew with what is loaded
-            if not torch.equal(self._end.cpu(), self._fingerprint(self._parameters).cpu()):
+        if self._known is not None:  # versions begin anew with what is loaded
+            if not torch.equal(self._known.cpu(), self._fingerprint().cpu()):
                 return False
-            self._end = None
+            self._known = None
             self.arrive()
         return self._marks is None or self._marks == self._present_marks()
 
@@ -166,28 +166,25 @@ class KeptPoint:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep; versions begin anew in them."""
-        return {**self.__dict__, "_marks": None, "_end": self._fingerprint(self._parameters)}
+        return {**self.__dict__, "_marks": None, "_known": self._fingerprint()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the learning rate, the contents in the order of the parameters, and their end.
+        """What a checkpoint keeps: the learning rate, the copies in the order of the parameters, and a fingerprint.
 
-        As everything that torch's optimizers hand out the contents are not copied. Later steps write to them, which
-        the second fingerprint shows.
+        As everything that torch's optimizers hand out the copies are those in use. Later steps write to them.
         """
-        return {
-            "lr": self.lr,
-            "start": list(self._copies),
-            "start_sums": self._fingerprint(self._copies),
-            "end": self._fingerprint(self._parameters),
-        }
+        return {"lr": self.lr, "start": list(self._copies), "fingerprint": self._fingerprint()}
 
     @torch.no_grad()
-    def _fingerprint(self, tensors: Sequence[Tensor]) -> Tensor:
-        """What tells contents from others: sums of their bits, exact in any order, and of numbers that are NaN.
+    def _fingerprint(self) -> Tensor:
+        """What tells both ends of the step from others: sums of bits, exact in any order, and of numbers that are NaN.
 
-        Empty where parameters are spread over ranks: each would see its own, and they might not go the same way.
+        Empty where they are spread over ranks: each would see its own, and they might not go the same way.
         """
-        return _sums([] if any(map(is_dtensor, self._parameters)) else tensors)
+        if not self._parameters or any(map(is_dtensor, self._parameters)):
+            return torch.zeros(0, dtype=torch.int64)
+        sums = [_bits(each).sum(dtype=torch.int64) for each in (*self._parameters, *self._copies)]
+        return torch.stack([each.to(sums[0].device) for each in sums])
 
     @classmethod
     def load(
@@ -202,11 +199,8 @@ class KeptPoint:
         kept._parameters = parameters
         if len(state_dict["start"]) != len(parameters) or not kept.is_intact():
             return None
-        sums = state_dict.get("start_sums")
-        if sums is not None and not torch.equal(sums.cpu(), kept._fingerprint(state_dict["start"]).cpu()):
-            return None
         # Compared later: the model may be loaded after its optimizer.
-        kept._end = state_dict.get("end")
+        kept._known = state_dict.get("fingerprint")
         return kept
 
 
@@ -220,11 +214,6 @@ def _kind_and_place(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.devi
 
 def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
-
-
-def _sums(tensors: Sequence[Tensor]) -> Tensor:
-    sums = [_bits(each).sum(dtype=torch.int64) for each in tensors]
-    return torch.stack([each.to(sums[0].device) for each in sums]) if sums else torch.zeros(0, dtype=torch.int64)
 
 
 def _bits(tensor: Tensor) -> Tensor:
