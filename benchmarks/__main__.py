@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import curvature, directions, replay
+from benchmarks import curvature, directions, precision, replay
 from benchmarks.battery import job as battery
 from benchmarks.cost import job as cost
 from benchmarks.main_job import job as main_job
@@ -49,6 +49,12 @@ JOBS = (
         "pictures of the loss along the direction with its parabola, before and after training three small networks",
         directions.add_options,
         directions.run,
+    ),
+    Job(
+        "precision",
+        "train three small networks in float32, under autocast and stored in bfloat16",
+        precision.add_options,
+        precision.run,
     ),
     Job(
         "cost",

@@ -247,7 +247,7 @@ class GeNOptimizer(RememberingOptimizer):
 
     def _lazy_step(self, state: ControlState, closure: Closure | None, *, looks_back: bool = True) -> Loss | None:
         loss = None if closure is None else self._call(closure)
-        state = state if closure is None else self._recall()  # closures may set the learning rate: manual warm-ups do
+        state = self._reconsider(state)
         self._advance(self._rule.skip(state), looks_back=looks_back)
         return loss
 
@@ -259,7 +259,7 @@ class GeNOptimizer(RememberingOptimizer):
         origin = GradientOrigin(self.param_groups)
         with around_backward(origin.around_backward):
             loss = None if closure is None else self._first(session, closure, ranks, origin)
-        state = self._recall()
+        state = self._reconsider(state)
         self._kept = None  # it serves once, but a closure that fails may be called again
         end = loss if probed is closure else None
         after, is_done = self._rule.skip(state), False
@@ -306,7 +306,7 @@ class GeNOptimizer(RememberingOptimizer):
         session, ranks, probe = self._begin(probed, caller, state)
         with MODES[self._mode].kernels():
             loss = None if closure is None else self._first(session, closure, ranks)
-            state = self._recall()
+            state = self._reconsider(state)
             here = loss if probed is closure else None
             lr = state.lr
             if measure is search:

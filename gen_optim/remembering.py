@@ -195,6 +195,10 @@ class RememberingOptimizer(OptimizerWrapper):
         groups[0].update(state.dump())
         return state
 
+    def _reconsider(self, state: ControlState) -> ControlState:
+        """The state after the closure, which may have set the learning rate: manual warm-ups do."""
+        return state if self._rates.stand(self.param_groups, state.lr) else self._recall()
+
     def _remember(self, state: ControlState, used: Sequence[float]) -> None:
         """Write the state, and the learning rates that the step used, to the parameter groups."""
         self.param_groups[0].update(state.dump())

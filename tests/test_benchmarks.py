@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import command, text
+from benchmarks import command, curvature, text
 from benchmarks.__main__ import JOBS, main
 from benchmarks.workloads import character_transformer, digits_cnn, digits_mlp, regression
 from gen_optim.measuring import MODES
@@ -22,6 +22,7 @@ from gen_optim.measuring import MODES
         (["--quick", "--no-picture", "--schedule", "constant"], ["digits-constant-quick.md"]),
         (["curvature", "--quick"], ["curvature-quick.md", "curvature-quick.png"]),
         (["directions", "--quick", "--only", "digits-cnn"], ["direction-digits-cnn-quick.png"]),
+        (["precision", "--quick"], ["precision-quick.md"]),
         (["cost", "--quick"], ["cost-quick.md"]),
     ],
     ids=" ".join,
@@ -77,3 +78,16 @@ def test_tables_line_up() -> None:
         "| a    |   1 |",
         "| long | 100 |",
     ]
+
+
+def test_the_study_of_the_curvature_counts_signs_that_are_wrong() -> None:
+    def comparison(probed: float, noise: float) -> curvature.Comparison:
+        return curvature.Comparison(0.1, exact=1.0, probed=probed, epsilon_noise=noise)
+
+    comparisons = [comparison(1.1, 0.001), comparison(1.1, 0.001), comparison(-0.5, 0.001), comparison(0.0, 0.1)]
+    by_multiple, by_noise = curvature._by_multiple(comparisons), curvature._by_noise(comparisons)
+    [row] = [line for line in by_multiple.splitlines() if line.startswith("| 0.1 ")]
+    assert row.split("|")[2].strip() == "4"
+    assert row.split("|")[-2].strip() == "50.0%"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in by_noise.splitlines()[2:]]
+    assert [(row[0], row[1], row[5]) for row in rows] == [("0 to 0.01", "3", "33.3%"), ("10 to inf", "1", "100.0%")]

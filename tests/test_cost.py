@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from benchmarks.__main__ import main
 from benchmarks.cost.cases import BASES, Case
 from benchmarks.cost.counting import extra_memory, traffic
 from benchmarks.cost.growth import slope
+from benchmarks.cost.job import Figures
+from benchmarks.cost.memory import keeping_freed_memory
 from benchmarks.cost.methods import FORWARDS, Bare, Wrapped, methods
-from benchmarks.cost.timing import lazy, probes
+from benchmarks.cost.timing import ProbeTimes, Sample, lazy, probes
 from gen_optim import GeNOptimizer
 
 SGD_BASE = BASES["SGD, momentum"]
@@ -132,11 +136,43 @@ def test_overhead_of_lazy_steps_does_not_grow_with_the_number_of_tensors() -> No
     assert not all(grows() for _ in range(3))
 
 
+def test_a_lazy_step_takes_time() -> None:
+    times = lazy(SGD_BASE, 1, 40)
+    assert 0.0 < times.with_probe.median < times.with_closure.median
+
+
 def test_probe_times_are_those_of_all_ways() -> None:
     case = large(32)
     times = probes(case, SGD_BASE, 1, exact=True)
     assert {*FORWARDS, "exact"} <= set(times.extra)
     assert all(each.median > 0.0 for each in (times.bare, times.forward, times.clone, times.copy))
+
+
+def test_figures_are_over_forward_passes_moves_and_a_whole_period() -> None:
+    middle, clone, copy, lookback, approximate = (Sample((each,)) for each in (2.0, 3.0, 0.4, 2.2, 5.0))
+    times = ProbeTimes(middle, middle, clone, copy, {"lookback": lookback, "approximate": approximate})
+    figures = Figures(large(8), "SGD, momentum", times, {}, {})
+    assert times.least_moves == pytest.approx(3.0 + 4.5 * 0.4)
+    assert figures.over_forwards("lookback") == pytest.approx(1.1)
+    assert figures.over_forwards("approximate") == pytest.approx(1.25)  # of two passes
+    assert figures.over_least("lookback") == pytest.approx(2.2 / 6.8)
+    assert figures.loop("lookback", 0.1) == pytest.approx((2.2 + 6 * 0.1) / 2.0)
+    assert figures.loop("approximate", 0.1) == pytest.approx((5.0 + 7 * 0.1) / 4.0)
+
+
+def test_a_part_of_the_measurement_has_a_page_of_its_own(tmp_path: Path) -> None:
+    main(["cost", "--only", "lazy", "--quick", "--output", str(tmp_path)])
+    assert [each.name for each in tmp_path.iterdir()] == ["cost-quick-lazy.md"]
+    with pytest.raises(SystemExit, match="--rounds must be at least 1"):
+        main(["cost", "--rounds", "0", "--output", str(tmp_path)])
+
+
+def test_freed_memory_is_kept_and_given_back_again() -> None:
+    with keeping_freed_memory():
+        before = torch.ones(1 << 24)
+        where = before.data_ptr()
+        del before
+        assert torch.empty(1 << 24).data_ptr() == where
 
 
 def test_what_is_not_the_learning_rates_does_not_count() -> None:

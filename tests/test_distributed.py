@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from gen_optim.distributed import Ranks
-from tests import rank_jobs
+from tests import documentation, rank_jobs
 from tests.training import gen_adamw, mlp
 from tests.workers import FailedError, Pool
 
@@ -386,10 +386,7 @@ def test_resuming_under_ddp_is_as_exact_as_its_buckets_are_alike(
 
 
 def test_the_script_of_the_documentation_runs(tmp_path: Path) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
-    [script] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len([line for line in script.splitlines() if line.strip()]) <= 40
-    (tmp_path / "train.py").write_text(script, encoding="utf-8")
+    (tmp_path / "train.py").write_text(documentation.script_of("distributed.md"), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     torchrun += ["--redirects=1", "--log-dir=logs", "train.py"]  # in a file a rank: lines of several would mix
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
