@@ -83,7 +83,7 @@ def final_loss(
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        losses.append(float(torch.as_tensor(optimizer.step(closure))))
+        losses.append(torch.as_tensor(optimizer.step(closure)).item())
         scheduler.step()
     last = losses[-LAST:]
     return sum(last) / len(last)

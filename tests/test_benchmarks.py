@@ -81,13 +81,13 @@ def test_tables_line_up() -> None:
 
 
 def test_the_study_of_the_curvature_counts_signs_that_are_wrong() -> None:
-    def comparison(probed: float, noise: float) -> curvature.Comparison:
-        return curvature.Comparison(0.1, exact=1.0, probed=probed, epsilon_noise=noise)
+    seen = ((1.1, 0.001), (1.1, 0.001), (-0.5, 0.001), (0.0, 0.1))  # what was probed where 1 is exact, and its noise
+    comparisons = [curvature.Comparison(m, 1.0, *each) for m in curvature.MULTIPLES for each in seen]
 
-    comparisons = [comparison(1.1, 0.001), comparison(1.1, 0.001), comparison(-0.5, 0.001), comparison(0.0, 0.1)]
-    by_multiple, by_noise = curvature._by_multiple(comparisons), curvature._by_noise(comparisons)
-    [row] = [line for line in by_multiple.splitlines() if line.startswith("| 0.1 ")]
-    assert row.split("|")[2].strip() == "4"
-    assert row.split("|")[-2].strip() == "50.0%"
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in by_noise.splitlines()[2:]]
-    assert [(row[0], row[1], row[5]) for row in rows] == [("0 to 0.01", "3", "33.3%"), ("10 to inf", "1", "100.0%")]
+    def cells(table: str) -> list[list[str]]:
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+    assert {(row[1], row[-1]) for row in cells(curvature._by_multiple(comparisons))} == {("4", "50.0%")}
+    found = [(row[0], row[1], row[5]) for row in cells(curvature._by_noise(comparisons))]
+    count = len(curvature.MULTIPLES)
+    assert found == [("0 to 0.01", str(3 * count), "33.3%"), ("10 to inf", str(count), "100.0%")]
