@@ -191,21 +191,26 @@ class LearningRates:
         def has_written(scheduler: LRScheduler) -> bool:
             return [float(rate) for rate in getattr(scheduler, "_last_lr", [])] == present
 
-        known = None if self._writer is None else self._writer()
-        if (known is not None and has_written(known)) or not self._looks_left:
-            return
-        self._looks_left -= 1
-        owners = [owner for each in self._owners if (owner := each()) is not None]
-        writers = [each for each in _attached(owners) if has_written(each)]
-        if writers:
-            # One that is part of a SequentialLR or ChainedScheduler comes before the whole if it knows its peak.
-            writer = max(writers, key=lambda each: isinstance(each, CyclicLR | OneCycleLR | SWALR))
+        writer = None if self._writer is None else self._writer()
+        if writer is None or not has_written(writer):
+            if not self._looks_left:
+                return
+            self._looks_left -= 1
+            owners = [owner for each in self._owners if (owner := each()) is not None]
+            writers = [each for each in _attached(owners) if has_written(each)]
+            if not writers:
+                if not any(group[_PEAK] for group in groups):
+                    for group in groups:  # after ``gc.freeze()`` no scheduler is found, but OneCycleLR leaves this
+                        group[_PEAK] = self._read(group.get("max_lr", 0.0))
+                return
+            # One that is part of a SequentialLR or ChainedScheduler comes before the whole if it knows its peak; SWALR
+            # waits beside another one for its time.
+            writer = max(writers, key=lambda each: isinstance(each, CyclicLR | OneCycleLR) - isinstance(each, SWALR))
             self._writer, self._looks_left = weakref.ref(writer), _LOOKS
-            for index, group in enumerate(groups):
-                group[_PEAK] = self._read(_peak(writer, index, group))
-        elif not any(group[_PEAK] for group in groups):
-            for group in groups:  # after ``gc.freeze()`` no scheduler is found, but OneCycleLR leaves this
-                group[_PEAK] = self._read(group.get("max_lr", 0.0))
+        elif not isinstance(writer, SWALR):
+            return
+        for index, group in enumerate(groups):
+            group[_PEAK] = self._read(_peak(writer, index, group))
 
     def _chosen(self, group: Group, lr: float) -> float:
         """The learning rate that holds for a group now, without a factor: GeN's own or one written by hand."""
@@ -255,7 +260,7 @@ def _peak(writer: LRScheduler, index: int, group: Group) -> Any:
         return writer.max_lrs[index]
     if isinstance(writer, OneCycleLR):
         return group["max_lr"]
-    if isinstance(writer, SWALR):
+    if isinstance(writer, SWALR) and writer.last_epoch > 0:
         # Chosen for the learning rate given, which nobody had to choose: above that it is the top, and not many times.
         return max(group["swa_lr"], group["initial_lr"])
     return 0.0

@@ -168,18 +168,22 @@ def test_a_factor_of_zero_beside_a_closure_of_the_constructor_remembers_nothing(
     assert training.optimizer.param_groups[0]["gen_step"] == 0
 
 
-def test_the_averaging_phase_of_swa_keeps_to_what_gen_finds() -> None:
+@pytest.mark.parametrize("has_cosine", [True, False])
+def test_the_averaging_phase_of_swa_keeps_to_what_gen_finds(has_cosine: bool) -> None:
     """``swa_lr`` is a learning rate, chosen for the one given to the optimizer: above that it is the top."""
-    training = Training.of(lambda parameters: gen_sgd(parameters, lr=1e-3, rule="published", period=1))
-    cosine = lr_scheduler.CosineAnnealingLR(training.optimizer, 10)
+    training = Training.of(
+        lambda parameters: gen_sgd(parameters, lr=1e-3, mode="approximate", rule="published", period=1)
+    )
+    cosine = lr_scheduler.CosineAnnealingLR(training.optimizer, 20) if has_cosine else None
     averaging = SWALR(training.optimizer, swa_lr=0.05, anneal_epochs=4)
-    training.train(10, cosine)
-    factors = []
-    for _ in range(8):
-        training.train(1, averaging)
+    factors: list[float] = []
+    for step in range(38):
+        training.train(1, cosine if step < 20 else averaging)
         factors.append(training.optimizer.last_probe.factor)
-    assert factors[0] == pytest.approx(0.0)  # where cosine has led
-    assert factors[1:] == sorted(factors[1:])
+    assert factors[0] == 1.0
+    assert factors[10] == pytest.approx(0.5 if has_cosine else 1.0)
+    assert max(factors) <= 1.0
+    assert factors[22:] == sorted(factors[22:])
     assert factors[-1] == pytest.approx(1.0)
 
 
