@@ -65,6 +65,7 @@ class RememberingOptimizer(OptimizerWrapper):
         self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
         self._missed = self._by_hand = 0
         self._last_by_hand = -1
+        self._seen: list[Any] = []
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a parameter group, whose ratio to the others is that of its ``lr`` to the present one; 1 without.
@@ -179,7 +180,15 @@ class RememberingOptimizer(OptimizerWrapper):
 
     def _recall(self) -> ControlState:
         """Read the state from the parameter groups, and take in what others have written there."""
-        groups = self.param_groups
+        state = self._take_in(self.param_groups)
+        self._seen = self._rates.marks(self.param_groups)
+        return state
+
+    def _reconsider(self, state: ControlState) -> ControlState:
+        """The state after the closure, which may have set the learning rate: manual warm-ups do."""
+        return state if self._rates.marks(self.param_groups) == self._seen else self._recall()
+
+    def _take_in(self, groups: list[Group]) -> ControlState:
         if not ControlState.is_in(groups[0]):
             # Constructed just now, or loaded from a checkpoint of the bare base optimizer.
             state = ControlState(lr=self._rates.begin(groups))
@@ -194,10 +203,6 @@ class RememberingOptimizer(OptimizerWrapper):
             state = self._rule.restart_averages(state, lr)
         groups[0].update(state.dump())
         return state
-
-    def _reconsider(self, state: ControlState) -> ControlState:
-        """The state after the closure, which may have set the learning rate: manual warm-ups do."""
-        return state if self._rates.stand(self.param_groups, state.lr) else self._recall()
 
     def _remember(self, state: ControlState, used: Sequence[float]) -> None:
         """Write the state, and the learning rates that the step used, to the parameter groups."""
@@ -277,7 +282,7 @@ class RememberingOptimizer(OptimizerWrapper):
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep; not the records and their hooks, and of schedulers they know nothing."""
         self._drop_stale()
-        dropped = ("_rates", "last_probe", "_probe_hooks", "_missed", "_by_hand", "_last_by_hand")
+        dropped = ("_rates", "last_probe", "_probe_hooks", "_missed", "_by_hand", "_last_by_hand", "_seen")
         return {name: value for name, value in super().__getstate__().items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -69,6 +69,11 @@ class LearningRates:
                 return False
         return True
 
+    def marks(self, groups: Sequence[Group]) -> list[Any]:
+        """What changes when somebody writes a learning rate; no tensor is read for that."""
+        rates = [group["lr"] for group in groups]
+        return [(id(rate), rate._version) if isinstance(rate, Tensor) else rate for rate in rates]
+
     def begin(self, groups: Sequence[Group]) -> float:
         """Take over groups of which nothing is remembered.
 
