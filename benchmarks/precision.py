@@ -23,7 +23,12 @@ BASES: dict[str, Callable[[list[torch.nn.Parameter]], Optimizer]] = {
     "SGD": lambda parameters: SGD(parameters, momentum=0.9),
 }
 HALF = torch.bfloat16
-WAYS = ("float32", "autocast bfloat16", "stored in bfloat16")
+WAYS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "autocast bfloat16": (torch.float32, HALF),
+    "stored in bfloat16": (HALF, None),
+}
+"""The dtype in which everything is stored, and that of autocast."""
 LAST = 20
 """So many of the last training losses are averaged."""
 
@@ -39,11 +44,17 @@ def run(options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     steps = 20 if options.quick else 300
     rows = []
-    with single_thread():
+    with single_thread(), tqdm(total=len(WORKLOADS) * len(BASES) * len(WAYS), unit="run") as progress:
         for make in WORKLOADS:
-            for name, base in BASES.items():
-                losses = [final_loss(make(), base, way, steps) for way in tqdm(WAYS, desc=f"{make().name}, {name}")]
-                rows.append([f"{make().name}, {name}", *(f"{loss:.4g}" for loss in losses)])
+            for base, wrap in BASES.items():
+                losses = []
+                for stored, autocast in WAYS.values():
+                    workload = make()
+                    workload.model.to(stored)
+                    optimizer = GeNOptimizer(wrap(list(workload.model.parameters())))
+                    losses.append(final_loss(workload, optimizer, steps, autocast))
+                    progress.update()
+                rows.append([f"{workload.name}, {base}", *(f"{loss:.4g}" for loss in losses)])
     page = (
         f"# Training in half precision\n\n{command_line()}, one CPU thread, one seed\n\n"
         f"Training losses, mean of the last {LAST} of {steps} steps with a linear schedule, default arguments.\n\n"
@@ -54,31 +65,25 @@ def run(options: argparse.Namespace) -> None:
     print(f"{page}\n\ntable: {path}")
 
 
-def final_loss(
-    workload: Workload, base: Callable[[list[torch.nn.Parameter]], Optimizer], way: str, steps: int
-) -> float:
-    """Trains in one of ``WAYS``.
+def final_loss(workload: Workload, optimizer: GeNOptimizer, steps: int, autocast: torch.dtype | None = None) -> float:
+    """Trains with a linear schedule; returns the mean of the last losses.
 
     Args:
-        workload: What to train.
-        base: Makes the base optimizer.
-        way: A name in ``WAYS``.
+        workload: What to train; batches are cast to the dtype of its parameters.
+        optimizer: With what.
         steps: How long.
+        autocast: The dtype of autocast; None for none.
     """
-    is_stored = way == "stored in bfloat16"
-    if is_stored:
-        workload.model.to(HALF)
-    optimizer = GeNOptimizer(base(list(workload.model.parameters())))
+    stored = next(workload.model.parameters()).dtype
     scheduler = LambdaLR(optimizer, lambda step: 1.0 - step / steps)
     losses = []
     for _ in range(steps):
         inputs, targets = next(workload.batches)
-        is_cast = is_stored and inputs.is_floating_point()
-        batch: Batch = (inputs.to(HALF), targets) if is_cast else (inputs, targets)
+        batch: Batch = (inputs.to(stored) if inputs.is_floating_point() else inputs, targets)
 
         def closure(batch: Batch = batch) -> Tensor:
             optimizer.zero_grad()
-            with torch.autocast("cpu", HALF) if way == "autocast bfloat16" else nullcontext():
+            with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
                 loss = workload.loss_of(batch)
             loss.backward()  # type: ignore[no-untyped-call]
             return loss

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from benchmarks import workloads
+from benchmarks import precision, workloads
 from gen_optim import GeNOptimizer, History, ProbeStatus
 from tests.training import Training, gen_adamw, mlp, parameters_of, regression_data, same
 
@@ -165,23 +164,8 @@ def final_loss(dtype: torch.dtype, mode: str, *, stored: bool = False, steps: in
         workload.model.to(dtype)
     optimizer = GeNOptimizer(AdamW(workload.model.parameters()), mode=mode, rule=RULE_OF[mode])
     optimizer.register_probe_hook(history)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     is_cast = dtype != torch.float32 and not stored
-    losses = []
-    for _ in range(steps):
-        inputs, targets = next(workload.batches)
-        batch = (inputs.to(dtype), targets) if stored else (inputs, targets)
-
-        def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
-            optimizer.zero_grad()
-            with torch.autocast("cpu", dtype) if is_cast else nullcontext():
-                loss = workload.loss_of(batch)
-            loss.backward()
-            return loss
-
-        losses.append(optimizer.step(closure).item())
-        scheduler.step()
-    return sum(losses[-20:]) / 20, history
+    return precision.final_loss(workload, optimizer, steps, dtype if is_cast else None), history
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from benchmarks.battery.comparing import Comparison
-from benchmarks.battery.config import SCHEDULES
+from benchmarks.battery.comparing import Baseline, Comparison
+from benchmarks.battery.config import SCHEDULES, Cell
 from benchmarks.battery.formatting import NOTHING, named, number
 from benchmarks.battery.methods import METHODS, OURS
 from benchmarks.battery.scoring import geometric_mean
@@ -35,11 +35,13 @@ class _Summary:
         self.known, self.method = known, method
 
     def rows(self) -> list[list[str]]:
+        known = self.known
+        horizons = [schedule for schedule in SCHEDULES if schedule != "constant"]
         return [
-            *(self._over_tuned(schedule, "horizon") for schedule in SCHEDULES if schedule != "constant"),
-            self._over_best_constant(),
-            self._over_tuned("constant", "tuned"),
-            *(self._over_fixed(schedule) for schedule in SCHEDULES),
+            *(self._over(schedule, "tuned", "horizon", known.tuned) for schedule in horizons),
+            self._over("constant", "best constant", "best constant", known.best_constant),
+            self._over("constant", "tuned", "tuned", known.tuned),
+            *(self._over(schedule, "fixed", "fixed", known.fixed) for schedule in SCHEDULES),
             self._spread(),
             self._failures(),
             self._forwards(),
@@ -50,38 +52,22 @@ class _Summary:
 
     def _means(self, what: str, goal: str, values: Sequence[tuple[str, float]]) -> list[str]:
         """A row from names of cells with their figures."""
+        return self._row(what, goal, number(geometric_mean(value for _, value in values)), *self._worst(values))
+
+    def _worst(self, values: Sequence[tuple[str, float]]) -> list[str]:
+        """The last two columns: the largest figure with its cell, and how many there are."""
         name, worst = max(values, key=lambda each: each[1], default=("", math.nan))
         shown = NOTHING if math.isnan(worst) else f"{number(worst)} ({name})"
-        mean = number(geometric_mean(value for _, value in values))
-        return self._row(what, goal, mean, shown, f"{len(values)} of {len(self.known.study.cells)}")
+        return [shown, f"{len(values)} of {len(self.known.study.cells)}"]
 
-    def _over_tuned(self, schedule: str, goal: str) -> list[str]:
+    def _over(self, schedule: str, what: str, goal: str, baselines: Mapping[Cell, Baseline | None]) -> list[str]:
+        known = self.known
         values = [
             (cell.name, found.value)
-            for cell in self.known.study.cells
-            if (found := self.known.over(cell, self.known.ours(cell, self.method, schedule), self.known.tuned[cell]))
+            for cell in known.study.cells
+            if (found := known.over(cell, known.ours(cell, self.method, schedule), baselines[cell]))
         ]
-        return self._means(f"{named(schedule)} / tuned", goal, values)
-
-    def _over_best_constant(self) -> list[str]:
-        values = [
-            (cell.name, found.value)
-            for cell in self.known.study.cells
-            if (
-                found := self.known.over(
-                    cell, self.known.ours(cell, self.method, "constant"), self.known.best_constant[cell]
-                )
-            )
-        ]
-        return self._means("no scheduler / best constant", "best constant", values)
-
-    def _over_fixed(self, schedule: str) -> list[str]:
-        values = [
-            (cell.name, found.value)
-            for cell in self.known.study.cells
-            if (found := self.known.over(cell, self.known.ours(cell, self.method, schedule), self.known.fixed[cell]))
-        ]
-        return self._means(f"{named(schedule)} / fixed", "fixed", values)
+        return self._means(f"{named(schedule)} / {what}", goal, values)
 
     def _spread(self) -> list[str]:
         spreads = [
@@ -101,6 +87,5 @@ class _Summary:
         shares = [
             (cell.name, share) for cell in cells if not math.isnan(share := known.extra_forwards([cell], self.method))
         ]
-        _, _, _, worst, count = self._means("extra forward passes a step", "forwards", shares)
         mean = f"{number(known.extra_forwards(cells, self.method))} (of all steps)"
-        return self._row("extra forward passes a step", "forwards", mean, worst, count)
+        return self._row("extra forward passes a step", "forwards", mean, *self._worst(shares))
