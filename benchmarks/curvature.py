@@ -21,10 +21,10 @@ from tqdm import tqdm
 from benchmarks.command import add_output, command_line, markdown_table
 from benchmarks.workloads import Workload, character_transformer, digits_mlp
 from gen_optim import GeNOptimizer
-from gen_optim.differentiating import twice_differentiable_kernels
-from gen_optim.evaluating import rounding_of
-from gen_optim.measuring import MODES, Line, Measurement, Mode, differentiate, probe_around
-from gen_optim.quadratic import fit_parabola
+from gen_optim.closures.losses import rounding_of
+from gen_optim.measurement.double_backward import twice_differentiable_kernels
+from gen_optim.measurement.lookahead import MODES, Line, Measurement, Mode, differentiate, probe_around
+from gen_optim.rules.parabola import fit_parabola
 
 MULTIPLES = (1.0, 0.1, 0.01, 0.001)
 NOISE_BINS = (0.0, 0.01, 0.125, 0.3, 1.0, 3.0, 10.0, np.inf)

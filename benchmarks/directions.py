@@ -15,8 +15,8 @@ from tqdm import tqdm
 from benchmarks.command import add_output
 from benchmarks.workloads import Workload, digits_cnn, digits_mlp, regression
 from gen_optim import GeNOptimizer, History
+from gen_optim.functional.direction import optimizer_direction
 from gen_optim.plotting import plot_history, plot_loss_along
-from gen_optim.proposing import optimizer_direction
 
 WORKLOADS = {"regression": regression, "digits-mlp": digits_mlp, "digits-cnn": digits_cnn}
 

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from benchmarks.command import assignment, markdown_table
-from gen_optim.diagnostics import History
-from gen_optim.replaying import replay
+from benchmarks.replaying import replay
+from gen_optim.records import History
 from gen_optim.rules import RULES, make_rule
 
 

@@ -1,12 +1,12 @@
 """gen_optim: the learning rate, found while training, by the generalized Newton's method."""
 
-from gen_optim.control import ProbeStatus
-from gen_optim.diagnostics import History, ProbeRecord
-from gen_optim.directional import Derivatives, derivatives_along, loss_along, quadratic_model
+from gen_optim.closure_check import check_closure
+from gen_optim.functional.derivatives import Derivatives, derivatives_along, loss_along, quadratic_model
+from gen_optim.functional.direction import optimizer_direction
 from gen_optim.optimizer import GeNOptimizer
-from gen_optim.proposing import optimizer_direction
-from gen_optim.quadratic import Parabola
-from gen_optim.repeating import check_closure
+from gen_optim.records import History, ProbeRecord
+from gen_optim.rules.base import ProbeStatus
+from gen_optim.rules.parabola import Parabola
 
 __all__ = [
     "Derivatives",

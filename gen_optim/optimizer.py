@@ -12,18 +12,20 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from gen_optim.checking import check_wrappable
-from gen_optim.control import ControlState
-from gen_optim.distributed import Ranks, ranks_of, whole
-from gen_optim.evaluating import Closure, Evaluator, Loss, Session, check_callable, rounding_of
-from gen_optim.gradients import GradientMark, GradientOrigin, complete_gradients
-from gen_optim.looking_back import KeptPoint, look_back
-from gen_optim.measuring import MODES, Line, Measurement, check_mode, check_tolerance, search, searched_lr
-from gen_optim.moving import Move
-from gen_optim.parallel import check_twice_differentiable
+from gen_optim.closures.gradients import GradientMark, GradientOrigin, complete_gradients
+from gen_optim.closures.interception import around_backward, watch
+from gen_optim.closures.losses import Closure, Loss, check_callable, rounding_of
+from gen_optim.closures.modules import check_twice_differentiable
+from gen_optim.closures.session import Evaluator, Session
+from gen_optim.compatibility import check_wrappable
+from gen_optim.distributed import Ranks, ranks_of
+from gen_optim.measurement.interpolation import Move
+from gen_optim.measurement.lookahead import MODES, Line, Measurement, check_mode, check_tolerance, search, searched_lr
+from gen_optim.measurement.lookback import KeptPoint, look_back
 from gen_optim.remembering import RememberingOptimizer
 from gen_optim.rules import make_rule
-from gen_optim.watching import around_backward, watch
+from gen_optim.rules.base import ControlState
+from gen_optim.tensors.dtensor import whole
 
 __all__ = ["GeNOptimizer"]
 
@@ -76,7 +78,7 @@ class GeNOptimizer(RememberingOptimizer):
             the gradient's own batch, and are for ``rule="published"``, unless a ``probe`` evaluates another one.
         rule: How the learning rate is chosen from them. ``"relaxed"``: a multiple of mean slope / mean curvature, from
             a start found in the loss itself, which asks for measurements on another batch than the gradient's: looking
-            back, or a ``probe`` on one (see ``gen_optim.relaxing``). ``"published"``: as published,
+            back, or a ``probe`` on one (see ``gen_optim.rules.relaxed``). ``"published"``: as published,
             with ``mode="approximate"``. ``"cdat"``: that of arXiv:2407.06183, to compare with. Options below that
             belong to one rule alone say so.
         period: A probe step every ``period`` steps; with ``"relaxed"`` at every step where it asks for that.

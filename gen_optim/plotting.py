@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gen_optim.control import ProbeStatus
-from gen_optim.diagnostics import History
-from gen_optim.directional import loss_along, quadratic_model
-from gen_optim.quadratic import Parabola
+from gen_optim.functional.derivatives import loss_along, quadratic_model
+from gen_optim.records import History
+from gen_optim.rules.base import ProbeStatus
+from gen_optim.rules.parabola import Parabola
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gen_optim.checking import check_groups
-from gen_optim.control import ControlState, Decision, ProbeStatus, PublishedRule, check_option
-from gen_optim.diagnostics import ProbeRecord
-from gen_optim.gradients import mark_used
-from gen_optim.looking_back import KeptPoint
-from gen_optim.measuring import MODES, Measurement
-from gen_optim.moving import movable
-from gen_optim.scheduling import Group, LearningRates
+from gen_optim.closures.gradients import mark_used
+from gen_optim.compatibility import check_groups
+from gen_optim.learning_rates import Group, LearningRates
+from gen_optim.measurement.interpolation import movable
+from gen_optim.measurement.lookahead import MODES, Measurement
+from gen_optim.measurement.lookback import KeptPoint
+from gen_optim.records import ProbeRecord
+from gen_optim.rules.base import ControlState, Decision, ProbeStatus, PublishedRule, check_option
 from gen_optim.warning import warn
-from gen_optim.wrapping import OptimizerWrapper
+from gen_optim.wrapper import OptimizerWrapper
 
 __all__ = ["RememberingOptimizer"]
 

@@ -32,7 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_optim import GeNOptimizer, History
-from gen_optim.distributed import dot, local, ranks_of
+from gen_optim.distributed import ranks_of
+from gen_optim.tensors.dtensor import dot, local
 from tests.training import mlp, regression_data
 from tests.workers import device
 

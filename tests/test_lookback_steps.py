@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
 from gen_optim import GeNOptimizer, History, ProbeRecord, ProbeStatus
-from gen_optim.looking_back import KeptPoint
+from gen_optim.measurement.lookback import KeptPoint
 from tests.training import Training, gen_adamw, gen_sgd, looking, mlp, parameters_of, regression_data, same
 
 # --- nothing is left behind ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gen_optim import GeNOptimizer, History, ProbeStatus
-from gen_optim.moving import Move
+from gen_optim.measurement.interpolation import Move
 from tests.training import Training, gen_adamw, gen_sgd, mlp, parameters_of, regression_data, same
 
 

@@ -170,8 +170,8 @@ def code_fingerprint() -> str:
     It is noted in every run of ours, so that the report can say when runs come from different code.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(gen_optim.__file__).parent.glob("*.py")):
-        if path.name in ("plotting.py", "diagnostics.py"):
+    for path in sorted(Path(gen_optim.__file__).parent.rglob("*.py")):
+        if path.name in ("plotting.py", "records.py"):
             continue
         tree = ast.parse(path.read_text("utf-8"))
         for node in ast.walk(tree):

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from benchmarks.cost import growth
 from benchmarks.cost.cases import BASES, CASES, Case
 from benchmarks.cost.counting import extra_memory, traffic
 from benchmarks.cost.memory import keeping_freed_memory
-from benchmarks.cost.methods import FORWARDS, Bare, graph_free, methods
+from benchmarks.cost.methods import FORWARDS, Bare, methods
 from benchmarks.cost.timing import LazyTimes, ProbeTimes, Sample, lazy, probes
 from benchmarks.repeatable import single_thread
 
@@ -128,11 +127,10 @@ def _figures(part: str, options: argparse.Namespace) -> Iterator[Figures]:
         make = BASES[base]
         is_first = base == bases[0]  # nothing but time depends on the base optimizer
         exact = is_first and not options.quick and part != "wide"
-        with graph_free(case) if exact and part == "transformer" else nullcontext():
-            times = probes(case, make, rounds, exact=exact)
-            makers = methods(case, make, exact=exact)
-            memory = extra_memory(case, makers, Bare(case, make(case.parameters))) if is_first else {}
-            flow = {mode: traffic(case, mode, make) for mode in FORWARDS} if is_first else {}
+        times = probes(case, make, rounds, exact=exact)
+        makers = methods(case, make, exact=exact)
+        memory = extra_memory(case, makers, Bare(case, make(case.parameters))) if is_first else {}
+        flow = {mode: traffic(case, mode, make) for mode in FORWARDS} if is_first else {}
         yield Figures(case, base, times, memory, flow)
 
 

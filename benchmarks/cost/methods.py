@@ -6,8 +6,7 @@ import contextlib
 import io
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,15 +17,11 @@ from torch.optim import Optimizer
 
 from benchmarks.cost.cases import Case
 from gen_optim import GeNOptimizer
-from gen_optim.directional import derivatives_along
-from gen_optim.measuring import MODES, Line, Measurement, Mode
-from gen_optim.quadratic import Parabola
 
 FORWARDS = {"lookback": 1, "approximate": 2}
 """The forward passes that these cannot do without, at each probe step."""
 
 PEER = "gen-optim 0.1.1"
-GRAPH_FREE = "exact, graph-free"
 
 
 class Method(Protocol):
@@ -149,7 +144,7 @@ def methods(case: Case, make: Callable[[Any], Optimizer], *, exact: bool = True)
         make: Makes the base optimizer.
         exact: Whether to include exact modes.
     """
-    modes = [*FORWARDS, *(["exact"] if exact else []), *([GRAPH_FREE] if exact and GRAPH_FREE in MODES else [])]
+    modes = [*FORWARDS, *(["exact"] if exact else [])]
 
     def wrapped(mode: str) -> Callable[[], Method]:
         return lambda: Wrapped(case, make(case.parameters), mode)
@@ -158,23 +153,3 @@ def methods(case: Case, make: Callable[[Any], Optimizer], *, exact: bool = True)
     if find_spec("GeN") is not None:
         found[PEER] = lambda: PaperAuthors(case, make(case.parameters))
     return found
-
-
-@contextmanager
-def graph_free(case: Case) -> Iterator[None]:
-    """Let GeNOptimizer have another mode: both derivatives by one evaluation of the model as a function."""
-
-    def measure(line: Line) -> Measurement:
-        line.move.write(0.0)
-        names: dict[Tensor, str] = {parameter: name for name, parameter in case.model.named_parameters()}
-        steps = {names[parameter]: step for parameter, step in zip(*line.move.step(), strict=True)}
-        found = derivatives_along(case.loss_of, dict(case.model.named_parameters()), steps, method="graph_free")
-        value, slope, curvature = line.read(list(found))
-        parabola = Parabola(value, slope / line.lr, curvature / line.lr / line.lr)
-        return Measurement((0.0,), (value,), found.value, value, parabola)
-
-    MODES[GRAPH_FREE] = Mode(measure)
-    try:
-        yield
-    finally:
-        del MODES[GRAPH_FREE]

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
 from gen_optim.optimizer import GeNOptimizer
-from gen_optim.preserving import RandomStreams, random_devices
+from gen_optim.tensors.rng import RandomStreams, random_devices
 
 __all__ = ["GeNCallback"]
 

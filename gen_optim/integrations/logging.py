@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gen_optim.diagnostics import ProbeRecord
 from gen_optim.optimizer import GeNOptimizer
+from gen_optim.records import ProbeRecord
 
 __all__ = ["logging_hook"]
 

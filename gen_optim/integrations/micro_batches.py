@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from gen_optim.evaluating import Loss, check_loss
+from gen_optim.closures.losses import Loss, check_loss
 from gen_optim.optimizer import GeNOptimizer
-from gen_optim.preserving import RandomStreams, random_devices
+from gen_optim.tensors.rng import RandomStreams, random_devices
 
 __all__ = ["MicroBatches", "unwrap"]
 

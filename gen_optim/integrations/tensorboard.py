@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from gen_optim.diagnostics import ProbeRecord
 from gen_optim.integrations.logging import logging_hook
 from gen_optim.optimizer import GeNOptimizer
+from gen_optim.records import ProbeRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

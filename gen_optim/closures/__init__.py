@@ -1,0 +1,1 @@
+"""Calling a closure again without leaving a trace."""

@@ -1,0 +1,106 @@
+"""Slope and curvature of a loss that has a graph, by differentiating it twice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gen_optim.tensors.dtensor import dot
+
+__all__ = ["slope_and_curvature", "twice_differentiable_kernels"]
+
+
+@contextmanager
+def twice_differentiable_kernels() -> Iterator[None]:
+    """Choose kernels that have a second derivative, and restore the choice.
+
+    Of the kernels of ``scaled_dot_product_attention`` only the one written in elementary operations has one; since
+    each draws dropout in its own way, all calls of a step have to run on the same.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def slope_and_curvature(loss: Tensor, parameters: Sequence[Tensor], step: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    r"""First and second derivative of a loss along a step, by double backward.
+
+    With u the step taken from the parameters,
+
+    .. math:: \text{slope} = \nabla L(\theta)^\top u, \qquad \text{curvature} = u^\top \nabla^2 L(\theta)\, u,
+
+    which are slope and curvature of L(θ − αu) at α = 0 (Bu and Xu, arXiv:2407.02772, eq. 4). The graph of ``loss`` is
+    freed.
+
+    Args:
+        loss: A scalar with a graph.
+        parameters: Tensors that require a gradient.
+        step: The step u, one tensor a parameter, of its shape.
+
+    Returns:
+        Slope and curvature, scalars in float64. Where parameters are DTensors, this rank's shares of them: their mean
+        over the ranks is meant.
+
+    Raises:
+        RuntimeError: If an operation in the loss has no second derivative; names it.
+
+    Example:
+        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> slope, curvature = slope_and_curvature(weight.pow(2).sum(), [weight], [torch.ones(2)])
+        >>> slope.item(), curvature.item()
+        (6.0, 4.0)
+    """
+    try:
+        # With a seed that requires a gradient, functions marked as once differentiable show themselves.
+        seed = torch.ones_like(loss, requires_grad=True)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            loss, parameters, seed, create_graph=True, allow_unused=True
+        )
+        slope = dot(gradients, step)
+        # What does not depend on the parameters any more has no second derivative to add.
+        curved = [(each, u) for each, u in zip(gradients, step, strict=True) if each is not None and each.requires_grad]
+        if not curved:
+            return slope, torch.zeros_like(slope)
+        of, along = zip(*curved, strict=True)
+        _refuse_once_differentiable(of)
+        products = torch.autograd.grad(of, parameters, grad_outputs=along, allow_unused=True)
+    except (RuntimeError, NotImplementedError) as error:
+        raise RuntimeError(
+            f"mode='exact' needs the second derivative of the loss along the step, and {_lacking(error)} has none. "
+            "Use mode='approximate', which only evaluates the loss. torch says: " + str(error)
+        ) from error
+    return slope, dot(products, step)
+
+
+def _refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
+    """Raise what torch raises when it differentiates such a function twice; on a way to parameters it never does.
+
+    The backward pass of such a function ends in a node that raises, behind which the graph is cut: its second
+    derivative would silently count as zero.
+    """
+    nodes = [each.grad_fn for each in gradients]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            if node.name() == "torch::autograd::Error":
+                raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+            fresh = [each for each, _ in node.next_functions if each not in seen]
+            seen.update(fresh)
+            nodes += fresh
+
+
+def _lacking(error: BaseException) -> str:
+    """The operation that torch names in its error."""
+    message = str(error)
+    named = re.search(r"derivative for '?(?:aten::)?(\w+)'? is not implemented", message)
+    if named is not None:
+        return f"the operation {named[1].removesuffix('_backward').strip('_')}"
+    if "once_differentiable" in message:
+        return "a function marked with @once_differentiable"
+    is_compiled = "aot_autograd" in message or "compiled" in message
+    return "a function compiled by torch.compile" if is_compiled else "an operation in it"

@@ -1,0 +1,172 @@
+"""Records of probe steps, their history, and hooks for loggers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gen_optim.measurement.lookahead import Measurement
+from gen_optim.rules.base import ControlState, Decision, ProbeStatus
+
+__all__ = ["History", "ProbeRecord"]
+
+
+@dataclass(frozen=True)
+class ProbeRecord:
+    """What a probe step saw and decided, in plain numbers, enough to replay the decision.
+
+    Learning rates are those of the first unfrozen parameter group. Under ``maximize=True`` the losses are those that
+    are minimised: the negatives of what the closure returned.
+
+    Attributes:
+        step: Number of the step, counted from 1.
+        multiples: Where the loss was evaluated, in multiples of ``lr_before``.
+        losses: The losses there, in the same order; averaged over the processes that train the model together.
+        slope: ``−g′(0)`` along the direction per unit of learning rate; NaN where none was fitted.
+        curvature: ``g″(0)``; NaN where none was fitted.
+        optimal_lr: The learning rate of the lowest loss: of the parabola, or of the start's search; None where there
+            is none.
+        lr_before: The learning rate α before the step, without a scheduler's factor.
+        lr_after: The learning rate α chosen, without a scheduler's factor.
+        factor: The scheduler's factor: the step taken is at ``lr_after · factor``.
+        status: Why.
+        slope_noise: How large a slope rounding alone can produce.
+        curvature_noise: How large a curvature rounding alone can produce.
+        arrival: The loss where the measured step has led; None where it had not been taken yet.
+    """
+
+    step: int
+    multiples: tuple[float, ...]
+    losses: tuple[float, ...]
+    slope: float
+    curvature: float
+    optimal_lr: float | None
+    lr_before: float
+    lr_after: float
+    factor: float
+    status: ProbeStatus
+    slope_noise: float = 0.0
+    curvature_noise: float = 0.0
+    arrival: float | None = None
+
+    @classmethod
+    def of(cls, before: ControlState, measurement: Measurement, decision: Decision, factor: float) -> ProbeRecord:
+        """What a probe step measured, and what was decided from it."""
+        return cls(
+            step=decision.state.step,
+            multiples=tuple(lr / before.lr for lr in measurement.learning_rates),
+            losses=measurement.losses,
+            slope=measurement.parabola.slope,
+            curvature=measurement.parabola.curvature,
+            optimal_lr=measurement.optimal_lr,
+            lr_before=before.lr,
+            lr_after=decision.state.lr,
+            factor=factor,
+            status=decision.status,
+            slope_noise=measurement.parabola.slope_noise,
+            curvature_noise=measurement.parabola.curvature_noise,
+            arrival=measurement.arrival,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as a dictionary of plain numbers, lists and strings.
+
+        Example:
+            >>> import json
+            >>> line = json.dumps(optimizer.last_probe.to_dict())  # doctest: +SKIP
+        """
+        return asdict(self) | {
+            "multiples": list(self.multiples),
+            "losses": list(self.losses),
+            "status": self.status.value,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ProbeRecord:
+        """The record that :meth:`to_dict` made ``values`` of.
+
+        Raises:
+            TypeError: If a field is missing or unknown.
+            ValueError: If the status is unknown.
+        """
+        readers: dict[str, Callable[[Any], Any]] = {"multiples": tuple, "losses": tuple, "status": ProbeStatus}
+        return cls(**{name: readers[name](value) if name in readers else value for name, value in values.items()})
+
+
+class History:
+    """Collects the records of an optimizer's probe steps.
+
+    It is a probe hook: register it, train, and read it.
+
+    Example:
+        >>> history = History()
+        >>> handle = optimizer.register_probe_hook(history)  # doctest: +SKIP
+        >>> history.column("lr_after")  # after training; one number a probe step
+        array([], dtype=float64)
+    """
+
+    def __init__(self) -> None:
+        self.records: list[ProbeRecord] = []
+
+    def __call__(self, optimizer: object, record: ProbeRecord) -> None:
+        """Append ``record``; the signature of a probe hook."""
+        self.records.append(record)
+
+    def __repr__(self) -> str:
+        return f"History of {len(self)} probe steps"
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[ProbeRecord]:
+        return iter(self.records)
+
+    def __getitem__(self, index: int) -> ProbeRecord:
+        return self.records[index]
+
+    def column(self, name: str) -> npt.NDArray[np.float64]:
+        """One numeric field over all records, shape ``(len(self),)``; NaN where it is None.
+
+        Args:
+            name: ``step``, ``slope``, ``curvature``, ``optimal_lr``, ``lr_before``, ``lr_after`` or ``factor``.
+
+        Raises:
+            AttributeError: If records have no such field.
+        """
+        values = [getattr(record, name) for record in self.records]
+        return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write all records to a file, one line of JSON each.
+
+        In the way of Python's ``json``: numbers that are not finite stand there as ``NaN`` and ``Infinity``.
+
+        Example:
+            >>> history.save("history.jsonl")  # doctest: +SKIP
+            >>> history = History.load("history.jsonl")  # doctest: +SKIP
+        """
+        Path(path).write_text("".join(json.dumps(each) + "\n" for each in self.to_dicts()), "utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> History:
+        """Read what :meth:`save` has written.
+
+        Raises:
+            OSError: If there is no such file.
+            TypeError, ValueError: If a line is no record.
+        """
+        history = cls()
+        for line in Path(path).read_text("utf-8").splitlines():
+            history.records.append(ProbeRecord.from_dict(json.loads(line)))
+        return history
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """All records as plain dictionaries, in order."""
+        return [record.to_dict() for record in self.records]

@@ -1,0 +1,1 @@
+"""Lists of parameter-shaped tensors, DTensors, and random streams."""

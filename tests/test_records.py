@@ -1,0 +1,165 @@
+import json
+import math
+import pickle
+from dataclasses import MISSING, FrozenInstanceError, fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gen_optim.records import History, ProbeRecord
+from gen_optim.rules.base import ProbeStatus
+
+RECORD = ProbeRecord(
+    step=9,
+    multiples=(-1.0, 0.0, 1.0),
+    losses=(4.0, 1.0, 0.0),
+    slope=2.0,
+    curvature=2.0,
+    optimal_lr=1.0,
+    lr_before=0.5,
+    lr_after=0.55,
+    factor=1.0,
+    status=ProbeStatus.FITTED,
+)
+
+numbers = st.floats(allow_nan=False)  # NaN equals nothing; it has a test of its own
+records = st.builds(
+    ProbeRecord,
+    step=st.integers(1, 10**9),
+    multiples=st.lists(numbers).map(tuple),
+    losses=st.lists(numbers).map(tuple),
+    slope=numbers,
+    curvature=numbers,
+    optimal_lr=st.none() | numbers,
+    lr_before=numbers,
+    lr_after=numbers,
+    factor=numbers,
+    status=st.sampled_from(ProbeStatus),
+)
+
+
+@given(records)
+def test_record_survives_json(record: ProbeRecord) -> None:
+    assert ProbeRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+@given(records)
+def test_record_survives_pickle(record: ProbeRecord) -> None:
+    assert pickle.loads(pickle.dumps(record)) == record
+
+
+def test_record_with_nan_survives_json() -> None:
+    record = replace(RECORD, losses=(math.nan, 1.0, math.inf), slope=math.nan, optimal_lr=None)
+    restored = ProbeRecord.from_dict(json.loads(json.dumps(record.to_dict())))
+    assert math.isnan(restored.losses[0])
+    assert restored.losses[1:] == (1.0, math.inf)
+    assert math.isnan(restored.slope)
+    assert restored.optimal_lr is None
+
+
+def test_record_as_a_dictionary_is_plain() -> None:
+    assert RECORD.to_dict() == {
+        "step": 9,
+        "multiples": [-1.0, 0.0, 1.0],
+        "losses": [4.0, 1.0, 0.0],
+        "slope": 2.0,
+        "curvature": 2.0,
+        "optimal_lr": 1.0,
+        "lr_before": 0.5,
+        "lr_after": 0.55,
+        "factor": 1.0,
+        "status": "fitted",
+        "slope_noise": 0.0,
+        "curvature_noise": 0.0,
+        "arrival": None,
+    }
+
+
+def test_making_a_record_leaves_the_dictionary_alone() -> None:
+    values = RECORD.to_dict()
+    ProbeRecord.from_dict(values)
+    assert values == RECORD.to_dict()
+
+
+def test_record_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        RECORD.step = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ProbeRecord) if field.default is MISSING])
+def test_missing_field_is_named(name: str) -> None:
+    values = RECORD.to_dict()
+    del values[name]
+    with pytest.raises(TypeError, match=name):
+        ProbeRecord.from_dict(values)
+
+
+def test_fields_that_records_did_not_have_at_first_may_be_missing() -> None:
+    values = RECORD.to_dict()
+    for name in ("slope_noise", "curvature_noise", "arrival"):
+        del values[name]
+    assert ProbeRecord.from_dict(values) == RECORD
+
+
+def test_unknown_field_is_named() -> None:
+    with pytest.raises(TypeError, match="colour"):
+        ProbeRecord.from_dict(RECORD.to_dict() | {"colour": "blue"})
+
+
+def test_unknown_status_is_named() -> None:
+    with pytest.raises(ValueError, match="sleepy"):
+        ProbeRecord.from_dict(RECORD.to_dict() | {"status": "sleepy"})
+
+
+def test_statuses_are_told_apart_by_their_values() -> None:
+    assert [ProbeStatus(status.value) for status in ProbeStatus] == list(ProbeStatus)
+
+
+def history_of(*of: ProbeRecord) -> History:
+    history = History()
+    for record in of:
+        history(object(), record)
+    return history
+
+
+def test_history_holds_records_in_order() -> None:
+    second = replace(RECORD, step=17)
+    history = history_of(RECORD, second)
+    assert len(history) == 2
+    assert list(history) == [RECORD, second]
+    assert history[0] is RECORD
+    assert history[-1] is second
+
+
+def test_columns_are_numbers_with_nan_for_none() -> None:
+    history = history_of(RECORD, replace(RECORD, step=17, optimal_lr=None, lr_after=0.6))
+    np.testing.assert_array_equal(history.column("step"), [9.0, 17.0])
+    np.testing.assert_array_equal(history.column("lr_after"), [0.55, 0.6])
+    np.testing.assert_array_equal(history.column("optimal_lr"), [1.0, np.nan])
+    assert history.column("step").dtype == np.float64
+
+
+@pytest.mark.parametrize("name", ["step", "slope", "curvature", "optimal_lr", "lr_before", "lr_after", "factor"])
+def test_columns_of_an_empty_history_are_empty(name: str) -> None:
+    column = History().column(name)
+    assert column.shape == (0,)
+    assert column.dtype == np.float64
+
+
+def test_unknown_column_is_refused() -> None:
+    with pytest.raises(AttributeError, match="colour"):
+        history_of(RECORD).column("colour")
+
+
+def test_history_survives_json() -> None:
+    history = history_of(RECORD, replace(RECORD, step=17, optimal_lr=None, status=ProbeStatus.CONCAVE))
+    lines = json.loads(json.dumps(history.to_dicts()))
+    assert [ProbeRecord.from_dict(line) for line in lines] == history.records
+
+
+def test_histories_share_nothing() -> None:
+    first, second = history_of(RECORD), History()
+    assert len(first) == 1
+    assert len(second) == 0
