@@ -20,7 +20,7 @@ class Job:
         name: The subcommand.
         summary: One line for ``--help``.
         add_options: Gives a parser the job's options.
-        run: Does it.
+        run: Runs the job.
     """
 
     name: str
@@ -71,7 +71,7 @@ JOBS = (
     ),
     Job(
         "replay",
-        "what another rule, or other constants, would have made of the probe steps of a recorded run",
+        "what another rule, or other constants, would have decided at the probe steps of a recorded run",
         replay.add_options,
         replay.run,
     ),

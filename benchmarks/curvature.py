@@ -1,30 +1,41 @@
-"""How far is the curvature of three probes from the exact one, and can one tell from the probes alone?
+"""How far is the curvature from three probes from the exact one, and can the probes alone tell?
 
-Along real training runs in float32, at every probe step, the curvature along the step is measured exactly (by
-differentiation) and from probes at ±mα for several m. Two things separate them: the loss is no parabola (large m), and
-the second difference drowns in the rounding of the losses (small m). For the second there is a prediction,
-``4 ε max|g| / (mα)²``, on which the rule that distrusts a parabola rests; here it meets what really happens.
+At every step of training runs in float32, the curvature along the step is computed exactly, by differentiation, and
+from probes at ±mα for several m. Two things make them differ: the loss is no parabola (large m), and the second
+difference is lost in the rounding of the losses (small m). The error of the second kind is predicted to be
+``4 ε max|g| / (mα)²``. The rule that distrusts a parabola rests on that prediction, which is compared here with the
+errors that occur.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.command import add_output, command_line, markdown_table
-from benchmarks.workloads import Workload, character_transformer, digits_mlp
-from gen_optim import GeNOptimizer
-from gen_optim.closures.losses import rounding_of
-from gen_optim.measurement.double_backward import twice_differentiable_kernels
-from gen_optim.measurement.lookahead import MODES, Line, Measurement, Mode, differentiate, probe_around
+from benchmarks.command_line import add_output, command_line
+from benchmarks.data import Data
+from benchmarks.determinism import single_thread
+from benchmarks.markdown import markdown_table
+from benchmarks.optimizers import GeNStepper, base_optimizer
+from benchmarks.training import SCHEDULES, train
+from benchmarks.workloads import WORKLOADS, Batch, Task
+from gen_optim import GeNOptimizer, ProbeRecord
+from gen_optim.functional.derivatives import derivatives_along, loss_along
+from gen_optim.functional.direction import optimizer_direction
 from gen_optim.rules.parabola import fit_parabola
+
+TITLES = {"digits-mlp": "digits MLP", "character-transformer": "character transformer"}
+"""The workloads, with their names in the tables."""
 
 MULTIPLES = (1.0, 0.1, 0.01, 0.001)
 NOISE_BINS = (0.0, 0.01, 0.125, 0.3, 1.0, 3.0, 10.0, np.inf)
@@ -67,12 +78,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Trains, prints the tables, and writes them and the picture."""
-    from benchmarks.curvature_picture import draw
-
     steps = 20 if options.quick else options.steps
     stem = "curvature-quick" if options.quick else "curvature"
     options.output.mkdir(parents=True, exist_ok=True)
-    found = {each.name: compare(each, steps=steps) for each in (digits_mlp(), character_transformer())}
+    with single_thread():
+        found = {title: compare(WORKLOADS[name].make(0, Data()), steps=steps) for name, title in TITLES.items()}
     page = _page(found, f"{stem}.png")
     (options.output / f"{stem}.md").write_text(page, "utf-8")
     draw(found, options.output / f"{stem}.png")
@@ -80,35 +90,43 @@ def run(options: argparse.Namespace) -> None:
     print(f"table:   {options.output / f'{stem}.md'}\npicture: {options.output / f'{stem}.png'}")
 
 
-def compare(workload: Workload, *, steps: int) -> list[Comparison]:
-    """Trains with AdamW in GeNOptimizer and measures the curvature in all ways at every step.
+def compare(task: Task, *, steps: int) -> list[Comparison]:
+    """Trains with AdamW in GeNOptimizer and measures the curvature along each step in all ways.
 
     Args:
-        workload: What to train.
-        steps: Steps to train.
+        task: What to train.
+        steps: The number of steps.
     """
+    base = base_optimizer(task.parameters(), "AdamW", 1e-3)
+    optimizer = GeNOptimizer(base, mode="approximate", rule="published", period=1)
+    before: dict[str, Tensor] = {}
+    direction: dict[str, Tensor] = {}
+    measured: list[Batch] = []
     found: list[Comparison] = []
 
-    def measure(line: Line) -> Measurement:
-        exact = differentiate(line).parabola.curvature
-        for multiple in MULTIPLES:
-            raw = [line.evaluate(-multiple), line.evaluate(0.0), line.evaluate(multiple)]
-            points = [-multiple * line.lr, 0.0, multiple * line.lr]
-            parabola = fit_parabola(points, line.read(raw), rounding=rounding_of(raw))
-            found.append(Comparison(multiple, exact, parabola.curvature, parabola.curvature_noise))
-        return probe_around(line)
+    def batches() -> Iterator[Batch]:
+        for batch in task.batches(0):
+            optimizer.zero_grad()
+            task.loss(task.model, batch).backward()  # type: ignore[no-untyped-call]
+            params = dict(task.model.named_parameters())
+            before.update({name: each.detach().clone() for name, each in params.items()})
+            direction.update(optimizer_direction(optimizer, params))
+            measured[:] = [batch]
+            yield batch
 
-    MODES["compared"] = Mode(measure, twice_differentiable_kernels)
-    try:
-        optimizer = GeNOptimizer(AdamW(workload.model.parameters()), mode="compared", rule="published", period=1)
-        scheduler = LambdaLR(optimizer, lambda step: 1.0 - step / steps)
-        for batch in tqdm(
-            itertools.islice(workload.batches, steps), total=steps, desc=workload.name, unit="step", mininterval=0.5
-        ):
-            optimizer.step(lambda batch=batch: workload.loss_of(batch))  # type: ignore[misc]
-            scheduler.step()
-    finally:
-        del MODES["compared"]
+    def on_probe(_optimizer: GeNOptimizer, record: ProbeRecord) -> None:
+        loss = task.loss_function(measured[0])
+        exact = derivatives_along(loss, before, direction).curvature.item()
+        for multiple in MULTIPLES:
+            points = [-multiple * record.lr_before, 0.0, multiple * record.lr_before]
+            losses = loss_along(loss, before, direction, points, chunk_size=1)
+            parabola = fit_parabola(points, losses.tolist(), rounding=torch.finfo(losses.dtype).eps)
+            found.append(Comparison(multiple, exact, parabola.curvature, parabola.curvature_noise))
+
+    optimizer.register_probe_hook(on_probe)
+    taken = train(task, GeNStepper(optimizer), batches(), steps=steps, factor=SCHEDULES["linear"])
+    for _ in tqdm(taken, total=steps, unit="step", mininterval=0.5):
+        pass
     return found
 
 
@@ -163,3 +181,40 @@ def _by_noise(comparisons: list[Comparison]) -> str:
 
 def _quantiles(errors: npt.NDArray[np.float64]) -> list[str]:
     return [f"{np.quantile(errors, level):.2g}" for level in (0.5, 0.9, 0.99)]
+
+
+_LOOKS = (("o", "0.0"), ("s", "#1f5fa8"), ("^", "#c26a1b"), ("x", "0.6"))
+
+
+def draw(found: Mapping[str, Sequence[Comparison]], path: Path) -> None:
+    """Draws a panel per workload and writes the picture.
+
+    Args:
+        found: Comparisons by workload.
+        path: Where to write it; the ending decides the format.
+    """
+    figure = Figure(figsize=(6 * len(found) + 2, 5), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for panel, (name, comparisons) in zip(panels, found.items(), strict=True):
+        for multiple, (marker, colour) in zip(MULTIPLES, _LOOKS, strict=True):
+            chosen = [each for each in comparisons if each.multiple == multiple and each.error > 0]
+            panel.plot(
+                [each.noise for each in chosen],
+                [each.error for each in chosen],
+                marker,
+                color=colour,
+                markersize=3.5,
+                alpha=0.7,
+                label=f"probes at ±{multiple:g} α",
+            )
+        diagonal = np.array([1e-8, 1e4])
+        panel.plot(diagonal, diagonal, "-", color="0.3", linewidth=1, label="error = predicted noise")
+        panel.plot(diagonal, 8 * diagonal, "--", color="0.3", linewidth=1, label="error = 8 × predicted noise")
+        panel.axhline(1.0, color="0.3", linewidth=0.8, linestyle=":")
+        panel.set(xscale="log", yscale="log", xlim=(1e-6, 1e3), ylim=(1e-6, 1e4))
+        panel.set_xlabel("predicted noise / curvature probed (1 machine epsilon a loss)")
+        panel.set_ylabel("relative error of the curvature")
+        panel.set_title(name, loc="left")
+        panel.grid(alpha=0.25)
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+    figure.savefig(path, dpi=130)

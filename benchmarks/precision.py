@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from benchmarks.command import add_output, command_line, markdown_table
-from benchmarks.repeatable import single_thread
-from benchmarks.workloads import Batch, Workload, character_transformer, digits_cnn, digits_mlp
+from benchmarks.command_line import add_output, command_line
+from benchmarks.data import Data
+from benchmarks.determinism import single_thread
+from benchmarks.markdown import markdown_table
+from benchmarks.optimizers import GeNStepper, base_optimizer
+from benchmarks.training import SCHEDULES, train
+from benchmarks.workloads import WORKLOADS, Batch, Task
+from benchmarks.workloads.registry import Model
 from gen_optim import GeNOptimizer
 
-WORKLOADS = (digits_mlp, digits_cnn, character_transformer)
-BASES: dict[str, Callable[[list[torch.nn.Parameter]], Optimizer]] = {
-    "AdamW": AdamW,
-    "SGD": lambda parameters: SGD(parameters, momentum=0.9),
+TITLES = {
+    "digits-mlp": "digits MLP",
+    "digits-cnn": "digits CNN",
+    "character-transformer": "character transformer",
 }
+"""The workloads, with their names in the table."""
 HALF = torch.bfloat16
 WAYS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "float32": (torch.float32, None),
@@ -30,7 +35,7 @@ WAYS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 }
 """The dtype in which everything is stored, and that of autocast."""
 LAST = 20
-"""So many of the last training losses are averaged."""
+"""The number of training losses at the end of a run that are averaged."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -44,17 +49,18 @@ def run(options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     steps = 20 if options.quick else 300
     rows = []
-    with single_thread(), tqdm(total=len(WORKLOADS) * len(BASES) * len(WAYS), unit="run") as progress:
-        for make in WORKLOADS:
-            for base, wrap in BASES.items():
+    bases = ("AdamW", "SGD")
+    with single_thread(), tqdm(total=len(TITLES) * len(bases) * len(WAYS), unit="run") as progress:
+        for name, title in TITLES.items():
+            for base in bases:
                 losses = []
                 for stored, autocast in WAYS.values():
-                    workload = make()
-                    workload.model.to(stored)
-                    optimizer = GeNOptimizer(wrap(list(workload.model.parameters())))
-                    losses.append(final_loss(workload, optimizer, steps, autocast))
+                    task = WORKLOADS[name].make(0, Data())
+                    task.model.to(stored)
+                    optimizer = GeNOptimizer(base_optimizer(task.parameters(), base, 1e-3))
+                    losses.append(final_loss(task, optimizer, steps, autocast))
                     progress.update()
-                rows.append([f"{workload.name}, {base}", *(f"{loss:.4g}" for loss in losses)])
+                rows.append([f"{title}, {base}", *(f"{loss:.4g}" for loss in losses)])
     page = (
         f"# Training in half precision\n\n{command_line()}, one CPU thread, one seed\n\n"
         f"Training losses, mean of the last {LAST} of {steps} steps with a linear schedule, default arguments.\n\n"
@@ -65,30 +71,27 @@ def run(options: argparse.Namespace) -> None:
     print(f"{page}\n\ntable: {path}")
 
 
-def final_loss(workload: Workload, optimizer: GeNOptimizer, steps: int, autocast: torch.dtype | None = None) -> float:
-    """Trains with a linear schedule; returns the mean of the last losses.
+def final_loss(task: Task, optimizer: GeNOptimizer, steps: int, autocast: torch.dtype | None = None) -> float:
+    """Trains with a linear schedule and returns the mean of the last losses.
 
     Args:
-        workload: What to train; batches are cast to the dtype of its parameters.
-        optimizer: With what.
-        steps: How long.
+        task: What to train; batches are cast to the dtype of its parameters.
+        optimizer: The optimizer.
+        steps: The number of steps.
         autocast: The dtype of autocast; None for none.
     """
-    stored = next(workload.model.parameters()).dtype
-    scheduler = LambdaLR(optimizer, lambda step: 1.0 - step / steps)
-    losses = []
-    for _ in range(steps):
-        inputs, targets = next(workload.batches)
-        batch: Batch = (inputs.to(stored) if inputs.is_floating_point() else inputs, targets)
+    stored = next(task.model.parameters()).dtype
 
-        def closure(batch: Batch = batch) -> Tensor:
-            optimizer.zero_grad()
-            with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
-                loss = workload.loss_of(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
+    def loss(model: Model, batch: Batch) -> Tensor:
+        with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+            return task.loss(model, batch)
 
-        losses.append(torch.as_tensor(optimizer.step(closure)).item())
-        scheduler.step()
-    last = losses[-LAST:]
+    def batches() -> Iterator[Batch]:
+        for batch in task.batches(0):
+            yield tuple(each.to(stored) if each.is_floating_point() else each for each in batch)
+
+    steps_taken = train(
+        replace(task, loss=loss), GeNStepper(optimizer), batches(), steps=steps, factor=SCHEDULES["linear"]
+    )
+    last = [step.loss for step in steps_taken][-LAST:]
     return sum(last) / len(last)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
-from benchmarks.command import assignment, markdown_table
+from benchmarks.cdat import CDATRule
+from benchmarks.command_line import assignment
+from benchmarks.markdown import markdown_table
 from benchmarks.replaying import replay
 from gen_optim.records import History
-from gen_optim.rules import RULES, make_rule
+from gen_optim.rules import RULES, Rule
+
+_RULES: dict[str, type[Rule]] = {**RULES, "cdat": CDATRule}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "record", type=Path, metavar="RECORD", help="the probe steps of a run, as History.save() writes them"
     )
-    parser.add_argument("--rule", choices=list(RULES), default="relaxed", help="(default: %(default)s)")
+    parser.add_argument("--rule", choices=list(_RULES), default="relaxed", help="(default: %(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], type=assignment, metavar="NAME=VALUE", help="an option of the rule"
     )
@@ -27,14 +32,15 @@ def run(options: argparse.Namespace) -> None:
     """Prints, probe step by probe step, what was chosen and what would have been."""
     if options.every < 1:
         raise SystemExit(f"--every must be at least 1, but is {options.every}")
-    try:
-        records = list(History.load(options.record))
-        rule = make_rule(options.rule, **dict(options.set))
-    except (OSError, ValueError, TypeError) as error:
-        raise SystemExit(f"{options.record}: {error}") from error
-    unknown = [name for name, _ in options.set if not hasattr(rule, name)]
+    known = [field.name for field in fields(_RULES[options.rule])]
+    unknown = [name for name, _ in options.set if name not in known]
     if unknown:
         raise SystemExit(f"--set must name options of the rule {options.rule!r}, but {unknown[0]!r} is none")
+    try:
+        records = list(History.load(options.record))
+        rule = _RULES[options.rule](**dict(options.set))
+    except (OSError, ValueError, TypeError) as error:
+        raise SystemExit(f"{options.record}: {error}") from error
     rows = [
         [
             str(record.step),

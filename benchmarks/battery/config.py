@@ -1,20 +1,19 @@
-"""What a run is: its configuration, which is also its key in the results."""
+"""The configuration of a run, which is also its key in the results."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from benchmarks.battery.data import Data
-from benchmarks.battery.task import Workload
+from benchmarks.data import Data
+from benchmarks.optimizers import BASES
+from benchmarks.workloads import Workload
 
 SEEDS = (0, 1, 2)
 SWEEP_SEED = SEEDS[0]
-BASES = ("SGD", "AdamW")
 
 SWEEP = {
     "SGD": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0),
@@ -26,22 +25,6 @@ GIVEN = (1e-8, 1e-5, 1e-2, 10.0)
 """The initial learning rates given to our own rule."""
 
 
-def _constant(_step: int, _steps: int) -> float:
-    return 1.0
-
-
-def _linear(step: int, steps: int) -> float:
-    return 1.0 - step / steps
-
-
-def _cosine(step: int, steps: int) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * step / steps))
-
-
-SCHEDULES: dict[str, Callable[[int, int], float]] = {"constant": _constant, "linear": _linear, "cosine": _cosine}
-"""The factor on the learning rate at a step, counted from 0, out of so many."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A run's full configuration.
@@ -49,14 +32,14 @@ class Config:
     Attributes:
         workload: A name in the registry of workloads.
         version: The version of that workload's definition.
-        source: What its data come from.
-        base: A name in ``BASES``.
+        source: The name of the data set.
+        base: A name in ``benchmarks.optimizers.BASES``.
         method: A name in ``benchmarks.battery.methods.METHODS``.
         options: The method's options.
-        schedule: A name in ``SCHEDULES``.
-        lr: The learning rate to begin with; None for the method's own.
+        schedule: A name in ``benchmarks.training.SCHEDULES``.
+        lr: The initial learning rate; None for the method's own.
         seed: Decides initial weights and batches, alike for all methods.
-        steps: How many.
+        steps: The number of steps.
     """
 
     workload: str
@@ -72,7 +55,7 @@ class Config:
 
     @cached_property
     def key(self) -> str:
-        """The configuration as one string, the same for the same configuration."""
+        """The configuration as a string, the same for equal configurations."""
         return json.dumps(asdict(self), sort_keys=True)
 
     def __hash__(self) -> int:
@@ -88,10 +71,10 @@ class Cell:
     """A workload with a base optimizer: a row of the report.
 
     Attributes:
-        workload: What is trained.
-        base: With what.
-        source: On what.
-        steps: How long.
+        workload: The workload.
+        base: The base optimizer.
+        source: The name of the data set.
+        steps: The number of steps.
     """
 
     workload: Workload
@@ -101,7 +84,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For headings."""
+        """The name in headings."""
         return f"{self.workload.name}, {self.base}"
 
     def config(
@@ -112,7 +95,7 @@ class Cell:
         seed: int,
         options: Mapping[str, Any] | None = None,
     ) -> Config:
-        """A run in this cell."""
+        """Returns a run in this cell."""
         return Config(
             workload=self.workload.name,
             version=self.workload.version,
@@ -128,11 +111,11 @@ class Cell:
 
 
 def cells(workloads: Mapping[str, Workload], data: Data, steps: int | None = None) -> list[Cell]:
-    """All rows: every workload with every base.
+    """Returns a cell for every workload with every base.
 
     Args:
-        workloads: The registry.
-        data: Decides what the workloads train on.
+        workloads: The workloads by name.
+        data: Decides which data sets the workloads train on.
         steps: Instead of each workload's own, for trials.
     """
     return [

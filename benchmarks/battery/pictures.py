@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.battery.comparing import Comparison
-from benchmarks.battery.config import GIVEN, SCHEDULES, SWEEP_SEED, Cell
-from benchmarks.battery.record import Record
+from benchmarks.battery.comparison import Comparison
+from benchmarks.battery.config import GIVEN, SWEEP_SEED, Cell
+from benchmarks.battery.records import Record
 from benchmarks.battery.study import USUAL
+from benchmarks.training import SCHEDULES
 
 _LOOKS = {"constant": ("o", "#0b3c6f"), "linear": ("s", "#c26a1b"), "cosine": ("^", "#14501a")}
 _STARTS = ("#0b3c6f", "#14501a", "#c26a1b", "#7f1d1d")
@@ -67,7 +68,8 @@ def _ratios(known: Comparison) -> Figure:
     return figure
 
 
-def _grid(cells: Sequence[Cell]) -> tuple[Figure, list[Axes]]:
+def grid(cells: Sequence[Cell]) -> tuple[Figure, list[Axes]]:
+    """Returns a figure with a panel for each cell, with logarithmic y axes."""
     rows = max(1, math.ceil(len(cells) / _COLUMNS))
     figure = Figure(figsize=(3 * _COLUMNS, 2.3 * rows), layout="constrained")
     panels = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
@@ -82,7 +84,7 @@ def _grid(cells: Sequence[Cell]) -> tuple[Figure, list[Axes]]:
 
 
 def _whole_decades(panel: Axes) -> None:
-    """Limits at powers of ten, labels only there."""
+    """Sets limits at powers of ten, and labels only there."""
     low, high = panel.get_ylim()
     panel.set_ylim(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high)))
     panel.yaxis.set_minor_formatter(NullFormatter())
@@ -100,9 +102,9 @@ def _one(known: Comparison, cell: Cell, schedule: str, lr: float) -> Record | No
 
 
 def _traces(known: Comparison) -> Figure:
-    """Without a scheduler in full lines, with cosine in dashes; a horizontal line where the tuned baseline is."""
+    """Full lines without a scheduler, dashes with cosine, and a horizontal line at the tuned learning rate."""
     cells = known.study.cells
-    figure, panels = _grid(cells)
+    figure, panels = grid(cells)
     for cell, panel in zip(cells, panels, strict=False):
         for lr, colour in zip(GIVEN, _STARTS, strict=True):
             for schedule, line in (("constant", "-"), ("cosine", "--")):
@@ -126,7 +128,7 @@ def _traces(known: Comparison) -> Figure:
 
 def _losses(known: Comparison) -> Figure:
     cells = known.study.cells
-    figure, panels = _grid(cells)
+    figure, panels = grid(cells)
     for cell, panel in zip(cells, panels, strict=False):
         tuned = known.tuned[cell]
         curves = [("0.5", None if tuned is None else known.results.get(tuned.config))]

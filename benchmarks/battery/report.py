@@ -1,17 +1,16 @@
-"""The report: a page of what is known, and of what is missing."""
+"""The report: tables of the known results, and of missing runs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from benchmarks.battery import scoring
-from benchmarks.battery.comparing import Baseline, Comparison
+from benchmarks.battery import scores
+from benchmarks.battery.comparison import Baseline, Comparison
 from benchmarks.battery.config import GIVEN, SEEDS, Cell, Config
-from benchmarks.battery.formatting import NOTHING, bottom_lines, named, number
-from benchmarks.battery.methods import METHODS, OURS
-from benchmarks.battery.peers import PEERS
-from benchmarks.battery.record import Record, Results
+from benchmarks.battery.methods import METHODS, OURS, PEERS
+from benchmarks.battery.number_formats import NOTHING, bottom_lines, named, number
+from benchmarks.battery.records import Record, Results
 from benchmarks.battery.summary import summary
 from benchmarks.battery.tables import (
     baselines_table,
@@ -21,11 +20,11 @@ from benchmarks.battery.tables import (
     tuned_loss,
     workloads_table,
 )
-from benchmarks.command import markdown_table
+from benchmarks.markdown import markdown_table
 
 
 def page(known: Comparison, command: str, pictures: Mapping[str, str]) -> str:
-    """The whole report.
+    """Returns the whole report.
 
     Args:
         known: What the results say.
@@ -49,7 +48,7 @@ def page(known: Comparison, command: str, pictures: Mapping[str, str]) -> str:
     parts += ["## Settings of the peers", _peer_notes(known), _errors(known)]
     parts += ["## Baselines", _fixed_note(known), baselines_table(known)]
     parts += ["## Workloads", workloads_table(known)]
-    parts += ["## Still missing", _missing(known), _mixed_code(known)]
+    parts += ["## Still missing", missing_table(known.study.stages, known.results), _mixed_code(known)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -76,11 +75,17 @@ def _fixed_note(known: Comparison) -> str:
     )
 
 
-def _missing(known: Comparison) -> str:
+def missing_table(stages: Callable[[Results], Iterable[tuple[str, list[Config]]]], results: Results) -> str:
+    """Returns the table of runs that are missing, by stage.
+
+    Args:
+        stages: Returns names and runs of the stages of a study.
+        results: The known results.
+    """
     rows = []
-    for name, configs in known.study.stages(known.results):
+    for name, configs in stages(results):
         distinct = {config.key: config for config in configs}
-        absent = sum(config not in known.results for config in distinct.values())
+        absent = sum(config not in results for config in distinct.values())
         if not distinct:
             rows.append([name, "not known yet", ""])
         elif absent:
@@ -111,7 +116,7 @@ def _errors(known: Comparison) -> str:
 
 
 def tuning_table(known: Comparison, configs: Sequence[Config], results: Results) -> str:
-    """Runs of our rule on one seed, over the tuned baselines where those are known.
+    """Returns the table of runs of our rule on one seed, over those tuned baselines that are known.
 
     Args:
         known: The battery's results, for the baselines.
@@ -148,7 +153,7 @@ def _ratio_on_its_seed(cell: Cell, record: Record | None, tuned: Baseline | None
     reference = None if tuned is None else baselines.get(tuned.config)
     if record is None or reference is None:
         return None
-    return scoring.ratio_of(scoring.score(record, cell.workload), scoring.score(reference, cell.workload))
+    return scores.ratio_of(scores.score(record, cell.workload), scores.score(reference, cell.workload))
 
 
 _READING = f"""\
@@ -163,7 +168,7 @@ initial learning rates, the worst of seeds and schedules. All runs of a workload
 weights and batches. *We are ahead on*: each against our rule under the same schedule.
 
 Losses that approach zero (Rosenbrock, Beale, the quadratics, the physics-informed network) are compared with a floor:
-{scoring.FLOOR:g} of the initial loss is added above and below the line. A run diverged if a final loss is not finite
-or above the initial one. A ratio counts as {scoring.CAP:g} at most, and as that where one of its runs diverged, be
-it one of twelve. A run stalled if it ends above {scoring.STALL:g} times the tuned loss. A star: runs are still missing
+{scores.FLOOR:g} of the initial loss is added above and below the line. A run diverged if a final loss is not finite
+or above the initial one. A ratio counts as {scores.CAP:g} at most, and as that where one of its runs diverged, be
+it one of twelve. A run stalled if it ends above {scores.STALL:g} times the tuned loss. A star: runs are still missing
 there, the figure is provisional."""

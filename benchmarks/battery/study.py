@@ -1,4 +1,4 @@
-"""Which runs there are, and in which order: the most informative first."""
+"""The runs of the battery, the most informative first."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from fnmatch import fnmatch
 from functools import cache
 from typing import Any
 
-from benchmarks.battery.config import GIVEN, SCHEDULES, SEEDS, SWEEP, SWEEP_SEED, Cell, Config
-from benchmarks.battery.methods import METHODS, OURS, code_fingerprint
-from benchmarks.battery.peers import PEERS
-from benchmarks.battery.record import Results
-from benchmarks.battery.scoring import best_of_sweep, best_overall, has_ended_well
+from benchmarks.battery.config import GIVEN, SEEDS, SWEEP, SWEEP_SEED, Cell, Config
+from benchmarks.battery.methods import METHODS, OURS, PEERS, code_fingerprint
+from benchmarks.battery.records import Results
+from benchmarks.battery.scores import best_of_sweep, best_overall, has_ended_well
+from benchmarks.training import SCHEDULES
 
 TOP = 3
-"""So many of the sweep's best, and so many of its constant ones, are run on the other seeds too."""
+"""The number of the sweep's best, and of its best constant ones, that are run on the other seeds too."""
 OTHER_SEEDS = SEEDS[1:]
 USUAL = 1e-5
 """The first of the initial learning rates given to our rule: far from any that a user would choose."""
@@ -34,10 +34,10 @@ class Study:
     peers: frozenset[str] = field(default_factory=lambda: frozenset(each.name for each in PEERS if each.is_installed))
 
     def stages(self, results: Results) -> Iterator[tuple[str, list[Config]]]:
-        """Names and runs of the stages in order; some depend on what is known so far.
+        """Yields names and runs of the stages in order; some depend on the results so far.
 
         Args:
-            results: What is known.
+            results: The known results.
         """
         first, rest = SEEDS[:1], OTHER_SEEDS
         yield "ours from 1e-5", self._each(lambda cell: ours(cell, "gen", first, (USUAL,)))
@@ -54,7 +54,7 @@ class Study:
         yield "published rule, other seeds", self._each(lambda cell: ours(cell, "gen-published", rest, GIVEN))
 
     def count(self) -> int:
-        """How many runs the whole has, about: the sets of runs on other seeds overlap."""
+        """Returns the number of runs, about: the sets of runs on other seeds overlap."""
         count = 0
         for cell in self.cells:
             count += len(sweep(cell)) + (TOP + 2) * len(OTHER_SEEDS)
@@ -72,14 +72,14 @@ class Study:
 
 @cache
 def sweep(cell: Cell, *, coarse: bool = False) -> tuple[Config, ...]:
-    """The 27 runs of the bare optimizer, or, coarsely, every other learning rate of them."""
+    """Returns the 27 runs of the bare optimizer, or, coarsely, every other learning rate of them."""
     rates = SWEEP[cell.base][::2] if coarse else SWEEP[cell.base]
     return tuple(cell.config("bare", schedule, lr, SWEEP_SEED) for schedule in SCHEDULES for lr in rates)
 
 
 @cache
 def ours(cell: Cell, method: str, seeds: tuple[int, ...], given: tuple[float, ...]) -> tuple[Config, ...]:
-    """Runs of our own rules."""
+    """Returns runs of our own rules."""
     options = {"rule_version": OURS[method]}
     return tuple(
         cell.config(method, schedule, lr, seed, options) for schedule in SCHEDULES for lr in given for seed in seeds
@@ -88,7 +88,7 @@ def ours(cell: Cell, method: str, seeds: tuple[int, ...], given: tuple[float, ..
 
 @cache
 def peer(cell: Cell, method: str, seeds: tuple[int, ...]) -> tuple[Config, ...]:
-    """Runs of a peer; none where it does not go with the base optimizer."""
+    """Returns runs of a peer; none if it does not work with the base optimizer."""
     entry = METHODS[method]
     if cell.base not in entry.bases:
         return ()
@@ -96,12 +96,12 @@ def peer(cell: Cell, method: str, seeds: tuple[int, ...]) -> tuple[Config, ...]:
 
 
 def other_seed(config: Config, cell: Cell, seed: int) -> Config:
-    """The same run with another seed."""
+    """Returns the same run with another seed."""
     return cell.config(config.method, config.schedule, config.lr, seed, config.options)
 
 
 def refinements(cell: Cell, results: Results) -> list[Config]:
-    """The best of a finished sweep, and the best constant ones, on the other seeds; nothing before."""
+    """Returns the best of a finished sweep, and the best constant ones, on the other seeds; nothing before."""
     ranking = best_of_sweep(sweep(cell), results)
     if len(ranking) < len(sweep(cell)):
         return []
@@ -111,7 +111,7 @@ def refinements(cell: Cell, results: Results) -> list[Config]:
 
 
 def _refined(ranking: Sequence[Config], cell: Cell, results: Results) -> Iterator[Config]:
-    """The best of a ranking until ``TOP`` of them have diverged on no seed: what cannot be repeated is not tuned."""
+    """Yields the best of a ranking until ``TOP`` of them have diverged on no seed: others are no baseline."""
     steady = 0
     for config in ranking:
         if steady == TOP:
@@ -122,7 +122,7 @@ def _refined(ranking: Sequence[Config], cell: Cell, results: Results) -> Iterato
 
 
 def fixed_baseline(cells: Sequence[Cell], results: Results) -> list[Config]:
-    """The one configuration for all workloads on the other seeds, once all sweeps are finished."""
+    """Returns the best configuration for all workloads on the other seeds, once all sweeps are finished."""
     chosen = []
     for base in dict.fromkeys(cell.base for cell in cells):
         rows = [cell for cell in cells if cell.base == base]
@@ -133,9 +133,9 @@ def fixed_baseline(cells: Sequence[Cell], results: Results) -> list[Config]:
 
 
 def tuning(cells: Sequence[Cell], options: Mapping[str, Any]) -> list[Config]:
-    """Our own rule alone, on one seed: three schedules from 1e-5, and no scheduler from 10.
+    """Returns runs of our own rule on one seed: three schedules from 1e-5, and no scheduler from 10.
 
-    The key holds the code's fingerprint: with other code, or other options, the runs are others.
+    The key has the code's fingerprint, so that other code or other options make other runs.
 
     Args:
         cells: Workloads with base optimizers.
@@ -147,7 +147,7 @@ def tuning(cells: Sequence[Cell], options: Mapping[str, Any]) -> list[Config]:
 
 
 def trial(cells: Sequence[Cell]) -> list[Config]:
-    """A few short runs of every workload, to see that all works."""
+    """Returns a few short runs of every workload, to see that all works."""
     middle = {base: rates[len(rates) // 2] for base, rates in SWEEP.items()}
     options = {"rule_version": OURS["gen"]}
     return [
@@ -162,5 +162,5 @@ def trial(cells: Sequence[Cell]) -> list[Config]:
 
 
 def matches(config: Config, pattern: str | None) -> bool:
-    """Whether a pattern with ``*`` and ``?`` fits a run's workload, base, method and so on, written as a line."""
+    """Returns whether a pattern with ``*`` and ``?`` fits a run's line: workload, base, method and so on."""
     return pattern is None or fnmatch(str(config).lower(), f"*{pattern.lower()}*")

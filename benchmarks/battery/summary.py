@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from benchmarks.battery.comparing import Baseline, Comparison
-from benchmarks.battery.config import SCHEDULES, Cell
-from benchmarks.battery.formatting import NOTHING, named, number
+from benchmarks.battery.comparison import Baseline, Comparison
+from benchmarks.battery.config import Cell
 from benchmarks.battery.methods import METHODS, OURS
-from benchmarks.battery.scoring import geometric_mean
-from benchmarks.command import markdown_table
+from benchmarks.battery.number_formats import NOTHING, named, number
+from benchmarks.battery.scores import geometric_mean
+from benchmarks.markdown import markdown_table
+from benchmarks.training import SCHEDULES
 
 _GOALS = {
     "horizon": "≤ 0.98, worst ≤ 1.10",
@@ -25,7 +26,7 @@ _GOALS = {
 
 
 def summary(known: Comparison) -> str:
-    """Geometric means, worst cells and counts, of each rule of ours."""
+    """Returns the table of geometric means, worst cells and counts of each rule of ours."""
     rows = [row for method in OURS for row in _Summary(known, method).rows()]
     return markdown_table(["figure", "goal", "geometric mean", "worst", "workloads × bases"], rows)
 
@@ -51,11 +52,11 @@ class _Summary:
         return [f"{METHODS[self.method].title}, {what}", _GOALS[goal] if self.method == "gen" else "", *cells]
 
     def _means(self, what: str, goal: str, values: Sequence[tuple[str, float]]) -> list[str]:
-        """A row from names of cells with their figures."""
+        """Returns a row from names of cells with their figures."""
         return self._row(what, goal, number(geometric_mean(value for _, value in values)), *self._worst(values))
 
     def _worst(self, values: Sequence[tuple[str, float]]) -> list[str]:
-        """The last two columns: the largest figure with its cell, and how many there are."""
+        """Returns the last two columns: the largest figure with its cell, and the number of figures."""
         name, worst = max(values, key=lambda each: each[1], default=("", math.nan))
         shown = NOTHING if math.isnan(worst) else f"{number(worst)} ({name})"
         return [shown, f"{len(values)} of {len(self.known.study.cells)}"]

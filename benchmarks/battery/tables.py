@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from benchmarks.battery.comparing import Comparison
-from benchmarks.battery.config import GIVEN, SCHEDULES, SEEDS, SWEEP, Cell, Config
-from benchmarks.battery.formatting import NOTHING, bottom_lines, named, number, ratio, setting
-from benchmarks.battery.methods import METHODS, OURS
-from benchmarks.battery.peers import PEERS
-from benchmarks.battery.scoring import Ratio, geometric_mean
+from benchmarks.battery.comparison import Comparison
+from benchmarks.battery.config import GIVEN, SEEDS, SWEEP, Cell, Config
+from benchmarks.battery.methods import METHODS, OURS, PEERS
+from benchmarks.battery.number_formats import NOTHING, bottom_lines, named, number, ratio, setting
+from benchmarks.battery.scores import Ratio, geometric_mean
 from benchmarks.battery.study import peer, sweep
-from benchmarks.command import markdown_table
+from benchmarks.markdown import markdown_table
+from benchmarks.training import SCHEDULES
 
 
 def tuned_loss(known: Comparison, cell: Cell) -> str:
-    """The validation loss of the tuned baseline, without a floor; a star where it may still change."""
+    """Returns the validation loss of the tuned baseline, without a floor, and with a star if it may change."""
     tuned = known.tuned[cell]
     if tuned is None:
         return NOTHING
@@ -25,7 +25,7 @@ def tuned_loss(known: Comparison, cell: Cell) -> str:
 
 
 def main_table(known: Comparison, method: str) -> str:
-    """A rule of ours: its three schedules over the tuned baseline, its spread, cost and failures."""
+    """Returns the table of a rule of ours: its ratios to the tuned baseline, its spread, cost and failures."""
     head = ["workload, base", "tuned loss", "fixed", *map(named, SCHEDULES), "no scheduler / best constant", "spread"]
     head += ["extra forwards a step", "diverged", "stalled"]
     rows, ratios = [], []
@@ -57,13 +57,13 @@ def _main_ratios(known: Comparison, cell: Cell, method: str) -> list[Ratio | Non
 
 
 def _bottom(width: int, first: int, rows: Sequence[Sequence[Ratio | None]]) -> list[list[str]]:
-    """Lines under a table of which ratios fill the columns from the first on."""
+    """Returns the lines under a table whose columns from ``first`` on are ratios."""
     columns = enumerate(zip(*rows, strict=True), start=first)
     return bottom_lines(width, {place: [each.value for each in column if each] for place, column in columns})
 
 
 def starts_table(known: Comparison) -> str:
-    """Rules of ours from each initial learning rate, over the tuned baseline: geometric means over all rows."""
+    """Returns the table of our rules from each initial learning rate, over tuned: geometric means over all rows."""
     rows = []
     for method in OURS:
         for schedule in SCHEDULES:
@@ -81,7 +81,7 @@ def starts_table(known: Comparison) -> str:
 
 
 def peer_table(known: Comparison, base: str) -> str:
-    """Peers beside our rule, over the tuned baseline of one base optimizer, and on how many workloads we are ahead."""
+    """Returns the table of peers beside our rule, over tuned, and the number of workloads on which we are ahead."""
     mine = [("gen", schedule) for schedule in SCHEDULES]
     theirs = [
         (each.name, schedule)
@@ -107,13 +107,13 @@ def peer_table(known: Comparison, base: str) -> str:
 
 
 class Wins:
-    """On how many workloads we are ahead of a peer; being equal is not."""
+    """Counts the workloads on which we are ahead of a peer; being equal does not count."""
 
     def __init__(self) -> None:
         self.won = self.compared = 0
 
     def count(self, ours: Ratio | None, theirs: Ratio | None) -> None:
-        """Takes a workload in, where both are known."""
+        """Counts a workload, if both are known."""
         if ours is not None and theirs is not None:
             self.won += ours.value < theirs.value
             self.compared += 1
@@ -129,13 +129,13 @@ def _runs(known: Comparison, cell: Cell, method: str, schedule: str) -> Sequence
 
 
 def _is_there(known: Comparison, base: str, method: str, schedule: str) -> bool:
-    """Whether a peer is installed here, or has been where the results are from."""
+    """Whether a peer is installed, or was installed when the results were made."""
     runs = (run for cell in known.study.cells if cell.base == base for run in _runs(known, cell, method, schedule))
     return method in known.study.peers or any(run in known.results for run in runs)
 
 
 def baselines_table(known: Comparison) -> str:
-    """Where the tuned baselines are, and whether the sweep has them inside."""
+    """Returns the table of the tuned baselines, and whether they are at an edge of the sweep."""
     rows = []
     for cell in known.study.cells:
         tuned = known.tuned[cell]
@@ -167,7 +167,7 @@ def baselines_table(known: Comparison) -> str:
 
 
 def workloads_table(known: Comparison) -> str:
-    """What is trained."""
+    """Returns the table of the workloads."""
     cells = {cell.workload.name: cell for cell in known.study.cells}
     rows = [
         [name, cell.workload.family, str(cell.steps), cell.source, cell.workload.summary]

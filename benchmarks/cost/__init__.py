@@ -1,1 +1,1 @@
-"""What GeNOptimizer costs in time, memory and moves of parameters, next to the least that it could cost."""
+"""The cost of GeNOptimizer in time, memory and moves of parameters, next to the least that it could cost."""

@@ -1,4 +1,4 @@
-"""What is trained while the cost is measured: models that differ in what dominates, and base optimizers.
+"""The models and base optimizers that the cost is measured with; the models differ in what dominates the time.
 
 The batches of the first three are so large that forward passes dominate; what a probe step takes besides them hardly
 depends on the batch.
@@ -6,17 +6,17 @@ depends on the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
-from benchmarks import text
+from benchmarks.data import Data
+from benchmarks.workloads.text import Transformer, excerpts
 
 BASES: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "SGD, momentum": lambda parameters: SGD(parameters, lr=1e-4, momentum=0.9, foreach=True),
@@ -34,7 +34,7 @@ class Case:
     """A model and one batch.
 
     Attributes:
-        name: What it is.
+        name: The name in tables.
         model: The model.
         inputs: The batch's inputs.
         targets: The class of each output.
@@ -49,7 +49,7 @@ class Case:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All are trained."""
+        """The parameters, which are all trained."""
         return list(self.model.parameters())
 
     @property
@@ -59,32 +59,28 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Their size in memory."""
+        """The size of the parameters in memory, in bytes."""
         return sum(each.numel() * each.element_size() for each in self.parameters)
 
     def loss(self) -> Tensor:
-        """The loss on the batch."""
+        """Returns the loss on the batch."""
         return self.criterion(self.model(self.inputs), self.targets)
 
     @staticmethod
     def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of outputs."""
+        """Returns the loss of outputs."""
         return cross_entropy(outputs.flatten(0, -2), targets.flatten())
-
-    def loss_of(self, params: Mapping[str, Tensor]) -> Tensor:
-        """The loss as a function of the parameters."""
-        return self.criterion(functional_call(self.model, dict(params), (self.inputs,)), self.targets)
 
 
 def mlp() -> Case:
-    """A fully connected network."""
+    """Returns a fully connected network."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
     return Case("MLP", model, torch.randn(8192, 256), torch.randint(10, (8192,)))
 
 
 def convolutional() -> Case:
-    """A convolutional network with batch normalisation."""
+    """Returns a convolutional network with batch normalisation."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for before, after in ((3, 32), (32, 64), (64, 128), (128, 128)):
@@ -94,22 +90,23 @@ def convolutional() -> Case:
 
 
 def transformer() -> Case:
-    """A transformer on running text."""
+    """Returns a transformer on running text."""
     torch.manual_seed(0)
-    train, _ = text.load()
-    model = text.Transformer(train.alphabet, width=384, layers=6)
-    return Case("transformer", model, *next(text.batches(train, 32, seed=0)))
+    train, _ = Data().text()
+    model = Transformer(train.alphabet, width=384, layers=6)
+    inputs, targets = next(excerpts(train, 32)(0))
+    return Case("transformer", model, inputs, targets)
 
 
 def wide(width: int = 8192) -> Case:
-    """A network of a few large matrices, in which copying parameters takes as long as much else."""
+    """Returns a network of a few large matrices, for which copying parameters takes much of the time."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(3)), nn.Linear(width, 10))
     return Case("wide network", model, torch.randn(64, width), torch.randint(10, (64,)), bound="copies")
 
 
 def tiny(tensors: int = 1000) -> Case:
-    """A network of many tiny tensors."""
+    """Returns a network of many tiny tensors."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(tensors // 2)))
     return Case("many tiny tensors", model, torch.randn(64, 16), torch.randint(16, (64,)), bound="calls")

@@ -1,4 +1,4 @@
-"""How the cost grows with the number of parameters and with the number of tensors."""
+"""The growth of the cost with the number of parameters and with the number of tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from benchmarks.cost.cases import Case
 from benchmarks.cost.methods import FORWARDS, Wrapped
-from benchmarks.cost.timing import Sample, seconds
+from benchmarks.cost.times import Sample, seconds
 
 SIZES = (10**4, 10**5, 10**6, 10**7, 10**8, 2 * 10**8)
 """Numbers of parameters, in sixteen tensors."""
@@ -26,7 +26,7 @@ LINES = ("bare optimizer's step", *(f"{mode}, without its forward passes" for mo
 
 @dataclass(frozen=True)
 class Point:
-    """What steps took at one size.
+    """The times of steps at one size.
 
     Attributes:
         parameters: Number of parameters.
@@ -40,7 +40,7 @@ class Point:
 
 
 class _Weights(nn.Module):
-    """Parameters, and the sum of them all."""
+    """Parameters in tensors of equal size."""
 
     def __init__(self, tensors: int, size: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class _Weights(nn.Module):
 
 class _Sum(Case):
     def loss(self) -> Tensor:
-        """A number that depends on all parameters."""
+        """Returns a number that depends on all parameters."""
         return torch.stack([each.sum() for each in self.parameters]).sum()
 
 
@@ -72,7 +72,7 @@ def measure(
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent b in values ≈ a · sizes^b, by least squares."""
+    """Returns the exponent b in values ≈ a · sizes^b, by least squares."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from benchmarks.command import add_output, command_line, markdown_table
+from benchmarks.command_line import add_output, command_line
 from benchmarks.cost import growth
+from benchmarks.cost.allocator import keeping_freed_memory
 from benchmarks.cost.cases import BASES, CASES, Case
-from benchmarks.cost.counting import extra_memory, traffic
-from benchmarks.cost.memory import keeping_freed_memory
 from benchmarks.cost.methods import FORWARDS, Bare, methods
-from benchmarks.cost.timing import LazyTimes, ProbeTimes, Sample, lazy, probes
-from benchmarks.repeatable import single_thread
+from benchmarks.cost.times import LazyTimes, ProbeTimes, Sample, lazy, probes
+from benchmarks.cost.traffic import extra_memory, traffic
+from benchmarks.determinism import single_thread
+from benchmarks.markdown import markdown_table
 
 LAZY_GOAL = 25e-6
 PROBE_GOAL, MOVES_GOAL, LOOP_GOAL = 1.10, 1.25, 1.15
@@ -55,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of a model.
+    """The measurements of a model.
 
     Attributes:
         case: The model.
@@ -72,16 +73,16 @@ class Figures:
     traffic: dict[str, tuple[float, float]]
 
     def over_forwards(self, mode: str) -> float:
-        """The extra time over that of the forward passes."""
+        """Returns the extra time over that of the forward passes."""
         return self.times.extra[mode].median / (FORWARDS[mode] * self.times.forward.median)
 
     def over_least(self, mode: str) -> float:
-        """The extra time over that of the forward passes and the least copies."""
+        """Returns the extra time over that of the forward passes and the least copies."""
         least = FORWARDS[mode] * self.times.forward.median + self.times.least_moves
         return self.times.extra[mode].median / least
 
     def loop(self, mode: str, lazy_step: float) -> float:
-        """The extra time of a whole period over that of its forward passes."""
+        """Returns the extra time of a whole period over that of its forward passes."""
         rest = PERIOD - (2 if mode == "lookback" else 1)
         return (self.times.extra[mode].median + rest * lazy_step) / (FORWARDS[mode] * self.times.forward.median)
 
@@ -266,7 +267,7 @@ def _growth_section(options: argparse.Namespace, name: str) -> str:
 
 
 def _fail_on_regressions(figures: Sequence[Figures], lazies: dict[str, list[LazyTimes]]) -> None:
-    """Ratios alone, far enough from their goals that a busy machine does not matter."""
+    """Checks ratios against limits that are so far from the goals that a busy machine does not matter."""
     failures = []
     for each in figures:
         for mode in FORWARDS:

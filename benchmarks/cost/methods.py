@@ -1,41 +1,37 @@
-"""The ways to choose a learning rate that are compared, each as steps of which the cost can be told."""
+"""The ways to choose a learning rate, each as steps whose cost can be measured."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from benchmarks import paper_authors
 from benchmarks.cost.cases import Case
+from benchmarks.paper_authors import ParabolaOfTheAuthors
 from gen_optim import GeNOptimizer
 
 FORWARDS = {"lookback": 1, "approximate": 2}
 """The forward passes that these cannot do without, at each probe step."""
-
-PEER = "gen-optim 0.1.1"
 
 
 class Method(Protocol):
     """A way to choose a learning rate, in use."""
 
     def period(self) -> float:
-        """Take the steps between one probe and the next, and return the seconds spent on the learning rate."""
+        """Takes the steps from one probe to the next and returns the seconds spent on the learning rate."""
 
 
 class Wrapped:
-    """A GeNOptimizer, of which the closure's first call and the base optimizer's step do not count.
+    """A GeNOptimizer. The time of the closure's first call and of the base optimizer's step does not count.
 
-    Its probe steps follow each other as closely as they can. Looking back takes two steps: one that keeps where it
-    began, and one that looks back.
+    Its probe steps follow each other as closely as they can. Looking back takes two steps: one that keeps its start
+    point, and one that looks back.
 
     Args:
         case: What to train.
@@ -50,7 +46,7 @@ class Wrapped:
     def __init__(self, case: Case, base: Optimizer, mode: str, *, counts_forwards: bool = True) -> None:
         self._case, self._counts_forwards = case, counts_forwards
         self._steps = 2 if mode == "lookback" else 1
-        self._optimizer = GeNOptimizer(base, mode=mode, rule="published", period=self._steps)
+        self._optimizer = GeNOptimizer(base, mode=mode, rule="published", period=self._steps, average=False)
         self._began = self._others = 0.0
         self.on_others: Callable[[bool], object] = bool
         # Not by its hooks: those after a step wait for the probes.
@@ -83,7 +79,7 @@ class Wrapped:
         return loss
 
     def period(self) -> float:
-        """Take one or two steps."""
+        """Takes one or two steps."""
         self._others = 0.0
         began = time.perf_counter()
         for _ in range(self._steps):
@@ -95,28 +91,18 @@ class Wrapped:
 
 
 class PaperAuthors:
-    """Their package: ``lr_parabola`` between ``backward()`` and ``step()``."""
+    """Their package, between ``backward()`` and ``step()``."""
 
     def __init__(self, case: Case, base: Optimizer) -> None:
         self._case, self._base = case, base
-        self._choose: Callable[..., Any] = import_module("GeN").lr_parabola
+        self._parabola = ParabolaOfTheAuthors(case.model, lambda _: case.loss(), itertools.repeat(None))
 
     def period(self) -> float:
-        """Take one step."""
+        """Takes one step."""
         self._base.zero_grad()
         self._case.loss().backward()  # type: ignore[no-untyped-call]
-        batches = itertools.repeat((self._case.inputs, self._case.targets))
         began = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._choose(
-                self._case.model,
-                self._base,
-                criterion=self._case.criterion,
-                tr_iter=batches,
-                device="cpu",
-                task="image_cls",
-                lr_factor=[-1, 0, 1],
-            )
+        self._parabola.set_lr(self._base)
         seconds = time.perf_counter() - began
         self._base.step()
         return seconds
@@ -129,7 +115,7 @@ class Bare:
         self._case, self._base = case, base
 
     def period(self) -> float:
-        """Take one step, which spends nothing on the learning rate."""
+        """Takes one step, which spends nothing on the learning rate."""
         self._base.zero_grad()
         self._case.loss().backward()  # type: ignore[no-untyped-call]
         self._base.step()
@@ -137,7 +123,7 @@ class Bare:
 
 
 def methods(case: Case, make: Callable[[Any], Optimizer], *, exact: bool = True) -> dict[str, Callable[[], Method]]:
-    """The makers of the ways to compare, by name; others than this package's where they are installed.
+    """Returns makers of the ways to compare, by name; those of other packages if they are installed.
 
     Args:
         case: What they train.
@@ -150,6 +136,6 @@ def methods(case: Case, make: Callable[[Any], Optimizer], *, exact: bool = True)
         return lambda: Wrapped(case, make(case.parameters), mode)
 
     found = {mode: wrapped(mode) for mode in modes}
-    if find_spec("GeN") is not None:
-        found[PEER] = lambda: PaperAuthors(case, make(case.parameters))
+    if paper_authors.is_installed():
+        found[paper_authors.TITLE] = lambda: PaperAuthors(case, make(case.parameters))
     return found

@@ -10,10 +10,10 @@ import argparse
 
 from tqdm import tqdm
 
-from benchmarks.command import add_output, command_line
+from benchmarks.command_line import add_output, command_line
+from benchmarks.determinism import single_thread
 from benchmarks.main_job.report import LEGEND, table
-from benchmarks.main_job.training import Result, Spec, train
-from benchmarks.repeatable import single_thread
+from benchmarks.main_job.runs import Result, Spec, train
 
 LEARNING_RATES = {
     "AdamW": (1e-6, 1e-3, 1.0),
@@ -124,7 +124,7 @@ def train_all(plan: list[Spec]) -> list[Result]:
 
 
 def _page(results: list[Result], picture: str | None) -> str:
-    """The table as a page of its own, with what is needed to get it again."""
+    """Returns the page: the table, and the command that makes it."""
     parts = [
         "# Digits: bare and wrapped, from three learning rates",
         f"{command_line()}, one CPU thread",

@@ -14,8 +14,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.digits import CLASSES
-from benchmarks.main_job.training import Result
+from benchmarks.data import CLASSES
+from benchmarks.main_job.runs import Result
 
 # For a small, a usual and a large learning rate: marker, colour if wrapped (dark), if bare (light).
 _LOOKS = (
@@ -24,7 +24,7 @@ _LOOKS = (
     ("^", "#7f1d1d", "#e8836b"),
 )
 _MARKED = 8  # markers on a line
-_GUESSING = math.log(CLASSES)  # the loss of one who gives every digit the same probability
+_GUESSING = math.log(CLASSES)  # the loss if every digit has the same probability
 _TOP = 10 * _GUESSING  # a loss above is off the panel
 
 
@@ -57,7 +57,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def _style(run: Result, place: int) -> dict[str, Any]:
-    """How a run's lines look, with its learning rate's place among those of its base."""
+    """Returns the style of a run's lines, by its learning rate's place among those of its base."""
     marker, dark, light = _LOOKS[place]
     gen = run.spec.gen
     return {
@@ -73,7 +73,7 @@ def _style(run: Result, place: int) -> dict[str, Any]:
 
 
 def _marked(run: Result, place: int, points: int) -> tuple[int, int]:
-    """Which points of a line get a marker: the first of them, and every how many from there on.
+    """Returns which points of a line get a marker: the first one, and the distance to the next.
 
     Lines meet, and then only the markers tell them apart: so each run begins at another point.
     """

@@ -1,4 +1,4 @@
-"""Results as a table that reads well in a terminal and in Markdown."""
+"""The table of results, which reads well in a terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.command import markdown_table
-from benchmarks.main_job.training import Result
+from benchmarks.main_job.runs import Result
+from benchmarks.markdown import markdown_table
 
 _HEADINGS = (
     "optimizer",

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.battery.config import Config, cells
-from benchmarks.battery.data import Data
-from benchmarks.battery.record import Record, Results
+from benchmarks.battery.records import Record, Results
 from benchmarks.battery.study import Study
-from benchmarks.battery.workloads import WORKLOADS
+from benchmarks.data import Data
+from benchmarks.workloads import BATTERY
 
 DATA = Data()
-CHEAP = {name: WORKLOADS[name] for name in ("beale", "quadratic")}
+CHEAP = {name: BATTERY[name] for name in ("beale", "quadratic")}
 
 
 def tiny(method: str = "bare", lr: float | None = 1e-2, workload: str = "beale", steps: int = 3) -> Config:
-    cell = next(cell for cell in cells({workload: WORKLOADS[workload]}, DATA, steps) if cell.base == "SGD")
+    cell = next(cell for cell in cells({workload: BATTERY[workload]}, DATA, steps) if cell.base == "SGD")
     return cell.config(method, "linear", lr, 0)
 
 

@@ -14,19 +14,19 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.battery import job, storing
-from benchmarks.battery.comparing import Comparison
-from benchmarks.battery.config import BASES, GIVEN, SCHEDULES, SEEDS, SWEEP, Cell, Config, cells
-from benchmarks.battery.data import KINDS, Data
-from benchmarks.battery.methods import METHODS, code_fingerprint
-from benchmarks.battery.peers import PEERS
-from benchmarks.battery.record import Record, Results
+from benchmarks.battery import job, results_file
+from benchmarks.battery.comparison import Comparison
+from benchmarks.battery.config import GIVEN, SEEDS, SWEEP, Cell, Config, cells
+from benchmarks.battery.methods import METHODS, PEERS, code_fingerprint
+from benchmarks.battery.records import Record, Results
 from benchmarks.battery.report import page
-from benchmarks.battery.running import POINTS, run
+from benchmarks.battery.runs import POINTS, run
 from benchmarks.battery.study import Study, matches, other_seed, refinements, sweep, trial, tuning
-from benchmarks.battery.task import Task
-from benchmarks.battery.working import work
-from benchmarks.battery.workloads import WORKLOADS
+from benchmarks.battery.workers import work
+from benchmarks.data import KINDS, Data
+from benchmarks.optimizers import BASES
+from benchmarks.training import SCHEDULES
+from benchmarks.workloads import BATTERY, Task
 from tests.benchmarks.battery_results import CHEAP, DATA, record, tiny
 
 # --- workloads -------------------------------------------------------------------------------------------------------
@@ -34,14 +34,14 @@ from tests.benchmarks.battery_results import CHEAP, DATA, record, tiny
 
 def test_a_process_that_only_runs_knows_the_peers() -> None:
     """Workers are started anew, and import nothing but what runs a configuration."""
-    program = "from benchmarks.battery.running import METHODS; assert 'cdat' in METHODS"
+    program = "from benchmarks.battery.runs import METHODS; assert 'cdat' in METHODS"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", BATTERY)
 def test_a_workload_is_the_same_for_the_same_seed_and_another_for_another(name: str) -> None:
     state = torch.get_rng_state()
-    first, second, other = (WORKLOADS[name].make(seed, DATA) for seed in (3, 3, 4))
+    first, second, other = (BATTERY[name].make(seed, DATA) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(map(torch.equal, first.model.state_dict().values(), second.model.state_dict().values()))
     assert not all(map(torch.equal, first.parameters(), other.parameters()))
@@ -55,17 +55,17 @@ def test_a_workload_is_the_same_for_the_same_seed_and_another_for_another(name: 
 
 
 def test_workloads_have_what_the_report_needs() -> None:
-    families = {each.family for each in WORKLOADS.values()}
+    families = {each.family for each in BATTERY.values()}
     assert families == {"digits", "images", "text", "tables", "science", "generative", "fine-tuning", "classics"}
-    for each in WORKLOADS.values():
+    for each in BATTERY.values():
         assert each.steps >= 300
         assert each.data in KINDS
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", BATTERY)
 def test_every_method_takes_a_step_on_every_workload(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Task, "evaluate", lambda self, model, batches: 1.0)
-    for cell in cells({name: WORKLOADS[name]}, DATA, steps=1):
+    for cell in cells({name: BATTERY[name]}, DATA, steps=1):
         for method in METHODS.values():
             if cell.base in method.bases and method.is_installed:
                 lr = None if method.package else 1e-3
@@ -79,7 +79,7 @@ def test_data_of_a_folder_are_used_where_they_are(tmp_path: Path) -> None:
     data = Data(tmp_path)
     assert (data.source("text"), data.source("images"), data.source("digits")) == ("shakespeare", "digits", "digits")
     assert data.text()[0].alphabet == len(set("to be or not to be\n"))
-    task = WORKLOADS["text-lstm"].make(0, data)
+    task = BATTERY["text-lstm"].make(0, data)
     assert math.isfinite(task.evaluate(task.model, task.validation))
 
 
@@ -118,9 +118,9 @@ def test_schedules_go_from_one_towards_zero() -> None:
 
 
 def test_a_bare_run_without_a_horizon_is_the_optimizer_alone() -> None:
-    cell = Cell(WORKLOADS["quadratic"], "SGD", "generated", 10)
+    cell = Cell(BATTERY["quadratic"], "SGD", "generated", 10)
     seen = run(cell.config("bare", "constant", 0.1, 0), DATA)
-    task = WORKLOADS["quadratic"].make(0, DATA)
+    task = BATTERY["quadratic"].make(0, DATA)
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1, momentum=0.9)
     stream = task.batches(0)
     for _ in range(10):
@@ -134,13 +134,13 @@ def test_a_bare_run_without_a_horizon_is_the_optimizer_alone() -> None:
 
 
 def test_every_run_has_a_key_of_its_own() -> None:
-    study = Study(cells(WORKLOADS, DATA), frozenset(each.name for each in PEERS))
+    study = Study(cells(BATTERY, DATA), frozenset(each.name for each in PEERS))
     runs = {config.key: config for _, configs in study.stages(Results()) for config in configs}
     assert len(set(runs.values())) == len(runs)
     bare = [config for config in runs.values() if config.method == "bare"]
-    assert len(bare) == 27 * len(WORKLOADS) * len(BASES)
+    assert len(bare) == 27 * len(BATTERY) * len(BASES)
     ours = [config for config in runs.values() if config.method == "gen"]
-    assert len(ours) == len(SEEDS) * len(GIVEN) * len(SCHEDULES) * len(WORKLOADS) * len(BASES)
+    assert len(ours) == len(SEEDS) * len(GIVEN) * len(SCHEDULES) * len(BATTERY) * len(BASES)
     for key, config in runs.items():
         assert Config(**json.loads(key)) == config
 
@@ -186,8 +186,8 @@ def test_peers_that_are_not_installed_are_not_planned_but_named() -> None:
 
 
 def test_tuning_covers_every_workload_with_the_code_in_its_key() -> None:
-    plan = tuning(cells(WORKLOADS, DATA), {"period": 4})
-    assert {(config.workload, config.base) for config in plan} == {(name, base) for name in WORKLOADS for base in BASES}
+    plan = tuning(cells(BATTERY, DATA), {"period": 4})
+    assert {(config.workload, config.base) for config in plan} == {(name, base) for name in BATTERY for base in BASES}
     assert all(config.options == {"code": code_fingerprint(), "period": 4} for config in plan)
     assert run(replace(plan[0], steps=2), DATA).error == ""
 
@@ -213,9 +213,9 @@ def test_a_torn_last_line_is_dropped_and_work_goes_on_behind_it(tmp_path: Path) 
     path = tmp_path / "results.jsonl"
     done, torn = record(tiny(lr=1e-3)), record(tiny(lr=1e-2))
     path.write_text(done.to_line() + "\n" + torn.to_line()[:50], "utf-8")
-    results = storing.read(path)
+    results = results_file.read(path)
     assert (len(results), done.config in results) == (1, True)
-    with storing.writing(path) as writer:
+    with results_file.writing(path) as writer:
         work(lambda _: [done.config, torn.config], results, writer, DATA, jobs=1)
     assert [Record.from_line(line).config for line in path.read_text().splitlines()] == [done.config, torn.config]
 
@@ -223,21 +223,21 @@ def test_a_torn_last_line_is_dropped_and_work_goes_on_behind_it(tmp_path: Path) 
 def test_a_last_line_without_its_end_counts(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text(record(tiny(lr=1e-3)).to_line(), "utf-8")
-    with storing.writing(path) as writer:
+    with results_file.writing(path) as writer:
         writer.write(record(tiny(lr=1e-2)))
-    assert len(storing.read(path)) == 2
+    assert len(results_file.read(path)) == 2
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text("{}\n" + record(tiny()).to_line() + "\n", "utf-8")
     with pytest.raises(ValueError, match="line 1"):
-        storing.read(path)
+        results_file.read(path)
 
 
 def test_there_is_one_writer(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    with storing.writing(path), pytest.raises(RuntimeError, match="another battery"), storing.writing(path):
+    with results_file.writing(path), pytest.raises(RuntimeError, match="another battery"), results_file.writing(path):
         pass
 
 
@@ -249,18 +249,18 @@ def test_no_run_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         count += 1
         return record(config)
 
-    monkeypatch.setattr("benchmarks.battery.running.run", counted)
+    monkeypatch.setattr("benchmarks.battery.runs.run", counted)
     plan = [tiny(lr=1e-3), tiny(lr=1e-2), tiny(lr=1e-3)]
     for _ in range(2):
-        results = storing.read(tmp_path / "results.jsonl")
-        with storing.writing(tmp_path / "results.jsonl") as writer:
+        results = results_file.read(tmp_path / "results.jsonl")
+        with results_file.writing(tmp_path / "results.jsonl") as writer:
             work(lambda _: plan, results, writer, DATA, jobs=1)
     assert count == 2
 
 
 def test_no_run_is_started_after_the_budget(tmp_path: Path) -> None:
     results = Results()
-    with storing.writing(tmp_path / "results.jsonl") as writer:
+    with results_file.writing(tmp_path / "results.jsonl") as writer:
         work(lambda _: [tiny()], results, writer, DATA, jobs=1, minutes=0.0)
     assert len(results) == 0
 
@@ -270,7 +270,7 @@ def test_processes_find_what_one_finds(tmp_path: Path) -> None:
     found = []
     for jobs in (1, 2):
         results = Results()
-        with storing.writing(tmp_path / f"{jobs}.jsonl") as writer:
+        with results_file.writing(tmp_path / f"{jobs}.jsonl") as writer:
             work(lambda _: plan, results, writer, DATA, jobs=jobs)
         found.append([results.get(config) for config in plan])
     for one, two in zip(*found, strict=True):
@@ -286,10 +286,10 @@ def test_the_command_writes_a_report_resumes_and_reports_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(job.FOLDER_VARIABLE, raising=False)
-    monkeypatch.setattr(job, "WORKLOADS", {"beale": replace(WORKLOADS["beale"], steps=20)})
+    monkeypatch.setattr(job, "BATTERY", {"beale": replace(BATTERY["beale"], steps=20)})
     command = ["battery", "--output", str(tmp_path), "--jobs", "1"]
-    with storing.writing(tmp_path / "battery.jsonl") as writer:
-        rows = cells({"beale": WORKLOADS["beale"]}, DATA, steps=20)
+    with results_file.writing(tmp_path / "battery.jsonl") as writer:
+        rows = cells({"beale": BATTERY["beale"]}, DATA, steps=20)
         writer.write(run(rows[1].config("bare", "linear", SWEEP["AdamW"][0], 0), DATA))
     main([*command, "--only", "AdamW bare linear"])
     assert len((tmp_path / "battery.jsonl").read_text("utf-8").splitlines()) == 9
@@ -304,12 +304,12 @@ def test_the_command_writes_a_report_resumes_and_reports_alone(
         "battery-losses.png",
     }
     main([*command, "--tune", "--set", "period=4", "--only", "SGD"])
-    assert len(storing.read(tmp_path / "battery-tune.jsonl")) == 4
+    assert len(results_file.read(tmp_path / "battery-tune.jsonl")) == 4
 
 
 def test_quick_covers_every_workload_and_leaves_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {config.workload for config in trial(cells(WORKLOADS, DATA, steps=2))} == set(WORKLOADS)
-    monkeypatch.setattr(job, "WORKLOADS", CHEAP)
+    assert {config.workload for config in trial(cells(BATTERY, DATA, steps=2))} == set(BATTERY)
+    monkeypatch.setattr(job, "BATTERY", CHEAP)
     main(["battery", "--quick", "--jobs", "1", "--output", str(tmp_path)])
     pictures = {f"battery-quick-{name}.png" for name in ("ratios", "learning-rates", "losses")}
     assert {path.name for path in tmp_path.iterdir()} == {"battery-quick.md", *pictures}

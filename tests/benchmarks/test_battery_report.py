@@ -7,26 +7,26 @@ from itertools import dropwhile, takewhile
 
 import pytest
 
-from benchmarks.battery import scoring
-from benchmarks.battery.comparing import Comparison
+from benchmarks.battery import scores
+from benchmarks.battery.comparison import Comparison
 from benchmarks.battery.config import SWEEP, Config, cells
-from benchmarks.battery.peers import PEERS
-from benchmarks.battery.record import Results
+from benchmarks.battery.methods import PEERS
+from benchmarks.battery.records import Results
 from benchmarks.battery.report import page, tuning_table
 from benchmarks.battery.study import Study, tuning
-from benchmarks.battery.workloads import WORKLOADS
+from benchmarks.workloads import BATTERY
 from tests.benchmarks.battery_results import CHEAP, DATA, everything, record, tiny
 
 
 def test_losses_that_approach_zero_have_a_floor_and_diverged_runs_a_cap() -> None:
     config = tiny()
-    floor = scoring.FLOOR * 10.0
-    assert scoring.score(record(config, 0.0), WORKLOADS["beale"]) == floor
-    assert scoring.score(record(config, 0.5), WORKLOADS["digits-mlp"]) == 0.5
-    lost = scoring.score(record(config, math.inf), WORKLOADS["beale"])
-    assert scoring.ratio_of(lost, 1.0) == scoring.CAP
-    assert scoring.ratio_of(1e9, 1.0) == scoring.CAP
-    assert scoring.geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
+    floor = scores.FLOOR * 10.0
+    assert scores.score(record(config, 0.0), BATTERY["beale"]) == floor
+    assert scores.score(record(config, 0.5), BATTERY["digits-mlp"]) == 0.5
+    lost = scores.score(record(config, math.inf), BATTERY["beale"])
+    assert scores.ratio_of(lost, 1.0) == scores.CAP
+    assert scores.ratio_of(1e9, 1.0) == scores.CAP
+    assert scores.geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
 
 
 def test_the_report_of_a_whole_battery() -> None:
@@ -46,7 +46,7 @@ def test_the_report_of_a_whole_battery() -> None:
     assert (tuned.config.lr, tuned.config.schedule, len(tuned.runs)) == (SWEEP["SGD"][4], "linear", 3)
     ratio = known.over(cell, known.ours(cell, "gen", "linear"), tuned)
     assert ratio is not None
-    floor = scoring.FLOOR * 10.0
+    floor = scores.FLOOR * 10.0
     assert ratio.value == pytest.approx((0.525 + floor) / (1.0 + floor))
     assert ratio.is_complete
     assert known.spread(cell).value == pytest.approx((0.6 + floor) / (0.5 + floor))
@@ -116,7 +116,7 @@ def table(text: str, heading: str) -> dict[str, dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def report() -> str:
-    study = Study(cells({"digits-mlp": WORKLOADS["digits-mlp"]}, DATA), frozenset(each.name for each in PEERS))
+    study = Study(cells({"digits-mlp": BATTERY["digits-mlp"]}, DATA), frozenset(each.name for each in PEERS))
     return page(Comparison(study, everything(chosen_loss, study)), "command", {})
 
 
@@ -175,7 +175,7 @@ def test_the_summary_has_geometric_means_and_worst_cells(report: str) -> None:
 
 def test_errors_of_any_method_are_told(report: str) -> None:
     assert "raised an error" not in report
-    study = Study(cells({"digits-mlp": WORKLOADS["digits-mlp"]}, DATA), frozenset())
+    study = Study(cells({"digits-mlp": BATTERY["digits-mlp"]}, DATA), frozenset())
     results = everything(chosen_loss, study)
     config = next(config for _, configs in study.stages(results) for config in configs if config.method == "gen")
     results.add(record(config, math.inf, error="ValueError: lost"))

@@ -17,11 +17,11 @@ from torch.optim import SGD
 
 from benchmarks.__main__ import main
 from benchmarks.cost.cases import BASES, Case
-from benchmarks.cost.counting import extra_memory, traffic
 from benchmarks.cost.growth import slope
 from benchmarks.cost.job import Figures
 from benchmarks.cost.methods import FORWARDS, Bare, Wrapped, methods
-from benchmarks.cost.timing import ProbeTimes, Sample, lazy, probes
+from benchmarks.cost.times import ProbeTimes, Sample, lazy, probes
+from benchmarks.cost.traffic import extra_memory, traffic
 from gen_optim import GeNOptimizer
 
 SGD_BASE = BASES["SGD, momentum"]
@@ -61,7 +61,7 @@ def test_looking_back_twice_in_a_row_takes_no_new_copy() -> None:
         return loss
 
     def addresses() -> list[int]:
-        return [each.data_ptr() for each in optimizer.state_dict()["gen_kept"]["start"]]
+        return [each["gen_start"].data_ptr() for each in optimizer.state_dict()["state"].values()]
 
     optimizer.step(closure)
     first = addresses()
@@ -69,7 +69,8 @@ def test_looking_back_twice_in_a_row_takes_no_new_copy() -> None:
         began = [each.detach().clone() for each in case.parameters]
         optimizer.step(closure)
         assert addresses() == first
-        assert all(map(torch.equal, optimizer.state_dict()["gen_kept"]["start"], began))
+        saved = [each["gen_start"] for each in optimizer.state_dict()["state"].values()]
+        assert all(map(torch.equal, saved, began))
 
 
 def test_a_step_does_not_keep_old_gradients_while_new_ones_are_computed() -> None:
@@ -112,7 +113,7 @@ def test_a_lazy_step_looks_at_one_parameter_whatever_their_number(mode: str) -> 
         def step(self, closure: Any = None) -> None:
             """Nothing, so that what is looked at is GeN's."""
 
-    optimizer = GeNOptimizer(Quiet(weights, lr=0.1), mode=mode, rule="published", period=100)
+    optimizer = GeNOptimizer(Quiet(weights, lr=0.1), mode=mode, rule="published", period=100, average=False)
 
     def closure() -> Tensor:
         for each in weights:
@@ -173,7 +174,7 @@ def test_a_part_of_the_measurement_has_a_page_of_its_own(tmp_path: Path) -> None
 def test_memory_that_is_freed_is_not_asked_for_again() -> None:
     program = """
 import resource, torch
-from benchmarks.cost.memory import keeping_freed_memory
+from benchmarks.cost.allocator import keeping_freed_memory
 size = 1 << 24  # of float32: above what glibc keeps by itself
 with keeping_freed_memory():
     for _ in range(40):  # the aligned block that is asked for does not fit into its predecessor at once

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import command, curvature, text
+from benchmarks import curvature, markdown
 from benchmarks.__main__ import JOBS, main
-from benchmarks.workloads import character_transformer, digits_cnn, digits_mlp, regression
-from gen_optim.measurement.lookahead import MODES
+from benchmarks.data import Data
+from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads.text import CONTEXT, excerpts
+from gen_optim.measurement import MODES
 
 
 @pytest.mark.timeout(600)  # on a busy machine
@@ -44,35 +46,34 @@ def test_help_lists_every_job(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(job.name in printed for job in JOBS)
 
 
-@pytest.mark.parametrize("make", [regression, digits_mlp, digits_cnn, character_transformer])
-def test_a_workload_is_the_same_for_the_same_seed_and_its_loss_function_is_its_loss(make: object) -> None:
+@pytest.mark.parametrize("name", ["regression", "digits-mlp", "digits-cnn", "character-transformer"])
+def test_a_workload_is_the_same_for_the_same_seed_and_its_loss_function_is_its_loss(name: str) -> None:
     state = torch.get_rng_state()
-    first, second = make(seed=3), make(seed=3)  # type: ignore[operator]
+    first, second = (WORKLOADS[name].make(3, Data()) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
-    batch, again = next(first.batches), next(second.batches)
+    batch, again = next(first.batches(3)), next(second.batches(3))
     assert all(map(torch.equal, batch, again))
-    loss = first.loss_of(batch)
+    loss = first.loss(first.model, batch)
     assert torch.equal(loss, second.loss_function(again)(dict(second.model.named_parameters())))
 
 
 def test_text_is_split_and_each_target_is_the_next_character() -> None:
-    train, valid = text.load()
+    train, valid = Data().text()
     assert len(train.characters) == pytest.approx(9 * len(valid.characters), rel=1e-3)
     assert train.alphabet == valid.alphabet > train.characters.max()
-    inputs, targets = next(text.batches(train, 4, seed=0))
-    assert inputs.shape == targets.shape == (4, text.CONTEXT)
+    inputs, targets = next(excerpts(train, 4)(0))
+    assert inputs.shape == targets.shape == (4, CONTEXT)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
 def test_text_of_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text("ab" * 100, "utf-8")
-    train, valid = text.load(path)
+    (tmp_path / "tinyshakespeare.txt").write_text("ab" * 100, "utf-8")
+    train, valid = Data(tmp_path).text()
     assert (len(train.characters), len(valid.characters), train.alphabet) == (180, 20, 2)
 
 
 def test_tables_line_up() -> None:
-    assert command.markdown_table(["name", "n"], [["a", "1"], ["long", "100"]]).splitlines() == [
+    assert markdown.markdown_table(["name", "n"], [["a", "1"], ["long", "100"]]).splitlines() == [
         "| name |   n |",
         "| ---- | --: |",
         "| a    |   1 |",

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.cdat import CDATRule
 from benchmarks.replaying import replay
 from gen_optim import GeNOptimizer, History
-from gen_optim.rules import make_rule
-from gen_optim.rules.base import ProbeStatus
+from gen_optim.rules import ProbeStatus, PublishedRule, RelaxedRule, Rule
 from tests.training import Training, mlp
 
 
@@ -28,12 +28,16 @@ def recorded(steps: int = 120, *, schedule: bool = False, **options: Any) -> His
     return history
 
 
-@pytest.mark.parametrize("rule", ["relaxed", "published", "cdat"])
+@pytest.mark.parametrize(
+    "rule",
+    [RelaxedRule(period=3, burn_in=20), PublishedRule(period=3), CDATRule(period=3)],
+    ids=lambda rule: type(rule).__name__,
+)
 @pytest.mark.parametrize("mode", ["lookback", "approximate", "exact"])
 @pytest.mark.parametrize("schedule", [False, True])
-def test_the_rule_of_a_run_decides_again_as_it_did(rule: str, mode: str, schedule: bool) -> None:
-    history = recorded(rule=rule, mode=mode, schedule=schedule, period=3, burn_in=20)
-    decisions = replay(history, make_rule(rule, period=3, burn_in=20))
+def test_the_rule_of_a_run_decides_again_as_it_did(rule: Rule, mode: str, schedule: bool) -> None:
+    history = recorded(rule=rule, mode=mode, schedule=schedule)
+    decisions = replay(history, rule)
     assert len(history) > 30
     assert [each.state.lr for each in decisions] == [each.lr_after for each in history]
     assert [each.status for each in decisions] == [each.status for each in history]
@@ -41,14 +45,14 @@ def test_the_rule_of_a_run_decides_again_as_it_did(rule: str, mode: str, schedul
 
 def test_another_constant_chooses_otherwise() -> None:
     history = recorded()
-    replayed = [each.state.lr for each in replay(history, make_rule("relaxed", relaxation=1.2))]
+    replayed = [each.state.lr for each in replay(history, RelaxedRule(relaxation=1.2))]
     assert replayed[0] == history[0].lr_after  # the start does not ask for it
     assert replayed[-1] < history[-1].lr_after
 
 
 def test_a_rule_without_a_start_begins_where_the_run_began() -> None:
     history = recorded()
-    first, second, *_ = replay(history, make_rule("published"))
+    first, second, *_ = replay(history, PublishedRule())
     assert first.status is ProbeStatus.STARTED
     assert second.state.lr == pytest.approx(history[0].lr_after, rel=0.2)
 
