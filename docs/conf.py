@@ -1,7 +1,10 @@
-"""How the documentation is built; warnings, broken references among them, are errors (``-W`` in .ci/run)."""
+"""How the documentation is built. Warnings, such as broken references, are errors (``-W`` in .ci/run)."""
 
 import importlib.util
+import re
 from pathlib import Path
+
+from sphinx.application import Sphinx
 
 import gen_optim
 
@@ -20,19 +23,32 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
-# Frameworks that integrations build on; the reference is made with or without them.
+# Frameworks that integrations build on. The reference is made with or without them.
 _frameworks = ("accelerate", "lightning", "matplotlib", "peft", "tensorboard", "torchmetrics", "transformers")
 autodoc_mock_imports = [name for name in _frameworks if importlib.util.find_spec(name) is None]
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 nitpicky = True
-# Nothing is fetched while building, so what other projects document cannot be resolved.
+# Nothing is fetched during the build, so references to other projects cannot be resolved.
+_elsewhere = ("torch", "nn", "dist", "numpy", "collections", "contextlib", "typing", "np", "npt", *_frameworks)
 nitpick_ignore_regex = [
-    ("py:.*", rf"({'|'.join(('torch', 'numpy', 'collections', 'typing', 'np', 'npt', *_frameworks))})\..*"),
-    # Names as the source writes them, where some are imported for type checkers alone.
-    ("py:class", "optional|Any|Axes|Tensor|Optimizer|ArrayLike|Closure|Loss|ProcessGroup|Accelerator|SummaryWriter"),
+    ("py:.*", rf"({'|'.join(_elsewhere)})\..*"),
+    # Names as the source writes them; some are imported for type checkers only, others are not public.
+    ("py:class", "optional|Any|Axes|Tensor|Optimizer|ArrayLike|Accelerator|SummaryWriter"),
+    ("py:class", r"Closure|Loss|Path|ProcessGroup|Session|gen_optim\.rules\.base\._State"),
+    ("py:(mod|func)", r"gen_optim\.rules\.\w+|search_initial_lr"),
 ]
 
 if not Path(gen_optim.__file__).is_relative_to(Path(__file__).parent.parent):
     raise RuntimeError(f"the reference would be made from {gen_optim.__file__}, not from this checkout")
+
+
+def link_to_reports(_app: Sphinx, _page: str, source: list[str]) -> None:
+    """Link to the pages that include the results of benchmarks; files outside of the documentation are no pages."""
+    source[0] = re.sub(r"\]\(\.\./benchmarks/results/([\w-]+\.md)\)", r"](reports/\1)", source[0])
+
+
+def setup(app: Sphinx) -> None:
+    """Register what Sphinx calls."""
+    app.connect("source-read", link_to_reports)

@@ -20,20 +20,25 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
 import gen_optim
-from benchmarks import digits
+from benchmarks.data import Data
+from benchmarks.workloads.digits import digit_network
+from benchmarks.workloads.registry import Batch, shuffled
 from gen_optim import GeNOptimizer
 from tests.training import mlp, regression_data
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 EXAMPLES = sorted(
-    path.stem
-    for path in (ROOT / "gen_optim").glob("*.py")
-    if any(">>> " in line and "+SKIP" not in line for line in path.read_text("utf-8").splitlines())
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "gen_optim").rglob("*.py")
+    if path.name != "__init__.py"
+    and any(">>> " in line and "+SKIP" not in line for line in path.read_text("utf-8").splitlines())
 )
 """Modules whose docstrings hold examples that run by themselves."""
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FRAMEWORKS = ("accelerate", "datasets", "lightning", "peft", "tensorboard", "torchao", "transformers")
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CONTINUED = ["tutorial.md"]
+"""Pages whose blocks continue each other, a script first."""
+FRAMEWORKS = ("accelerate", "datasets", "lightning", "matplotlib", "peft", "tensorboard", "torchao", "transformers")
 """What a page may ask for and the tests do without; anything else that is missing is an error."""
 LONGEST_SCRIPT = 40
 
@@ -45,7 +50,7 @@ class Block:
     Attributes:
         code: Its lines, at the margin.
         line: The number of the first one.
-        run_by: The test that runs it, from the comment ``<!-- run by tests/... -->`` in front; None for those here.
+        run_by: The test that runs it, from the comment ``<!-- run by tests/... -->`` before it; None if this file does.
     """
 
     code: str
@@ -54,7 +59,7 @@ class Block:
 
     @property
     def is_script(self) -> bool:
-        """Whether it is to run alone; other blocks find a model, data, and what the blocks before them have defined."""
+        """Whether it runs alone. Other blocks find a model, data, and what the blocks before them have defined."""
         return "import torch" in self.code.splitlines()
 
 
@@ -108,7 +113,7 @@ def test_every_python_block_runs_in_order(page: Path, tmp_path: Path, monkeypatc
     for block in blocks:
         # Numbered as in the page, for the traceback.
         code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
-        exec(code, {"__name__": "__main__"} if block.is_script else shared)
+        exec(code, {"__name__": "__main__"} if block.is_script and page.name not in CONTINUED else shared)
     if page == README:
         assert len(blocks) >= 3
         assert shared["loss"].item() < 0.5
@@ -122,7 +127,7 @@ def test_what_another_test_is_said_to_run_is_run_there(page: Path) -> None:
             assert re.search(rf'(run|script_of)\("{page.name}"\)', (ROOT / block.run_by).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", PAGES[2:], ids=name_of)
+@pytest.mark.parametrize("page", PAGES[3:], ids=name_of)
 def test_no_script_is_longer_than_can_be_read_at_a_glance(page: Path) -> None:
     for block in blocks_of(page):
         lines = [line for line in block.code.splitlines() if line.strip()]
@@ -169,22 +174,22 @@ def test_the_commands_are_marked_for_the_checks() -> None:
 
 def validation_loss(lr: float) -> float:
     """Train the README's example on the digits."""
-    train, valid = digits.load(seed=0)
-    model, batches = digits.network(seed=0), digits.batches(train, 128, seed=0)
+    split = Data().digits(seed=0)
+    model, batches = digit_network(seed=0), shuffled(split.train, 128)(0)
     optimizer = GeNOptimizer(AdamW(model.parameters(), lr=lr))
     scheduler = LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=200)
     for batch in itertools.islice(batches, 200):
 
-        def closure(batch: digits.Images = batch) -> Tensor:
+        def closure(batch: Batch = batch) -> Tensor:
             optimizer.zero_grad()
-            loss = cross_entropy(model(batch.inputs), batch.targets)
+            loss = cross_entropy(model(batch[0]), batch[1])
             loss.backward()
             return loss
 
         optimizer.step(closure)
         scheduler.step()
     with torch.no_grad():
-        return cross_entropy(model(valid.inputs), valid.targets).item()
+        return cross_entropy(model(split.valid_x), split.valid_y).item()
 
 
 def test_the_example_ends_at_the_same_validation_loss_from_any_learning_rate() -> None:
@@ -195,6 +200,6 @@ def test_the_example_ends_at_the_same_validation_loss_from_any_learning_rate() -
 
 @pytest.mark.parametrize("module", EXAMPLES)
 def test_examples_in_docstrings(module: str) -> None:
-    outcome = doctest.testmod(importlib.import_module(f"gen_optim.{module}"))
+    outcome = doctest.testmod(importlib.import_module(module))
     assert outcome.attempted > 0
     assert outcome.failed == 0
