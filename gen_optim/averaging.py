@@ -415,7 +415,7 @@ def _dtype(parameter: Tensor) -> torch.dtype:
 
 
 def power_average(exponent: float = 16.0) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    """Return an ``avg_fn`` for ``torch.optim.swa_utils.AveragedModel``: the average of :class:`AveragedWeights`.
+    """Return an ``avg_fn`` for ``torch.optim.swa_utils.AveragedModel``: the average of ``GeNOptimizer.averaged()``.
 
     Lightning's ``WeightAveraging`` takes it too. ``AveragedModel`` keeps averages in the model's dtype, so that in
     bfloat16 small updates are rounded away. Buffers of integers (``use_buffers=True``) have their newest value.

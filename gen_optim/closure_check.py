@@ -1,31 +1,41 @@
-"""Whether a closure returns the same loss each time it is called at the same parameters, as probing supposes."""
+"""Checks a closure: does it return the same loss twice, and does it call modules that probes would change?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from gen_optim.closures.losses import losses_to_floats, rounding_of
+import torch
+from torch import Tensor, nn
+
+from gen_optim.closures.buffers import Buffers
+from gen_optim.closures.losses import check_loss
+from gen_optim.closures.modules import children_of, live_modules, parameters_of, with_children
+from gen_optim.distributed import Ranks
 from gen_optim.optimizer import GeNOptimizer
+from gen_optim.tensors.scalars import to_floats
 from gen_optim.warning import warn
 
 __all__ = ["check_closure"]
 
 
 def check_closure(optimizer: GeNOptimizer, closure: Callable[[], Any], *, probes: int = 3) -> tuple[float, ...]:
-    """Warn if a closure does not return the same loss when it is called again at the same parameters.
+    """Warn if a closure is unfit to be probed.
 
-    A probe step compares the losses of several calls, and takes any difference for the work of the parameters that it
-    has moved. So the calls must see the same data and the same random numbers. This calls the closure as a step would,
-    once with gradients and then as probes, but moves nothing in between: what still differs would pass for slope and
-    curvature. Call it once before training, or when something looks odd.
+    A probe step compares the losses of several calls and attributes any difference to the parameters that it has
+    moved. So the calls must see the same data and the same random numbers. This function calls the closure as a step
+    would, once with gradients and then as probes, but moves nothing: differences would count as slope and curvature.
 
-    Parameters, gradients, buffers and the global random streams are left as they were. What else the closure does,
-    such as drawing from a data loader or logging, is done ``probes + 1`` times.
+    It also looks for modules that the closure changes and the optimizer does not know: those that own none of its
+    parameters and are not in ``modules=``, such as a discriminator with batch normalisation.
+
+    Parameters, gradients, buffers and the global random streams are left as they were. Other effects of the closure,
+    such as drawing from a data loader or logging, happen ``probes + 1`` times. Call it once before training, or when
+    a run looks odd.
 
     Args:
-        optimizer: The optimizer that the closure will be given to.
+        optimizer: The optimizer that the closure is for.
         closure: The closure, or probe, for its ``step``.
         probes: How often it is called besides the call with gradients; at least 1.
 
@@ -37,7 +47,8 @@ def check_closure(optimizer: GeNOptimizer, closure: Callable[[], Any], *, probes
         ValueError: If ``probes`` is below 1.
 
     Warns:
-        UserWarning: If the losses differ by more than their rounding (the optimizer's ``tolerance``).
+        UserWarning: If the losses differ by more than their rounding (the optimizer's ``tolerance``), or probes change
+            buffers or gradients of modules that the optimizer does not know.
 
     Example:
         >>> import torch
@@ -50,31 +61,85 @@ def check_closure(optimizer: GeNOptimizer, closure: Callable[[], Any], *, probes
         raise TypeError(f"optimizer must be a GeNOptimizer, got {type(optimizer).__name__}")
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
-    evaluator = optimizer._evaluator
-    everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # The first probe comes first: it touches no gradients, and after it all modules are known whose gradients to keep.
-    scout = evaluator.session(everything)
-    with scout.probing():
-        probed = [scout.probe(closure, "closure")]
-    gradients = [(parameter, parameter.grad) for parameter in scout.parameters()]
-    session = evaluator.session(everything)
+    session = optimizer._context.caller.session(  # noqa: SLF001 - what a step uses, too
+        optimizer.param_groups, closure, "closure", Ranks(), tolerance=optimizer.mode.tolerance
+    )
+    known = set(session.modules)
+    others = _Others([each for each in live_modules() if each not in known])
+    gradients = [(each, each.grad) for each in (*session.parameters(), *others.parameters)]
     try:
         for parameter, _ in gradients:
             parameter.grad = None
-        first = session.first(lambda: evaluator.call(closure)[0])
+        with torch.enable_grad():
+            first = check_loss(closure(), "closure")
+        if isinstance(first, Tensor):
+            first = first.detach().clone()
+        others.end_first_call()
         with session.probing():
-            probed += [session.probe(closure, "closure") for _ in range(probes - 1)]
+            probed = [session.probe() for _ in range(probes)]
+        changed = others.changed()
     finally:
         session.rewind()
+        others.rewind()
         for parameter, gradient in gradients:
             parameter.grad = gradient
-    losses = tuple(losses_to_floats([first, *probed]))
+    losses = tuple(to_floats([first, *probed]))
     if all(map(math.isfinite, losses)):
-        noise = optimizer._tolerance * rounding_of([first, *probed], session.computed_in) * max(map(abs, losses))
-        _warn_of_differences(losses, noise)
+        _warn_of_differences(losses, session.rounding([first, *probed]) * max(map(abs, losses)))
     elif any(map(math.isfinite, losses)):
         _warn_of_differences(losses, 0.0)
+    if changed:
+        _warn_of_modules(changed)
     return losses
+
+
+class _Others:
+    """The modules alive that an optimizer does not know.
+
+    Args:
+        modules: These modules.
+
+    Attributes:
+        parameters: All of their parameters.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._buffers = Buffers(modules)
+        self.parameters = [parameter for module in modules for parameter in parameters_of(module)]
+
+    def end_first_call(self) -> None:
+        """Take their present state as that after the first call."""
+        self._buffers.end_first_call()
+        self._gradients = {id(each): (each.grad, _version(each.grad)) for each in self.parameters}
+
+    def changed(self) -> list[nn.Module]:
+        """Return the outermost of those whose buffers or gradients have changed since."""
+        changed = set(self._buffers.changed())
+        changed.update(module for module in self._modules if any(map(self._has_changed, parameters_of(module))))
+        below = {child for module in self._modules for child in children_of(module)}
+        return [each for each in self._modules if each not in below and changed.intersection(with_children([each]))]
+
+    def rewind(self) -> None:
+        """Put their buffers back to where the first call found them."""
+        self._buffers.rewind()
+
+    def _has_changed(self, parameter: Tensor) -> bool:
+        gradient, version = self._gradients.get(id(parameter), (parameter.grad, _version(parameter.grad)))
+        return parameter.grad is not gradient or _version(gradient) != version
+
+
+def _version(gradient: Tensor | None) -> int:
+    return 0 if gradient is None else gradient._version
+
+
+def _warn_of_modules(changed: Collection[nn.Module]) -> None:
+    names = ", ".join(dict.fromkeys(type(each).__name__ for each in changed))
+    warn(
+        f"Probes of the closure change buffers or gradients of modules that own none of the optimizer's parameters: "
+        f"{names}. GeNOptimizer does not know them and cannot put them back. Name them in its option modules=: one "
+        "module, or several."
+    )
 
 
 def _warn_of_differences(losses: tuple[float, ...], noise: float) -> None:

@@ -1,8 +1,8 @@
-"""Processes that train one model together: the mean of what they measure, and parameters of which each holds a part.
+"""Processes that train one model together, and the mean of what they measure.
 
-Every rank must come to the same learning rate, bit for bit, and must call the closure as often as the others, or they
-would wait for each other for ever. So everything that is decided from is reduced first, and an exception that one rank
-meets is kept until that reduction, which tells all of them.
+All ranks must choose the same learning rate, bit for bit, and call the closure equally often: otherwise they would wait
+for each other for ever. So every number that a decision depends on is averaged first. An exception on one rank is kept
+until the next average, by which all ranks learn of it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gen_optim.closures.losses import Loss, losses_to_floats
 from gen_optim.tensors.dtensor import is_dtensor, local
+from gen_optim.tensors.scalars import Scalar, to_floats
 from gen_optim.warning import warn
 
 __all__ = ["Ranks", "ranks_of"]
@@ -27,14 +27,14 @@ Instead = TypeVar("Instead")
 
 
 class Ranks:
-    """The processes that measure one loss together, each on its own part of the data; made anew for each step.
+    """The processes that measure one loss together, each on its own part of the data; made for one step.
 
-    A process on its own has no groups: nothing is reduced then, and failures are raised where they happen.
+    A process that trains alone has no groups. Nothing is reduced then, and failures are raised at once.
 
     Args:
-        groups: Process groups to reduce over, one after the other; together they span all that take part.
-        device: Where the parameters are.
-        is_joined: Whether backward passes wait for each other.
+        groups: The process groups to reduce over, one after the other; together they hold all ranks that take part.
+        device: The device of the parameters.
+        is_joined: Whether backward passes of different ranks wait for each other.
 
     Example:
         >>> ranks = Ranks()
@@ -52,7 +52,7 @@ class Ranks:
         self._failure: Exception | None = None
 
     def __len__(self) -> int:
-        """How many processes take part."""
+        """The number of processes that take part."""
         return self._size
 
     def attempt(
@@ -60,15 +60,15 @@ class Ranks:
     ) -> T | Instead:
         """Make a call that may fail on this rank alone.
 
-        Where other ranks take part, a failure is kept for the next :meth:`mean`, so that this rank goes on making the
-        calls that the others make.
+        If other ranks take part, a failure is kept for the next :meth:`mean`, so that this rank goes on making the same
+        calls as they do.
 
         Args:
             call: What to call.
-            instead: What to return after a failure.
-            went_backward: Of a call that runs a backward pass, whether it got that far. The others are alone in the
-                collectives of a backward pass that is missing, and would take later ones for these: such a failure is
-                raised at once, and they learn of it from their process group.
+            instead: What is returned after a failure.
+            went_backward: Whether a call that runs a backward pass completed that pass. If it did not, the other ranks
+                wait in the collectives of the backward pass, and would mistake later collectives for these. Such a
+                failure is raised at once, and the others learn of it from their process group.
         """
         try:
             return call()
@@ -79,29 +79,30 @@ class Ranks:
             return instead
 
     def keep(self, failure: BaseException) -> bool:
-        """Keep what this rank alone may have met for the next :meth:`mean`; the first failure counts.
+        """Keep a failure that this rank alone may have met for the next :meth:`mean`; the first failure counts.
 
         Returns:
-            Whether it will be raised there. Not so where nobody waits for this rank, nor for interrupts.
+            Whether it is kept, to be raised there. Interrupts are not, nor is any failure of a process that trains
+            alone.
         """
         if not self._groups or not isinstance(failure, Exception):
             return False
         self._failure = self._failure or failure
         return True
 
-    def mean(self, numbers: Sequence[Loss]) -> list[float]:
+    def mean(self, numbers: Sequence[Scalar]) -> list[float]:
         """The mean of each number over the ranks, the same bits on all of them: one all-reduce (one a group).
 
-        A sum over shards is had by handing in what :func:`dot` returns. NaN on one rank is NaN on all.
+        For a sum over shards, pass what :func:`~gen_optim.tensors.dtensor.dot` returns. NaN on one rank is NaN on all.
 
         Args:
-            numbers: Numbers or one-element tensors, equally many on every rank.
+            numbers: Numbers or one-element tensors, the same number of them on every rank.
 
         Raises:
             RuntimeError: If another rank has kept a failure; a rank that has kept one raises that.
         """
         if not self._groups:
-            return losses_to_floats(numbers)
+            return to_floats(numbers)
         flag = 0.0 if self._failure is None else 1.0
         scalars = [torch.as_tensor(each).detach().reshape(()) for each in (*numbers, flag)]
         sums = torch.stack([each.to(self._device, torch.float64) for each in scalars])
@@ -111,7 +112,7 @@ class Ranks:
         except Exception as error:
             if self._failure is None:
                 raise
-            raise self._failure from error  # which is why it did not fit what the others did
+            raise self._failure from error  # the failure is why this call did not match those of the other ranks
         *means, failures = sums.tolist()
         if self._failure is not None:
             raise self._failure
@@ -124,8 +125,9 @@ class Ranks:
 
 
 def _device_for(group: dist.ProcessGroup, device: torch.device | None) -> torch.device:
-    """Where a group can reduce, preferably where the parameters are: offloaded ones may stand elsewhere."""
-    capable = [each.type for each in group._device_types]
+    """A device on which a group can reduce: that of the parameters if possible, which may be offloaded to another."""
+    # For example "cpu:gloo,cuda:nccl".
+    capable = [each.partition(":")[0] for each in dist.get_backend_config(group).split(",")]
     if device is not None and device.type in capable:
         return device
     return torch.device(capable[0] if "cpu" not in capable else "cpu")
@@ -134,18 +136,18 @@ def _device_for(group: dist.ProcessGroup, device: torch.device | None) -> torch.
 def ranks_of(
     process_group: Any, parameters: Sequence[Tensor], modules: Iterable[nn.Module] = (), *, warns: bool = False
 ) -> Ranks:
-    """The processes that train these parameters together.
+    """Return the processes that train these parameters together.
 
     Args:
         process_group: The option of that name: a group, ``"local"`` for this process alone, or None for those of the
             DistributedDataParallel modules and of the meshes of the parameters that are DTensors.
         parameters: The parameters of an optimizer.
-        modules: Those to which they belong.
-        warns: Whether to warn where there are several processes, and nothing says whether they belong together.
+        modules: The modules to which they belong.
+        warns: Whether to warn if there are several processes and nothing says whether they train one model.
 
     Raises:
         TypeError: If ``process_group`` is none of these.
-        ValueError: If parameters are spread over ranks that it leaves out, or this process is none of it.
+        ValueError: If parameters are spread over ranks that it leaves out, or this process is not a member.
     """
     groups: list[dist.ProcessGroup]
     meshes = list(dict.fromkeys(each.device_mesh for each in parameters if is_dtensor(each)))
@@ -180,15 +182,15 @@ def ranks_of(
     if warns and process_group is None and not groups and _processes() > 1:
         warn(
             f"GeNOptimizer runs in {_processes()} processes and has found neither a DistributedDataParallel module nor "
-            "DTensors: each process chooses a learning rate of its own. Where they train one model together, give it "
-            "process_group=torch.distributed.group.WORLD; where each trains its own, process_group='local'."
+            "DTensors: each process chooses a learning rate of its own. If they train one model together, give it "
+            "process_group=torch.distributed.group.WORLD; if each trains a model of its own, process_group='local'."
         )
     device = local(parameters[0]).device if parameters else None
     return Ranks(_without_subsets(groups), device, is_joined=bool(meshes or replicas))
 
 
 def _without_subsets(groups: Sequence[dist.ProcessGroup]) -> list[dist.ProcessGroup]:
-    """Those of which no other one has all members; nobody on his own."""
+    """The groups of more than one rank that no other group contains."""
     members = {group: frozenset(dist.get_process_group_ranks(group)) for group in groups}
     kept: list[dist.ProcessGroup] = []
     for group in sorted(members, key=lambda each: -len(members[each])):  # stable: as the parameters have them

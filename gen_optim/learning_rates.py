@@ -1,81 +1,195 @@
-"""The scheduler's factor, the learning rates in force, and those that somebody wrote by hand.
+"""Learning rates of parameter groups: their ratios, a scheduler's factors, and manual values.
 
-The groups of an optimizer share one learning rate α, each at its own ratio; a scheduler multiplies that by a factor.
-``param_groups[i]["lr"]`` has two writers besides the user: this package where no scheduler is attached, and the
-scheduler where one is, because it computes its next value from the one it wrote. What has to be remembered of a group
-stands in the group itself, as plain numbers, so that every kind of checkpoint carries it.
+The groups of an optimizer share one learning rate α. Group i is stepped at α · ratio_i · factor_i: the ratio is that
+of the group, the factor is what a learning-rate scheduler makes of it (1 without a scheduler).
+
+``param_groups[i]["lr"]`` has two writers besides the user. Without a scheduler this module writes α · ratio_i there.
+With a scheduler it leaves the value alone, because schedulers compute the next value from the last one.
+
+A factor is relative to the group's nominal learning rate:
+
+- ``group["max_lr"]`` if there is one. OneCycleLR writes it. CyclicLR does not show its upper limit: write it yourself,
+  ``for group in optimizer.param_groups: group["max_lr"] = 0.1``; otherwise the factor is relative to ``base_lr``.
+- else ``group["initial_lr"]``, which every scheduler writes. With ``group["swa_lr"]``, which SWALR writes, the factor
+  is at most 1.
+
+Both keys stay in the group when another scheduler is attached. After OneCycleLR, the factor of a second scheduler is
+relative to ``max_lr`` too, as its learning rate would be without this package; ``del group["max_lr"]`` ends that.
 """
 
 from __future__ import annotations
 
-import gc
 import math
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import compress
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
-from torch.optim.swa_utils import SWALR
 
-__all__ = ["Group", "LearningRates", "check_lr", "write_lr"]
+__all__ = ["Group", "GroupRate", "LearningRates", "check_lr", "write_lr"]
 
 Group = dict[str, Any]
 
-_RATIO = "gen_ratio"
-"""The group's learning rate over α; 0 where the group is frozen."""
-_WRITTEN = "gen_written_lr"
-"""What stood in ``group["lr"]`` when this package last wrote or saw it; another value comes from a hand."""
-_USED = "gen_last_lr"
-"""The learning rate of the last step."""
-_SCHEDULED = "gen_scheduled"
-"""Whether a scheduler has been noticed."""
-_PEAK = "gen_peak_lr"
-"""The top of a scheduler that may rise above the ``initial_lr`` (CyclicLR, OneCycleLR, SWALR); 0 for all others."""
+_KEYS = {
+    "ratio": "gen_ratio",
+    "written_lr": "gen_written_lr",
+    "last_lr": "gen_last_lr",
+    "is_scheduled": "gen_scheduled",
+}
+"""The attributes of a :class:`GroupRate` that checkpoints carry, and their keys in a parameter group."""
 
-_LOOKS = 16
-"""How often in a row a scheduler is looked for in vain; a look takes tens of milliseconds."""
+_NOMINAL = ("initial_lr", "max_lr", "min_lr", "swa_lr")
+"""Learning rates that schedulers write to the groups that exist when they are attached."""
+
+
+class GroupRate:
+    """What is remembered of the learning rate of one parameter group.
+
+    Args:
+        group: The parameter group.
+        ratio: See below.
+
+    Attributes:
+        group: The parameter group.
+        ratio: The group's learning rate over α; 0 if the group is frozen.
+        written_lr: The value of ``group["lr"]`` when it was last written or accepted; another value is a manual one.
+        last_lr: The learning rate that the last step used, the scheduler's factor included.
+        is_scheduled: Whether a scheduler has been noticed.
+    """
+
+    def __init__(self, group: Group, ratio: float = 0.0) -> None:
+        self.group = group
+        self.ratio = ratio
+        self._read: dict[str, tuple[Tensor, int, float]] = {}
+        self.written_lr = self.last_lr = self.read("lr")
+        self.is_scheduled = False
+
+    def to_numbers(self) -> dict[str, float | bool]:
+        """Return the entries of the group that a checkpoint carries."""
+        return {key: getattr(self, name) for name, key in _KEYS.items()}
+
+    @classmethod
+    def from_numbers(cls, group: Group) -> GroupRate:
+        """Read what :meth:`to_numbers` has written to a group."""
+        rate = cls(group)
+        for name, key in _KEYS.items():
+            setattr(rate, name, group.get(key, getattr(rate, name)))
+        return rate
+
+    def read(self, key: str) -> float:
+        """Return a learning rate of the group as a float.
+
+        A tensor is read again only after it was written or replaced, since reading synchronises with its device.
+        """
+        value = self.group[key]
+        if not isinstance(value, Tensor):
+            return float(value)
+        last = self._read.get(key)
+        if last is None or last[0] is not value or last[1] != value._version:
+            last = self._read[key] = (value, value._version, float(value))
+        return last[2]
+
+    def write(self, rate: float) -> None:
+        """Set ``group["lr"]``. A tensor stays the same tensor, and is not written if it holds the rate already."""
+        lr = self.group["lr"]
+        if not isinstance(lr, Tensor):
+            self.group["lr"] = rate
+        elif self.read("lr") != (rounded := torch.tensor(rate, dtype=lr.dtype).item()):
+            write_lr(self.group, rate)
+            self._read["lr"] = (lr, lr._version, rounded)
+
+    def nominal_lr(self) -> float:
+        """Return the learning rate that a scheduler's factor is relative to; ``group["lr"]`` without a scheduler."""
+        group = self.group
+        if "max_lr" not in group and "initial_lr" not in group:
+            return self.read("lr")
+        nominal = self.read("max_lr" if "max_lr" in group else "initial_lr")
+        return max(nominal, self.read("lr")) if "swa_lr" in group else nominal
+
+    def factor(self) -> float:
+        """Return the scheduler's factor; 1 without a scheduler."""
+        if not self.is_scheduled:
+            return 1.0
+        nominal = self.nominal_lr()
+        return self.read("lr") / nominal if nominal else 1.0
+
+    def chosen(self, lr: float) -> float:
+        """Return the group's learning rate without a factor: its part of α, or a manual value."""
+        share = lr * self.ratio
+        if "initial_lr" not in self.group:
+            shown = self.read("lr")
+            return share if shown == self.written_lr else shown
+        if self.is_scheduled:
+            return share
+        self.is_scheduled = True
+        # A scheduler takes the present lr for its initial_lr. If that is not the value written last, the user wrote it
+        # just before. Schedulers with a max_lr have an initial_lr of their own.
+        initial_lr = self.read("initial_lr")
+        return share if "max_lr" in self.group or initial_lr == self.written_lr else initial_lr
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles keep: versions of tensors start again in them."""
+        return {**self.__dict__, "_read": {}}
 
 
 class LearningRates:
-    """Reads and writes the learning rates of an optimizer's groups.
+    """Reads and writes the learning rates of an optimizer's parameter groups.
 
-    Args:
-        owners: The optimizers to which a scheduler may be attached.
+    What it remembers lives here between steps, in one :class:`GroupRate` per group. :meth:`save_to` and
+    :meth:`load_from` carry the numbers into and out of the groups, for checkpoints.
+
+    Groups are recognised by identity. Groups that appear without an announcement (``base_optim.add_param_group``,
+    ``base_optim.load_state_dict``, another list of groups) are taken in by :meth:`update`: their numbers are read if
+    they carry some, otherwise they join as in :meth:`join`.
     """
 
-    def __init__(self, *owners: Optimizer) -> None:
-        self._owners = [weakref.ref(each) for each in owners]  # a cycle would keep the model until a collection
-        self._read_before: dict[int, tuple[weakref.ref[Tensor], int, float]] = {}
-        self._writer: weakref.ref[LRScheduler] | None = None
-        self._looks_left = _LOOKS
+    def __init__(self) -> None:
+        self._rates: list[GroupRate] = []
 
-    def all_zero(self, groups: Sequence[Group]) -> bool:
-        """Whether every ``group["lr"]`` is 0."""
-        return all(self._read(group["lr"]) == 0.0 for group in groups)
+    # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def stand(self, groups: Sequence[Group], lr: float) -> bool:
-        """Whether every group holds what a step at α uses, by this package's hand and nobody else's."""
+    def save_to(self, groups: Iterable[Group]) -> None:
+        """Write what is remembered of each group to it, as plain numbers."""
+        known = self._known()
         for group in groups:
-            rate = group["lr"]
-            # A tensor is left to the other methods, which read it no more often than they must.
-            is_own = type(rate) is float and rate == group.get(_WRITTEN) == group[_USED] == lr * group[_RATIO]
-            if not is_own or group[_SCHEDULED] or "initial_lr" in group:
-                return False
-        return True
+            if id(group) in known:
+                group.update(known[id(group)].to_numbers())
 
-    def marks(self, groups: Sequence[Group]) -> list[Any]:
-        """What changes when somebody writes a learning rate; no tensor is read for that."""
-        rates = [group["lr"] for group in groups]
-        return [(id(rate), rate._version) if isinstance(rate, Tensor) else rate for rate in rates]
+    def load_from(self, groups: Iterable[Group]) -> bool:
+        """Read what :meth:`save_to` has written to the groups, and forget everything else.
+
+        Returns:
+            Whether any group carried numbers. If not, call :meth:`begin`.
+        """
+        self._rates = [GroupRate.from_numbers(group) for group in groups if _KEYS["ratio"] in group]
+        return bool(self._rates)
+
+    @staticmethod
+    def check_numbers(groups: Sequence[Mapping[str, Any]]) -> None:
+        """Check the numbers that groups of a checkpoint carry; a group may carry none.
+
+        Raises:
+            ValueError: If a group carries only some of them, or one is of another type or out of range.
+        """
+        for index, group in enumerate(groups):
+            if not any(key in group for key in _KEYS.values()):
+                continue
+            for key in _KEYS.values():
+                if key not in group:
+                    raise ValueError(f"param_groups[{index}] of the state dict must have {key!r}, which is missing")
+                is_flag = key == _KEYS["is_scheduled"]
+                if not (isinstance(group[key], bool) if is_flag else _is_rate(group[key])):
+                    expected = "True or False" if is_flag else "a finite number of at least 0"
+                    raise ValueError(
+                        f"param_groups[{index}][{key!r}] of the state dict must be {expected}, got {group[key]!r}"
+                    )
+
+    # --- groups ------------------------------------------------------------------------------------------------------
 
     def begin(self, groups: Sequence[Group]) -> float:
-        """Take over groups of which nothing is remembered.
+        """Start with groups of which nothing is remembered.
 
         Returns:
             α, the learning rate of the first unfrozen group without a scheduler's factor; 0 if all are frozen.
@@ -83,196 +197,190 @@ class LearningRates:
         Raises:
             ValueError: If a learning rate is negative or not finite.
         """
-        for group in groups:
-            self._enter(group, ratio=0.0)
-        return self._share(groups, [self._read(group.get("initial_lr", group["lr"])) for group in groups])
+        self._rates = [GroupRate(group) for group in groups]
+        return self._share([rate.nominal_lr() for rate in self._rates])
 
-    def join(self, groups: Sequence[Group], index: int, lr: float, *, brings_lr: bool) -> None:
-        """Let a group that was added later take part: at its own learning rate, or at ratio 1 if it brings none.
+    def join(self, group: Group, lr: float, *, brings_lr: bool) -> None:
+        """Take in a group that was added to the optimizer.
+
+        A group with an lr joins at the ratio of that to the lr which the first unfrozen group shows now, whether or
+        not a scheduler wrote it. A group without one joins at ratio 1. If a scheduler is attached, the group gets the
+        first group's factor. If all other groups are frozen, α becomes the group's own lr at the next step.
+
+        Args:
+            group: The new group.
+            lr: The learning rate α.
+            brings_lr: Whether the user gave the group an lr.
 
         Raises:
-            ValueError: If that is negative or not finite.
+            ValueError: If its learning rate is negative or not finite.
         """
-        group = groups[index]
+        first = next((rate for rate in self._rates if rate.ratio > 0.0), None)
+        shown = lr if first is None else first.read("lr")
         if not brings_lr:
-            # A default that is a tensor is shared by all groups that took it.
-            group["lr"] = group["lr"].clone().fill_(lr) if isinstance(group["lr"], Tensor) else lr
-        own = self._read(group["lr"])
-        check_lr(index, own)
-        self._enter(group, ratio=own / lr if lr else 0.0)
-        if any(each[_SCHEDULED] for each in groups[:index]):
-            # Schedulers that compute the next value from the present one write this group too.
-            group.setdefault("initial_lr", own)
-            group[_SCHEDULED] = True
-        if not lr:  # all others are frozen: as if a hand had written this one, it sets α
-            group[_WRITTEN] = 0.0
+            # Groups that take a default share it if it is a tensor.
+            group["lr"] = torch.full_like(group["lr"], shown) if isinstance(group["lr"], Tensor) else shown
+        check_lr(len(self._rates), group["lr"])
+        joined = GroupRate(group)
+        if first is None:
+            joined.written_lr = 0.0  # so that the lr counts as a manual value, which sets α
+        elif shown:
+            joined.ratio = joined.written_lr / shown
+        else:  # the scheduler's factor is 0 now
+            joined.ratio = joined.written_lr / first.nominal_lr() if joined.written_lr else 1.0
+        if first is not None:
+            joined.is_scheduled = first.is_scheduled
+            for key in _NOMINAL:
+                if key in first.group:
+                    group.setdefault(key, joined.ratio * first.read(key))
+        self._rates.append(joined)
 
-    def refresh(self, groups: Sequence[Group], lr: float, default_lr: Any) -> float | None:
-        """Take in what others did to the groups since the last step.
+    def is_unchanged(self, groups: Sequence[Group], lr: float) -> bool:
+        """Return whether all groups show what a step at α uses, nothing else was written, and no scheduler attached.
+
+        For tensors it is always False: reading them is left to the methods that have to.
+        """
+        if len(groups) != len(self._rates):
+            return False
+        rates = iter(self._rates)  # each lazy step calls this, and zip takes twice as long for one group
+        for group in groups:
+            rate = next(rates)
+            shown = group["lr"]
+            if (
+                group is not rate.group
+                or type(shown) is not float
+                or not shown == rate.written_lr == rate.last_lr == lr * rate.ratio
+                or rate.is_scheduled
+                or "initial_lr" in group
+            ):
+                return False
+        return True
+
+    def update(self, groups: Sequence[Group], lr: float, default_lr: Any) -> float | None:
+        """Take in what others did since the last step: groups that came or went, schedulers, manual values.
 
         Args:
             groups: The optimizer's parameter groups.
             lr: The learning rate α.
-            default_lr: The learning rate that the base optimizer gives to a group that brings none.
+            default_lr: The learning rate that the base optimizer gives to a group without one.
 
         Returns:
-            The new α where a hand has written a learning rate, else None.
+            The new α if the user wrote a learning rate, else None.
 
         Raises:
             ValueError: If a learning rate is negative or not finite.
         """
-        for index, group in enumerate(groups):
-            if _RATIO not in group:
-                self.join(groups, index, lr, brings_lr=group["lr"] is not default_lr and group["lr"] != default_lr)
-        if any("initial_lr" in group for group in groups):
-            self._find_writer(groups)
-        chosen = [self._chosen(group, lr) for group in groups]
-        if chosen == self.shares(groups, lr):
+        self._recognise(groups, lr, default_lr)
+        chosen = [rate.chosen(lr) for rate in self._rates]
+        if chosen == self.shares(lr):
             return None
-        chosen_lr = self._share(groups, chosen) or lr
+        new_lr = self._share(chosen) or lr
+        for rate in self._rates:
+            rate.written_lr = rate.read("lr")
+        return new_lr
+
+    def _recognise(self, groups: Sequence[Group], lr: float, default_lr: Any) -> None:
+        """Match what is remembered to the groups by identity; read or join groups that are not known."""
+        if [id(group) for group in groups] == [id(rate.group) for rate in self._rates]:
+            return
+        known = self._known()
+        unknown = [group for group in groups if id(group) not in known]
+        known |= {id(group): GroupRate.from_numbers(group) for group in unknown if _KEYS["ratio"] in group}
+        self._rates = [known[id(group)] for group in groups if id(group) in known]
         for group in groups:
-            group[_WRITTEN] = self._read(group["lr"])
-        return chosen_lr
+            if id(group) not in known:
+                self.join(group, lr, brings_lr=group["lr"] is not default_lr and group["lr"] != default_lr)
+                known[id(group)] = self._rates[-1]
+        self._rates = [known[id(group)] for group in groups]
 
-    def shares(self, groups: Sequence[Group], lr: float) -> list[float]:
-        """Each group's part of α, without a scheduler's factor; 0 for frozen groups."""
-        return [lr * group[_RATIO] for group in groups]
+    # --- steps -------------------------------------------------------------------------------------------------------
 
-    def factors(self, groups: Sequence[Group]) -> list[float]:
-        """Each group's factor from its scheduler; 1 without one."""
-        return [self._factor(group) for group in groups]
+    @staticmethod
+    def marks(groups: Sequence[Group]) -> list[Any]:
+        """Return something that differs after a learning rate was written; no tensor is read for that."""
+        rates = [group["lr"] for group in groups]
+        return [(id(rate), rate._version) if isinstance(rate, Tensor) else rate for rate in rates]
 
-    def factor(self, groups: Sequence[Group]) -> float:
-        """The factor of the first group that moves, for whose learning rate measurements are; 0 where none does."""
-        return next((factor for factor in map(self._factor, compress(groups, self.shares(groups, 1.0))) if factor), 0.0)
+    def all_zero(self, groups: Sequence[Group]) -> bool:
+        """Return whether every ``group["lr"]`` is 0."""
+        known = self._known()
+        return all(
+            (known[id(group)].read("lr") if id(group) in known else float(group["lr"])) == 0.0 for group in groups
+        )
+
+    def shares(self, lr: float) -> list[float]:
+        """Return each group's part of α, without a scheduler's factor; 0 for frozen groups."""
+        return [lr * rate.ratio for rate in self._rates]
+
+    def factors(self) -> list[float]:
+        """Return each group's factor from its scheduler; 1 without one."""
+        return [rate.factor() for rate in self._rates]
+
+    def factor(self) -> float:
+        """Return the factor of the first group that moves, whose learning rate is measured; 0 if none moves."""
+        factors = (rate.factor() for rate in self._rates if rate.ratio > 0.0)
+        return next((factor for factor in factors if factor), 0.0)
+
+    def rates_in_force(self, lr: float) -> list[float]:
+        """Return the learning rate of each group in a step at α, the scheduler's factor included."""
+        return [lr * rate.ratio * rate.factor() for rate in self._rates]
 
     @contextmanager
-    def in_force(self, groups: Sequence[Group], rates: Sequence[float]) -> Iterator[None]:
-        """Let the base optimizer step at ``rates``; what stood in the groups comes back afterwards."""
-        stood = [self._read(group["lr"]) for group in groups]
+    def in_force(self, rates: Sequence[float]) -> Iterator[None]:
+        """Have the groups show ``rates``, for a step of the base optimizer; put back what they showed."""
+        shown = [rate.read("lr") for rate in self._rates]
         try:
-            for group, rate in zip(groups, rates, strict=True):
-                self._write(group, rate)
+            for rate, taken in zip(self._rates, rates, strict=True):
+                rate.write(taken)
             yield
         finally:
-            for group, rate in zip(groups, stood, strict=True):
-                self._write(group, rate)
+            for rate, before in zip(self._rates, shown, strict=True):
+                rate.write(before)
 
-    def settle(self, groups: Sequence[Group], lr: float, used: Sequence[float]) -> None:
-        """Write α to the groups that no scheduler writes, and note what the step used."""
-        if self.stand(groups, lr) and used == [group[_USED] for group in groups]:
-            return
-        for group, share, rate in zip(groups, self.shares(groups, lr), used, strict=True):
-            if not group[_SCHEDULED]:
-                self._write(group, share)
-            group[_WRITTEN] = self._read(group["lr"])
-            # Without a scheduler the two agree even where the lr is a tensor that cannot hold every float.
-            group[_USED] = group[_WRITTEN] if rate == share and not group[_SCHEDULED] else rate
+    def settle(self, lr: float, used: Sequence[float]) -> None:
+        """End a step: write α to the groups that no scheduler writes.
+
+        Args:
+            lr: The learning rate α from now on.
+            used: The learning rate of each group in the step that was taken.
+        """
+        for rate, taken in zip(self._rates, used, strict=True):
+            share, shown = lr * rate.ratio, rate.group["lr"]
+            if type(shown) is float and shown == rate.written_lr == rate.last_lr == share == taken:
+                continue
+            if not rate.is_scheduled:
+                rate.write(share)
+            rate.written_lr = rate.read("lr")
+            # Without a scheduler the two agree, even if the lr is a tensor that cannot hold every float.
+            rate.last_lr = rate.written_lr if taken == share and not rate.is_scheduled else taken
 
     def last_lr(self, groups: Sequence[Group]) -> list[float]:
-        """The learning rates that the last step used."""
-        return [group.get(_USED, self._read(group["lr"])) for group in groups]
+        """Return the learning rates that the last step used."""
+        known = self._known()
+        return [
+            known[id(group)].last_lr if id(group) in known else group.get(_KEYS["last_lr"], float(group["lr"]))
+            for group in groups
+        ]
 
-    def _enter(self, group: Group, *, ratio: float) -> None:
-        lr = self._read(group["lr"])
-        group.update({_RATIO: ratio, _WRITTEN: lr, _USED: lr, _SCHEDULED: False, _PEAK: 0.0})
+    def _known(self) -> dict[int, GroupRate]:
+        return {id(rate.group): rate for rate in self._rates}
 
-    def _share(self, groups: Sequence[Group], rates: Sequence[float]) -> float:
-        """Set the ratios to those of ``rates`` and return α, the first that is not 0."""
-        for index, rate in enumerate(rates):
+    def _share(self, chosen: Sequence[float]) -> float:
+        """Set the ratios to those of ``chosen`` and return α, the first that is not 0."""
+        for index, rate in enumerate(chosen):
             check_lr(index, rate)
-        lr = next((rate for rate in rates if rate > 0.0), 0.0)
-        for group, rate in zip(groups, rates, strict=True):
-            group[_RATIO] = rate / lr if lr else 0.0
+        lr = next((rate for rate in chosen if rate > 0.0), 0.0)
+        for known, rate in zip(self._rates, chosen, strict=True):
+            known.ratio = rate / lr if lr else 0.0
         return lr
 
-    def _find_writer(self, groups: Sequence[Group]) -> None:
-        """Find the scheduler that wrote the present learning rates, unless it is the one that did before.
 
-        Several may have been attached one after the other, and what a factor is relative to depends on which one it is.
-        """
-        present = [self._read(group["lr"]) for group in groups]
-
-        def has_written(scheduler: LRScheduler) -> bool:
-            return [float(rate) for rate in getattr(scheduler, "_last_lr", [])] == present
-
-        writer = None if self._writer is None else self._writer()
-        if writer is None or not has_written(writer):
-            if not self._looks_left:
-                return
-            self._looks_left -= 1
-            owners = [owner for each in self._owners if (owner := each()) is not None]
-            writers = [each for each in _attached(owners) if has_written(each)]
-            if not writers:
-                if not any(group[_PEAK] for group in groups):
-                    for group in groups:  # after ``gc.freeze()`` no scheduler is found, but OneCycleLR leaves this
-                        group[_PEAK] = self._read(group.get("max_lr", 0.0))
-                return
-            # One that is part of a SequentialLR or ChainedScheduler comes before the whole if it knows its peak; SWALR
-            # waits beside another one for its time.
-            writer = max(writers, key=lambda each: isinstance(each, CyclicLR | OneCycleLR) - isinstance(each, SWALR))
-            self._writer, self._looks_left = weakref.ref(writer), _LOOKS
-        elif not isinstance(writer, SWALR):
-            return
-        for index, group in enumerate(groups):
-            group[_PEAK] = self._read(_peak(writer, index, group))
-
-    def _chosen(self, group: Group, lr: float) -> float:
-        """The learning rate that holds for a group now, without a factor: GeN's own or one written by hand."""
-        share: float = lr * group[_RATIO]
-        if "initial_lr" not in group:
-            stands = self._read(group["lr"])
-            return share if stands == group[_WRITTEN] else stands
-        if group[_SCHEDULED]:
-            return share
-        group[_SCHEDULED] = True
-        initial = self._read(group["initial_lr"])
-        # A scheduler took the lr that it found for its initial one: a hand may have written that just before. Those
-        # with a max_lr were told their own.
-        return share if group[_PEAK] or initial == group[_WRITTEN] else initial
-
-    def _factor(self, group: Group) -> float:
-        if not group[_SCHEDULED]:
-            return 1.0
-        nominal = group[_PEAK] or self._read(group["initial_lr"])
-        return self._read(group["lr"]) / nominal if nominal else 1.0
-
-    def _read(self, number: Any) -> float:
-        """A learning rate as a float. A tensor is read only after it was written, since reading synchronises."""
-        if not isinstance(number, Tensor):
-            return float(number)
-        known = self._read_before.get(id(number))
-        if known is None or known[0]() is not number or known[1] != number._version:
-            return self._remember(number, float(number))
-        return known[2]
-
-    def _remember(self, number: Tensor, value: float) -> float:
-        self._read_before[id(number)] = (weakref.ref(number), number._version, value)
-        return value
-
-    def _write(self, group: Group, rate: float) -> None:
-        """Set ``group["lr"]``; a tensor that holds the rate already is not written, and what is written not read."""
-        lr = group["lr"]
-        if not isinstance(lr, Tensor):
-            group["lr"] = rate
-        elif self._read(lr) != (rounded := torch.tensor(rate, dtype=lr.dtype).item()):
-            write_lr(group, rate)
-            self._remember(lr, rounded)
-
-
-def _peak(writer: LRScheduler, index: int, group: Group) -> Any:
-    if isinstance(writer, CyclicLR):
-        return writer.max_lrs[index]
-    if isinstance(writer, OneCycleLR):
-        return group["max_lr"]
-    if isinstance(writer, SWALR) and writer.last_epoch > 0:
-        # Chosen for the learning rate given, which nobody had to choose: above that it is the top, and not many times.
-        return max(group["swa_lr"], group["initial_lr"])
-    return 0.0
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value < math.inf
 
 
 def check_lr(index: int, rate: Any) -> None:
-    """Refuse the learning rate of a group that no step can be taken at.
+    """Check the learning rate of a group.
 
     Raises:
         ValueError: If it is no number, negative or not finite.
@@ -288,12 +396,3 @@ def write_lr(group: Group, rate: float) -> None:
             group["lr"].fill_(rate)
     else:
         group["lr"] = rate
-
-
-def _attached(owners: Sequence[Optimizer]) -> list[LRScheduler]:
-    """The schedulers that refer to one of ``owners``; they leave no other trace by which to find them."""
-    referrers = gc.get_referrers(*owners)
-    # What refers to a scheduler's attributes is the scheduler, where the attributes are a dictionary of their own.
-    referrers += gc.get_referrers(*(each for each in referrers if isinstance(each, dict) and "last_epoch" in each))
-    found = {id(each): each for each in referrers if isinstance(each, LRScheduler)}
-    return [each for each in found.values() if not isinstance(each, ReduceLROnPlateau)]

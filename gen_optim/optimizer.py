@@ -1,114 +1,119 @@
-"""GeNOptimizer: the lifecycle of a step, and checkpoints."""
+"""GeNOptimizer: options, the lifecycle of a step, hooks, parameter groups, checkpoints and copies."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain, compress
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from gen_optim.closures.gradients import GradientMark, GradientOrigin, complete_gradients
-from gen_optim.closures.interception import around_backward, watch
-from gen_optim.closures.losses import Closure, Loss, check_callable, rounding_of
-from gen_optim.closures.modules import check_twice_differentiable
-from gen_optim.closures.session import Evaluator, Session
-from gen_optim.compatibility import check_wrappable
-from gen_optim.distributed import Ranks, ranks_of
-from gen_optim.measurement.interpolation import Move
-from gen_optim.measurement.lookahead import MODES, Line, Measurement, check_mode, check_tolerance, search, searched_lr
-from gen_optim.measurement.lookback import KeptPoint, look_back
-from gen_optim.remembering import RememberingOptimizer
-from gen_optim.rules import make_rule
-from gen_optim.rules.base import ControlState
-from gen_optim.tensors.dtensor import whole
+from gen_optim.averaging import AveragedWeights
+from gen_optim.closures.losses import Closure, Loss, check_callable
+from gen_optim.closures.modules import check_modules
+from gen_optim.closures.session import ClosureCaller
+from gen_optim.compatibility import check_groups, check_wrappable
+from gen_optim.controller import PATIENCE, Controller
+from gen_optim.distributed import ranks_of
+from gen_optim.measurement import Mode, make_mode
+from gen_optim.measurement.start_point import StartPoint
+from gen_optim.records import ProbeRecord
+from gen_optim.rules import ProbeStatus, Rule, RuleState, make_rule
+from gen_optim.steps import Probed, StepContext, StepResult, lazy_step, look_ahead_step, look_back_step
+from gen_optim.warning import warn
+from gen_optim.wrapper import OptimizerWrapper
 
 __all__ = ["GeNOptimizer"]
 
+ProbeHook = Callable[[Any, ProbeRecord], None]
 
-class GeNOptimizer(RememberingOptimizer):
+_START = "gen_start"
+"""The key of the start point of the last step in the state of a parameter, in checkpoints."""
+_START_LR, _START_FINGERPRINT = "gen_start_lr", "gen_start_fingerprint"
+"""Keys of the first parameter group: the learning rate of that step, 0 if it is not looked back at, and a checksum."""
+
+_ALLOWS_WRITES = "gen_allows_writes"
+"""Key of the first parameter group: whether a step may end where something else has written after it."""
+
+
+class GeNOptimizer(OptimizerWrapper):
     r"""Finds the learning rate of any optimizer while training, by the generalized Newton's method.
 
     The base optimizer proposes a step from θ to θ − αω. Along it the loss is modelled as a parabola,
 
     .. math:: L(\theta - \alpha\omega) \approx L(\theta) - \text{slope}\,\alpha + \tfrac12\,\text{curvature}\,\alpha^2,
 
-    whose lowest point, slope / curvature, is where the learning rate is led (Bu and Xu, "Gradient descent with
+    and the learning rate is led towards its lowest point, slope / curvature (Bu and Xu, "Gradient descent with
     generalized Newton's method", ICLR 2025, arXiv:2407.02772).
 
-    A probe step, one in ``period`` for the most part, looks back at the step before:
+    A probe step, usually one in ``period``, looks back at the last step:
 
-    1. The closure is called once, with gradients. It evaluates the loss where the last step has led, on a new batch,
-       and its gradients times that step are the slope there.
-    2. The parameters are put where the last step began, and the loss is evaluated there on the same batch and the same
-       dropout masks, without gradients.
-    3. The numbers are averaged over the processes that train the model together, and read, all at once.
-    4. A parabola is fitted and judged, and the learning rate chosen.
-    5. The parameters are put back, and the base optimizer steps once, at that learning rate and the scheduler's factor.
-       A step that has led far up is taken back instead.
+    1. The closure is called once, with gradients. It evaluates the loss at the end of the last step, on a new batch.
+       The gradients times that step are the slope there.
+    2. The parameters are put to the start of the last step. The loss is evaluated there on the same batch, with the
+       same dropout masks, without gradients.
+    3. These numbers are averaged over the processes that train the model together.
+    4. A parabola is fitted and judged, and the learning rate is chosen.
+    5. The parameters are put back, and the base optimizer steps once, at the learning rate times the scheduler's
+       factor. If the last step has led far up, it is reverted instead.
     6. Gradients, buffers, grad mode and random streams are as after 1, whatever happened in between. After an exception
-       in a probe the step is taken at the last learning rate (that given, where a start is still to be found), and the
-       exception raised again.
+       in a probe the step is taken at the last learning rate, and the exception is raised again.
 
     With ``mode="approximate"`` or ``"exact"`` it looks ahead: the base optimizer steps once after 1, the loss is
-    measured along that step on the batch of the gradients, and the multiple that is called for is written.
+    measured along that step on the batch of its gradients, and the multiple that the rule chooses is written.
 
-    Every other step is lazy: the base optimizer's step at the last learning rate, and nothing else (before a step that
-    looks back it keeps a copy of the parameters).
+    All other steps are lazy: the base optimizer's step at the last learning rate, and nothing else (before a step that
+    looks back, a copy of the parameters is kept).
 
     The wrapper shares ``param_groups``, ``state`` and ``defaults`` with the base optimizer. Learning-rate schedulers
-    attach to it as to any optimizer, and their factor multiplies what GeN chooses. Writing ``param_groups[i]["lr"]``
-    by hand sets the learning rate there.
+    attach to it as to any optimizer, and their factor multiplies the learning rate. Writing ``param_groups[i]["lr"]``
+    sets the learning rate there. torch's global optimizer hooks are called twice a step, for the wrapper and for the
+    base optimizer.
 
     Args:
-        base_optim: The optimizer that proposes the direction; its update must be proportional to its learning rate.
-            The learning rates given to its groups count only by their ratios (with ``rule="published"`` and ``"cdat"``
-            also as the start); a group at 0 is frozen.
-        closure: Called by :meth:`step` where that is given none; for frameworks that call ``step()`` bare.
-        probe: Likewise for the ``probe`` of :meth:`step`.
-        mode: How slope and curvature are measured. ``"lookback"``: along the step before, on a batch that it was not
-            made for, at one forward pass; at two (from three losses) where the gradients are not those of the loss
-            (clipped, scaled or penalised in the closure, or the caller's), three where a ``probe`` is given.
-            ``"approximate"``: from the losses at −α, 0 and +α. ``"exact"``: by differentiating the closure's loss
-            twice, which costs a second forward pass with its backward pass and a double backward pass. Both measure on
-            the gradient's own batch, and are for ``rule="published"``, unless a ``probe`` evaluates another one.
-        rule: How the learning rate is chosen from them. ``"relaxed"``: a multiple of mean slope / mean curvature, from
-            a start found in the loss itself, which asks for measurements on another batch than the gradient's: looking
-            back, or a ``probe`` on one (see ``gen_optim.rules.relaxed``). ``"published"``: as published,
-            with ``mode="approximate"``. ``"cdat"``: that of arXiv:2407.06183, to compare with. Options below that
-            belong to one rule alone say so.
-        period: A probe step every ``period`` steps; with ``"relaxed"`` at every step where it asks for that.
-        smoothing: Weight of what was averaged before, in [0, 1).
-        max_change: Factor by which the learning rate is cut where steps go astray; with ``rule="published"``, by which
-            an optimum may count above or below the present learning rate.
-        lr_min: Lower limit of the learning rate of the first unfrozen group.
-        lr_max: Upper limit of the learning rate of the first unfrozen group.
-        start_fraction: Fraction of the first direction's best learning rate at which training begins (``"relaxed"``).
-        burn_in: Number of probe steps at the beginning that follow each other at every step (``"relaxed"``).
-        relaxation: Multiple of mean slope / mean curvature that is aimed at, in [1, 2) (``"relaxed"``).
-        explosion: A loss above the first one, and above the moving average of losses by this many times their mean
-            absolute deviation, has exploded, and the learning rate is cut (``"relaxed"``).
-        tolerance: Relative rounding error of a loss, in machine epsilons of its dtype (in sixteenths of those where the
-            loss, or what autocast computes it from, is of half precision). A slope or curvature that this alone can
-            produce is taken as unknown (``"relaxed"``).
+        base_optim: The optimizer that proposes the direction. Its update must be proportional to its learning rate. The
+            learning rates of its groups count only by their ratios (with ``rule="published"`` they are the initial
+            ones, too); a group at 0 is frozen.
+        closure: Called by :meth:`step` if that is given none; for frameworks that call ``step()`` with no argument.
+        probe: The same for the ``probe`` of :meth:`step`.
+        mode: How slope and curvature are measured: ``"lookback"``, ``"approximate"``, ``"exact"``, or a
+            :class:`~gen_optim.Mode` with options of its own: :class:`~gen_optim.LookBack`,
+            :class:`~gen_optim.LookAhead`, :class:`~gen_optim.Exact`, or your own. The latter two measure on the
+            gradient's own batch, and are for ``rule="published"``, unless a ``probe`` evaluates another batch.
+        rule: How the learning rate is chosen from them: ``"relaxed"``, ``"published"``, or a
+            :class:`~gen_optim.Rule` with options of its own: :class:`~gen_optim.RelaxedRule`,
+            :class:`~gen_optim.PublishedRule`, or your own.
+        period: A probe step every ``period`` steps, 8 by default; an option of a rule given by name.
+        lr_min: Lower limit of the learning rate of the first unfrozen group, 0 by default; the same.
+        lr_max: Upper limit of that learning rate, infinite by default; the same.
+        modules: A module or several that the closure calls, whose buffers (statistics of BatchNorm) and gradients
+            probes must leave as they are. By default the modules to which the parameters belong, and those above them.
+            A module that owns none of the parameters, such as a teacher or a discriminator, has to be named here.
+        average: Whether an average of the weights is kept, for :meth:`averaged`. By default it is while no scheduler is
+            attached. It takes one more copy of the parameters, in float32 if they are in half precision.
+        offload_average: Whether that copy is in the host's memory.
         offload_copies: Whether the copies of the parameters that measuring needs are kept in the host's memory (pinned
-            where parameters are on a CUDA device) and not next to the parameters: for models that nearly fill their
-            device. Probe steps then wait for the copies to be sent there and back.
-        process_group: The processes over which measured losses are averaged, so that all choose the same learning
-            rate. By default those of the DistributedDataParallel module to which the parameters belong, and those over
-            which parameters are spread that are DTensors (``fully_shard``, tensor parallel). A
-            ``torch.distributed.ProcessGroup`` where gradients are averaged in another way; ``"local"`` where each
-            process trains a model of its own. Copies and pickles do not keep a group.
+            if the parameters are on a CUDA device), for models that nearly fill their device. Probe steps then wait for
+            the copies to be sent there and back.
+        process_group: The processes over which measured losses are averaged, so that all choose the same learning rate.
+            By default those of the DistributedDataParallel module to which the parameters belong, and those over which
+            parameters are spread that are DTensors (``fully_shard``, tensor parallel). A
+            ``torch.distributed.ProcessGroup`` if gradients are averaged in another way; ``"local"`` if each process
+            trains a model of its own. Copies and pickles do not keep a group.
 
     Raises:
         TypeError: If ``base_optim`` is no optimizer, another GeNOptimizer, or one that requires a closure; if
-            ``closure`` or ``probe`` cannot be called; if ``process_group`` is none of the above.
+            ``closure`` or ``probe`` cannot be called; if ``mode``, ``rule``, ``modules`` or ``process_group`` is of
+            another type than said above.
         ValueError: If the base optimizer's update is not proportional to its learning rate, or an option is out of
-            range; if parameters are spread over processes that ``process_group`` leaves out.
+            range; if an option of the rule is given next to a rule object; if parameters are spread over processes that
+            ``process_group`` leaves out.
         RuntimeError: If ``mode="exact"`` and the parameters belong to a module sharded by ``fully_shard``.
 
     Example:
@@ -129,13 +134,11 @@ class GeNOptimizer(RememberingOptimizer):
         closure: The closure for ``step()``; may be set at any time.
         probe: The probe for ``step()``; may be set at any time.
         last_probe: What the last probe step saw and decided; None before the first and after loading.
-        process_group: The option of that name.
-        offload_copies: The option of that name; may be set at any time.
     """
 
     closure: Closure | None
     probe: Closure | None
-    process_group: dist.ProcessGroup | Literal["local"] | None
+    last_probe: ProbeRecord | None
 
     def __init__(
         self,
@@ -143,55 +146,52 @@ class GeNOptimizer(RememberingOptimizer):
         closure: Closure | None = None,
         *,
         probe: Closure | None = None,
-        mode: str = "lookback",
-        rule: str = "relaxed",
-        period: int = 8,
-        smoothing: float = 0.9,
-        max_change: float = 2.0,
-        lr_min: float = 0.0,
-        lr_max: float = math.inf,
-        start_fraction: float = 0.03,
-        burn_in: int = 50,
-        relaxation: float = 1.8,
-        explosion: float = 10.0,
-        tolerance: float = 8.0,
+        mode: str | Mode = "lookback",
+        rule: str | Rule = "relaxed",
+        period: int | None = None,
+        lr_min: float | None = None,
+        lr_max: float | None = None,
+        modules: nn.Module | Iterable[nn.Module] = (),
+        average: bool | None = None,
+        offload_average: bool = False,
         offload_copies: bool = False,
         process_group: dist.ProcessGroup | Literal["local"] | None = None,
     ) -> None:
         if isinstance(base_optim, GeNOptimizer):
             raise TypeError("base_optim must be the optimizer to wrap, got another GeNOptimizer; wrap its base_optim")
         check_wrappable(base_optim)
-        check_mode(mode)
-        chosen_rule = make_rule(
-            rule,
-            period=period,
-            smoothing=smoothing,
-            max_change=max_change,
-            lr_min=lr_min,
-            lr_max=lr_max,
-            start_fraction=start_fraction,
-            burn_in=burn_in,
-            explosion=explosion,
-            relaxation=relaxation,
-        )
-        super().__init__(base_optim, chosen_rule, rule, mode, offload_copies=offload_copies)
-        self._set_up()
-        self._tolerance = check_tolerance(tolerance)
-        self.closure = check_callable("closure", closure)
-        self.probe = check_callable("probe", probe)
-        self.process_group = process_group
+        chosen_mode = make_mode(mode)
+        options = {"period": period, "lr_min": lr_min, "lr_max": lr_max}
+        chosen_rule = make_rule(rule, **{name: value for name, value in options.items() if value is not None})
+        for name, value in (("offload_copies", offload_copies), ("offload_average", offload_average)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        if not (average is None or isinstance(average, bool)):
+            raise TypeError(f"average must be True, False or None, got {average!r}")
+        caller = ClosureCaller(check_modules(modules))
+        closure, probe = check_callable("closure", closure), check_callable("probe", probe)
         parameters = list(chain.from_iterable(group["params"] for group in base_optim.param_groups))
         ranks_of(process_group, parameters)
-        if mode == "exact":
-            check_twice_differentiable(parameters)
-        self._recall()
+        chosen_mode.check(parameters)
+        super().__init__(base_optim)
+        self.closure, self.probe = closure, probe
+        self._context = StepContext(
+            base_optim,
+            Controller(base_optim, chosen_rule),
+            chosen_mode,
+            caller,
+            offload_copies=offload_copies,
+            process_group=process_group,
+        )
+        self.average = average
+        self._averages = AveragedWeights(base_optim, on_host=offload_average)
+        self._loaded_averages: dict[int, Tensor] = {}
+        self._has_state_keys = False
+        self._loaded_starts: dict[Tensor, Tensor] = {}
+        self._begin_reports()
+        self._save_numbers()
 
-    @property
-    def is_probing(self) -> bool:
-        """Whether a probe runs right now, so that a closure can skip its logging and metrics."""
-        return self._evaluator.is_probing
-
-    # --- the step ------------------------------------------------------------------------------------------------
+    # --- the step -----------------------------------------------------------------------------------------------------
 
     def step(self, closure: Closure | None = None, *, probe: Closure | None = None) -> Loss | None:  # type: ignore[override]
         """Take one step.
@@ -207,16 +207,17 @@ class GeNOptimizer(RememberingOptimizer):
                 on probe steps alone, for the loss at 0 too. Next to a ``closure`` it is what gets probed.
 
         Returns:
-            The loss where the step began; None where it was not evaluated.
+            The loss where the step began; None if it was not evaluated.
 
         Raises:
             TypeError: If ``closure`` or ``probe`` cannot be called, or returns no loss.
-            ValueError: If somebody wrote a learning rate that is negative or not finite.
-            RuntimeError: Under ``torch.inference_mode()``; where a probe step failed on another process.
+            ValueError: If a learning rate was written that is negative or not finite.
+            RuntimeError: Under ``torch.inference_mode()``; if a probe step failed on another process.
 
         Warns:
-            UserWarning: If the first ten steps had neither. If ten times in a row a start has failed, a probe was due
-                but there was nothing to look back at, or somebody wrote a learning rate by hand.
+            UserWarning: If the first ten steps had neither a closure nor a probe. If ten times in a row no initial
+                learning rate was found, a probe was due but there was nothing to look back at, or a learning rate was
+                written.
 
         Example:
             >>> weight = torch.nn.Parameter(torch.tensor([3.0]))
@@ -228,175 +229,392 @@ class GeNOptimizer(RememberingOptimizer):
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("step() needs gradients: call it outside of torch.inference_mode()")
-        groups = self.param_groups
-        if closure is None and probe is None and self._rates.all_zero(groups):
-            # Asked for nothing but the base optimizer's state, as distributed checkpoints do before they load.
-            self.step_base()
+        if torch.compiler.is_dynamo_compiling():
+            # A compiled function that holds a step breaks its graph here; nothing of the step is traced.
+            return torch.compiler.disable(self._step)(closure, probe)  # type: ignore[no-any-return,no-untyped-call]
+        return self._step(closure, probe)
+
+    def _step(self, closure: Closure | None, probe: Closure | None) -> Loss | None:
+        self._averages.refuse_if_swapped("step()")
+        controller = self._context.controller
+        if closure is None and probe is None and controller.rates.all_zero(self.param_groups):
+            self._set_up_state()
             return None
+        result = self._take_step(closure, probe)
+        if self._is_averaging:
+            self._averages.update()
+        return self._report(result)
+
+    def _take_step(self, closure: Closure | None, probe: Closure | None) -> StepResult:
+        """Take the step that is due: a lazy one, one that looks back, or one that looks ahead."""
+        controller = self._context.controller
+        if self._has_state_keys:
+            self._pop_starts()
         closure = check_callable("closure", self.closure if closure is None else closure)
         probe = check_callable("probe", self.probe if probe is None else probe)
-        probed = closure if probe is None else probe
-        state = self._recall()
-        if probed is None:
+        state = controller.recall()
+        if probe is not None:
+            probed = Probed(probe, "probe")
+        elif closure is not None:
+            probed = Probed(closure, "closure")
+        else:
             self._warn_of_bare_steps(state)
-        if probed is None or not self._rule.is_probe_due(state) or not any(self._rates.shares(groups, state.lr)):
-            return self._lazy_step(state, closure, looks_back=probed is not None)
-        measure = search if self._rule.needs_start(state) else MODES[self._mode].measure
-        if measure is not None:
-            return self._probe_step(state, closure, probed, measure)
-        kept = self._pending()
-        return self._look_back_step(state, closure, probed, kept) if kept else self._lazy_step(state, closure)
+            return lazy_step(self._context, None, keeps_start=False)
+        rule = controller.rule
+        if not rule.is_probe_due(state) or not any(controller.rates.shares(state.lr)):
+            return lazy_step(self._context, closure)
+        if (searches := rule.needs_search(state)) or not self.mode.looks_back:
+            return look_ahead_step(self._context, closure, probed, searches=searches)
+        if (start_point := self._pending_start_point()) is not None:
+            return look_back_step(self._context, closure, probed, start_point)
+        return lazy_step(self._context, closure)
 
-    def _lazy_step(self, state: ControlState, closure: Closure | None, *, looks_back: bool = True) -> Loss | None:
-        loss = None if closure is None else self._call(closure)
-        state = self._reconsider(state)
-        self._advance(self._rule.skip(state), looks_back=looks_back)
-        return loss
+    def _set_up_state(self) -> None:
+        """Have the base optimizer set up its state, and add the keys that a checkpoint holds.
 
-    def _look_back_step(
-        self, state: ControlState, closure: Closure | None, probed: Closure, kept: KeptPoint
-    ) -> Loss | None:
-        caller = "closure" if probed is closure else "probe"
-        session, ranks, probe = self._begin(probed, caller, state)
-        origin = GradientOrigin(self.param_groups)
-        with around_backward(origin.around_backward):
-            loss = None if closure is None else self._first(session, closure, ranks, origin)
-        state = self._reconsider(state)
-        self._kept = None  # it serves once, but a closure that fails may be called again
-        end = loss if probed is closure else None
-        after, is_done = self._rule.skip(state), False
-        try:
-            gradient_of = origin.differentiated() if probed is closure else None
-            rise = None if gradient_of is None else kept.rise()
-            with session.probing():
-                measurement = look_back(
-                    kept,
-                    end,
-                    gradient_of=gradient_of,
-                    rise=rise,
-                    call=lambda: ranks.attempt(probe, instead=math.nan),
-                    read=partial(self._read, ranks),
-                    rounding=lambda losses: self._tolerance * rounding_of(losses, session.computed_in),
-                    is_alone=len(ranks) == 1,
+        Distributed checkpoints ask for it by a step at learning rate 0 before they load. Flattened ones load only what
+        is in the live state.
+        """
+        self._pop_starts()
+        self.base_optim.step()
+        if self._is_averaging:
+            self._averages.begin()
+        self._has_state_keys = True
+        for parameter, start in self._starts().items():
+            self.base_optim.state[parameter][_START] = start
+
+    def _report(self, result: StepResult) -> Loss | None:
+        """Keep the record of a probe step, and call the probe hooks."""
+        record = result.record
+        if record is not None:
+            self.last_probe = record
+            if record.status is ProbeStatus.START_FAILED and self._context.controller.state.probes == PATIENCE:
+                warn(
+                    f"GeNOptimizer has found no learning rate that lowers the loss in {PATIENCE} steps, and takes no "
+                    "step. Does the closure return the same loss when it is called twice, and does it depend on the "
+                    "parameters?"
                 )
-            factor = self._rates.factor(self.param_groups)
-            decision = self._rule.decide(
-                state, measurement.loss, measurement.found, factor=factor, arrival=measurement.arrival
+            for hook in list(self._probe_hooks.values()):
+                hook(self, record)
+        return result.loss
+
+    def _pending_start_point(self) -> StartPoint | None:
+        """Where the last step began, for a probe step that is due; None if that is not known any more."""
+        start_point = self._context.start_point
+        if start_point is not None and not start_point.is_of(list(chain(*self._context.unfrozen()))):
+            self._context.start_point = start_point = None
+            self._context.allows_writes = True
+        if start_point is not None:
+            self._missed_probes = 0
+            return start_point
+        self._missed_probes += self._context.controller.rates.factor() > 0.0
+        if self._missed_probes == PATIENCE:
+            warn(
+                f"GeNOptimizer could not look back in {PATIENCE} steps in a row in which a probe was due, and keeps "
+                "its learning rate: something else writes to the parameters between its steps (the loop, a forward "
+                "pass, an optimizer that shares them), or some steps have neither a closure nor a probe. Write to "
+                "parameters in base_optim.register_step_post_hook(...), give every step a closure or a probe, or use "
+                "mode='approximate' with a probe on another batch."
             )
-            after, is_done = decision.state, decision.takes_back
+        return None
+
+    def _warn_of_bare_steps(self, state: RuleState) -> None:
+        if state.probes == 0 and state.step + 1 == PATIENCE:
+            warn(
+                f"GeNOptimizer has taken {PATIENCE} steps without a closure or a probe, at the base optimizer's "
+                "learning rate: nothing was measured. Call step(closure), or step(probe=...) if the loop calls "
+                "backward() itself."
+            )
+
+    # --- averaged weights -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the averaged weights in the parameters inside the block, and the parameters back afterwards.
+
+        They are the weights to validate, to save and to serve: a power-law average over about the last sixteenth of
+        the steps so far. The parameters are back bit for bit, whatever happens inside. Without an average the block
+        has the present parameters: before the fourth step, with ``average=False``, and while a scheduler is attached
+        unless ``average=True``. A nested block changes nothing.
+
+        Inside the block ``step()``, ``state_dict()``, ``load_state_dict()`` and copies of the optimizer raise a
+        RuntimeError. Nothing should write to the parameters.
+
+        Example:
+            >>> with optimizer.averaged():  # doctest: +SKIP
+            ...     accuracy = evaluate(model)
+        """
+        if not self._is_averaging:
+            yield
+            return
+        start_point = self._context.start_point
+        was_intact = start_point is not None and start_point.is_intact()
+        try:
+            with self._averages.swapped():
+                yield
         finally:
-            # After an exception in a probe this is the lazy step, as it would have been without looking back.
-            if is_done:
-                kept.stay()
-                session.take_back()
-                self._remember(after, self._rates_in_force(after.lr))
-            else:
-                kept.leave()
-                self._advance(after, kept)
-        self._report(state, measurement, decision, factor)
-        return measurement.raw if loss is None else loss
+            if was_intact and start_point is not None and not self._averages.is_swapped:
+                start_point.arrive()  # the parameters are what they were, though they have been written to
 
-    def _probe_step(
-        self,
-        state: ControlState,
-        closure: Closure | None,
-        probed: Closure,
-        measure: Callable[[Line], Measurement],
-    ) -> Loss | None:
-        groups = self.param_groups
-        caller = "closure" if probed is closure else "probe"
-        session, ranks, probe = self._begin(probed, caller, state)
-        with MODES[self._mode].kernels():
-            loss = None if closure is None else self._first(session, closure, ranks)
-            state = self._reconsider(state)
-            here = loss if probed is closure else None
-            lr = state.lr
-            if measure is search:
-                if here is None:
-                    with session.probing():
-                        here = ranks.attempt(probe, instead=math.nan)
-                # A loss that is not finite asks for the base optimizer's own step, bit for bit.
-                lr = searched_lr(state.probes) if math.isfinite(self._read(ranks, [here])[0]) else state.lr
-            factor = self._rates.factor(groups)
-            factors = list(compress(self._rates.factors(groups), self._rates.shares(groups, state.lr)))
-            move = Move(self._moving(), on_host=self.offload_copies)
-            after, is_proposed = self._rule.skip(state), False
-            try:
-                with self._rates.in_force(groups, self._rates.shares(groups, lr)):
-                    self.propose()
-                move.arrive()
-                is_proposed = True
-            except BaseException as error:
-                move.cancel()
-                if not ranks.keep(error):
-                    raise
-                move.arrive()  # where it began: the others count on this rank for their probes
+    def write_averaged(self) -> None:
+        """Write the averaged weights into the parameters for good; without an average it changes nothing.
 
-            taken = after.lr
-            try:
-                with session.probing():
-                    line = Line(
-                        move,
-                        lr,
-                        here=here,
-                        call=probe,
-                        call_with_graph=lambda: whole(session.differentiable(probed, caller)),
-                        ranks=ranks,
-                        read=partial(self._read, ranks),
-                        tolerance=self._tolerance,
-                        computed_in=session.computed_in,
-                    )
-                    measurement = measure(line)
-                decision = self._rule.decide(state, measurement.loss, measurement.found, factor=factor)
-                after, taken = decision.state, decision.taken_lr
-            finally:
-                # After an exception in a probe this is the lazy step, to which the base's moments belong.
-                move.settle([taken * each / lr for each in factors])
-                rates = self._rates_in_force(taken)
-                if is_proposed and taken > 0.0:
-                    with self._rates.in_force(groups, rates):
-                        self.call_post_hooks()
-                self._remember(after, rates)
-        self._report(state, measurement, decision, factor)
-        return measurement.raw if loss is None else loss
+        Raises:
+            RuntimeError: Inside :meth:`averaged`.
 
-    def _begin(self, probed: Closure, caller: str, state: ControlState) -> tuple[Session, Ranks, Callable[[], Loss]]:
-        """What a step that measures needs: the session, the ranks that take part, and how to evaluate the loss."""
-        everything = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        session = self._evaluator.session(everything)
-        ranks = ranks_of(self.process_group, everything, self._evaluator.owners(everything), warns=not state.probes)
-        return session, ranks, lambda: whole(session.probe(probed, caller))
+        Example:
+            >>> optimizer.write_averaged()  # doctest: +SKIP
+            >>> torch.save(model.state_dict(), "model.pt")  # doctest: +SKIP
+        """
+        if self._is_averaging:
+            self._averages.write()
 
-    def _first(self, session: Session, closure: Closure, ranks: Ranks, origin: GradientOrigin | None = None) -> Loss:
-        first = partial(session.first, lambda: whole(self._call(closure, origin)))
-        return ranks.attempt(first, instead=math.nan, went_backward=lambda: watch.went_backward)
+    @property
+    def _is_averaging(self) -> bool:
+        if self.average is None:  # a scheduler does what the average would do
+            return not any("initial_lr" in group for group in self.param_groups)
+        return self.average
 
-    def _call(self, closure: Closure, origin: GradientOrigin | None = None) -> Loss:
-        before = GradientMark.of(self.param_groups)
-        loss, went_backward = self._evaluator.call(closure)
-        if not went_backward and complete_gradients(self.param_groups, loss, before) and origin is not None:
-            origin.note(loss)
-        return loss
+    # --- what it is, and what it does ---------------------------------------------------------------------------------
 
-    def _read(self, ranks: Ranks, losses: Sequence[Loss]) -> list[float]:
-        """Losses as numbers, to be minimised, averaged over the ranks."""
-        sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
-        return [sign * loss for loss in ranks.mean(losses)]
+    @property
+    def mode(self) -> Mode:
+        """How slope and curvature are measured."""
+        return self._context.mode
 
-    # --- copies and pickles --------------------------------------------------------------------------------------
+    @property
+    def rule(self) -> Rule:
+        """How the learning rate is chosen from them."""
+        return self._context.controller.rule
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The option of that name."""
+        return self._context.caller.modules
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | Literal["local"] | None:
+        """The option of that name; may be set at any time, after copying for instance."""
+        return self._context.process_group
+
+    @process_group.setter
+    def process_group(self, value: dist.ProcessGroup | Literal["local"] | None) -> None:
+        ranks_of(value, list(chain.from_iterable(group["params"] for group in self.param_groups)))
+        self._context.process_group = value
+
+    @property
+    def offload_copies(self) -> bool:
+        """The option of that name; may be set at any time."""
+        return self._context.offload_copies
+
+    @offload_copies.setter
+    def offload_copies(self, value: bool) -> None:
+        self._context.offload_copies = value
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether a probe runs right now, so that a closure can skip its logging and metrics."""
+        return self._context.caller.is_probing
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rates that the last step used, one per parameter group, with the scheduler's factor.
+
+        Example:
+            >>> optimizer.get_last_lr()  # doctest: +SKIP
+            [0.0123, 0.00123]
+        """
+        return self._context.controller.rates.last_lr(self.param_groups)
+
+    def register_probe_hook(self, hook: ProbeHook) -> RemovableHandle:
+        """Have ``hook(optimizer, record)`` called after each probe step.
+
+        Returns:
+            A handle whose ``remove()`` takes the hook away again.
+
+        Raises:
+            TypeError: If ``hook`` cannot be called.
+
+        Example:
+            >>> def log(optimizer, record):
+            ...     print(record.step, record.losses[0], record.lr_after)
+            >>> handle = optimizer.register_probe_hook(log)  # doctest: +SKIP
+        """
+        if not callable(hook):
+            raise TypeError(f"hook must be a callable that takes the optimizer and a record, got {type(hook).__name__}")
+        handle = RemovableHandle(self._probe_hooks)
+        self._probe_hooks[handle.id] = hook
+        return handle
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group. Its ratio to the others is that of its ``lr`` to the present one; 1 without an ``lr``.
+
+        Args:
+            param_group: Its parameters under ``"params"``, and options that differ from the base optimizer's defaults.
+
+        Raises:
+            TypeError: If ``param_group`` is no dictionary, or what it holds are no parameters.
+            ValueError: If its learning rate is negative or not finite, if it is ``differentiable`` or has another
+                ``maximize`` than the other groups, or if one of its parameters is in another group already.
+
+        Example:
+            >>> import torch
+            >>> from gen_optim import GeNOptimizer
+            >>> trunk, head = torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
+            >>> optimizer = GeNOptimizer(torch.optim.SGD(trunk.parameters(), lr=0.1))
+            >>> optimizer.add_param_group({"params": head.parameters(), "lr": 0.2})  # twice the trunk's from now on
+            >>> optimizer.get_last_lr()
+            [0.1, 0.2]
+        """
+        brings_lr = "lr" in param_group
+        self._context.controller.recall()
+        check_groups([*self.param_groups, {**self.defaults, **param_group}])
+        self.base_optim.add_param_group(param_group)
+        self._context.controller.join(self.param_groups[-1], brings_lr=brings_lr)
+
+    # --- checkpoints, copies and pickles ------------------------------------------------------------------------------
+
+    def _save_numbers(self) -> None:
+        """Write what GeN remembers to the parameter groups; called before a state dictionary is made.
+
+        Raises:
+            RuntimeError: Inside :meth:`averaged`.
+        """
+        self._averages.refuse_if_swapped("state_dict()")
+        self._drop_stale_start_point()
+        self._context.controller.save()
+        start_point = self._context.start_point
+        self.param_groups[0].update(
+            {
+                _START_LR: 0.0 if start_point is None else start_point.lr,
+                _START_FINGERPRINT: 0 if start_point is None else start_point.fingerprint(),
+                _ALLOWS_WRITES: self._context.allows_writes,
+            }
+        )
+
+    def _load_numbers(self) -> None:
+        """Read it back; called after a state dictionary was loaded."""
+        self.last_probe = None
+        group = self.param_groups[0]
+        self._averages.load({} if self.average is False else self._loaded_averages)
+        starts = self._pop_starts() | self._loaded_starts
+        self._loaded_starts, self._loaded_averages = {}, {}
+        lr, fingerprint = float(group.get(_START_LR, 0.0)), int(group.get(_START_FINGERPRINT, 0))
+        self._context.controller.load()
+        self._context.start_point = None
+        self._context.allows_writes = bool(group.get(_ALLOWS_WRITES, False))
+        if lr > 0.0 and starts and self._context.mode.looks_back:
+            # A parameter without a gradient has no state: it has not moved.
+            moving = {each: starts.get(each, each.detach()) for each in chain(*self._context.moving())}
+            self._context.start_point = StartPoint.load(moving, lr, fingerprint, on_host=self.offload_copies)
+
+    def _check_numbers(self, state_dict: Mapping[str, Any]) -> None:
+        """Check what :meth:`_load_numbers` will read; called before anything is loaded."""
+        self._context.controller.check(state_dict["param_groups"])
+
+    def _add_tensors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dictionary with the start of the last step added to the state of each parameter."""
+        starts, state = self._starts(), dict(state_dict["state"])
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for key, parameter in zip(saved["params"], group["params"], strict=True):
+                if parameter in starts:
+                    state[key] = {**state.get(key, {}), _START: starts[parameter]}
+        return {**state_dict, "state": state}
+
+    def _take_tensors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dictionary without starts and averages, and keep these for :meth:`_load_numbers`."""
+        state_dict, self._loaded_averages = self._averages.take_from(state_dict)
+        self._loaded_starts, state = {}, state_dict["state"]
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for key, parameter in zip(saved["params"], group["params"], strict=True):
+                if _START in (own := state.get(key, {})):
+                    self._loaded_starts[parameter] = own[_START]
+                    state[key] = {name: value for name, value in own.items() if name != _START}
+                    if not state[key]:
+                        del state[key]
+        return {**state_dict, "state": state}
+
+    def _set_aside(self) -> StartPoint | None:
+        return self._context.start_point
+
+    def _put_back(self, kept: StartPoint | None) -> None:
+        self._load_numbers()
+        self._context.start_point = kept
+
+    def _drop_stale_start_point(self) -> None:
+        """Forget a start point whose step something else has written over since: in a copy nothing would show it."""
+        start_point = self._context.start_point
+        if start_point is not None and not start_point.is_intact():
+            self._context.start_point = None
+
+    def _starts(self) -> dict[Tensor, Tensor]:
+        """What a checkpoint holds per parameter: the start of the last step, or the parameter itself.
+
+        Distributed checkpoints load only the keys that the live state dictionary has, and insist on all of these. So
+        the key is there whether the last step is looked back at or not.
+        """
+        if not self._context.mode.looks_back:
+            return {}
+        start_point = self._context.start_point
+        starts = {} if start_point is None else start_point.tensors()
+        state = self.base_optim.state
+        # Many optimizers take an empty state for one that has to be set up. If all are empty after a step, this one
+        # does not.
+        is_stateless = not any(state.values()) and (self._has_state_keys or self._context.controller.state.step > 0)
+        return {
+            # A copy, since distributed checkpoints are loaded into what this returns.
+            each: starts[each] if each in starts else each.detach().clone()
+            for each in chain(*self._context.moving())
+            if is_stateless or state.get(each)
+        }
+
+    def _pop_starts(self) -> dict[Tensor, Tensor]:
+        """Take the starts out of the base optimizer's state, where loading has put them."""
+        self._has_state_keys = False
+        state = self.base_optim.state
+        starts: dict[Tensor, Tensor] = {}
+        for parameter in chain.from_iterable(group["params"] for group in self.param_groups):
+            own = state.get(parameter)
+            if own is not None and _START in own:
+                starts[parameter] = own.pop(_START)
+                if not own:
+                    del state[parameter]
+        return starts
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep: not the closures, nor a process group."""
-        dropped = ("closure", "probe", "_evaluator")
-        kept = {name: value for name, value in super().__getstate__().items() if name not in dropped}
-        return kept if self.process_group == "local" else {**kept, "process_group": None}
+        """Return what copies and pickles keep: not the closures, hooks and records, nor a process group."""
+        self._save_numbers()
+        kept = super().__getstate__()
+        for name in ("closure", "probe", "last_probe", "_context", "_probe_hooks", "_missed_probes"):
+            kept.pop(name, None)
+        context = self._context
+        kept["_kept"] = {
+            "rule": context.controller.rule,
+            "mode": context.mode,
+            "modules": context.caller.modules,
+            "offload_copies": context.offload_copies,
+            "process_group": context.process_group if context.process_group == "local" else None,
+            "start_point": context.start_point,
+        }
+        return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what was kept, and set up the rest."""
+        kept = state.pop("_kept", None)
         super().__setstate__(state)
-        if "_evaluator" not in self.__dict__:
-            self._set_up()
+        if kept is not None:
+            self._context = StepContext(
+                self.base_optim,
+                Controller(self.base_optim, kept["rule"]),
+                kept["mode"],
+                ClosureCaller(kept["modules"]),
+                offload_copies=kept["offload_copies"],
+                process_group=kept["process_group"],
+                start_point=kept["start_point"],
+            )
+            self.closure = self.probe = None
+            self._begin_reports()
 
-    def _set_up(self) -> None:
-        self.closure = self.probe = None
-        self._evaluator = Evaluator()
+    def _begin_reports(self) -> None:
+        self.last_probe = None
+        self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
+        self._missed_probes = 0

@@ -1,6 +1,7 @@
 """Pictures of the loss along a direction and of a training run's history; needs matplotlib (extra ``plot``).
 
-Everything returns matplotlib axes, draws on those given as ``ax=``, shows nothing, and reads well in grey.
+Every function draws on the axes given as ``ax=`` or on new ones, returns them, and shows nothing. The pictures are
+legible in grey.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from torch import Tensor
 
 from gen_optim.functional.derivatives import loss_along, quadratic_model
 from gen_optim.records import History
-from gen_optim.rules.base import ProbeStatus
-from gen_optim.rules.parabola import Parabola
+from gen_optim.rules import Parabola, ProbeStatus
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["plot_history", "plot_loss_along"]
 
 _MARKS: dict[ProbeStatus, tuple[str, str]] = {
-    ProbeStatus.STARTED: ("*", "start found"),
-    ProbeStatus.START_FAILED: ("X", "no start found"),
+    ProbeStatus.STARTED: ("*", "initial learning rate found"),
+    ProbeStatus.START_FAILED: ("X", "none found"),
     ProbeStatus.CONCAVE: ("^", "concave: grown"),
     ProbeStatus.GROWING: ("1", "far out: grown"),
     ProbeStatus.UNSTABLE: ("2", "unstable: lowered"),
@@ -33,10 +33,10 @@ _MARKS: dict[ProbeStatus, tuple[str, str]] = {
     ProbeStatus.BELOW_NOISE: ("|", "below noise: kept"),
     ProbeStatus.NON_FINITE_LOSS: ("x", "loss not finite"),
     ProbeStatus.NON_FINITE_PROBE: ("v", "probe not finite: cut"),
-    ProbeStatus.TAKEN_BACK: ("<", "taken back: cut"),
+    ProbeStatus.REVERTED: ("<", "reverted: cut"),
     ProbeStatus.EXPLODED: ("P", "exploded: cut"),
 }
-"""Marker and name of every status but the usual one, a fitted parabola."""
+"""Marker and label of every status but the usual one, a fitted parabola."""
 
 
 def plot_loss_along(
@@ -48,17 +48,18 @@ def plot_loss_along(
     label: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw g(α) = L(θ − αω) over learning rates α, with its second-order parabola at 0 and the lowest point of that.
+    """Draw g(α) = L(θ − αω) over learning rates α, with its second-order parabola at 0 and the parabola's lowest point.
 
     Args:
         loss_fn: The loss as a function of the parameters, a scalar.
         params: The parameters θ.
-        direction: The direction ω, tensors of the same names and shapes; see
+        direction: The direction ω, tensors of the same names and shapes, for example from
             :func:`gen_optim.optimizer_direction`.
-        learning_rates: Where to evaluate the loss. By default 41 values from one optimal learning rate behind to
-            three ahead; where the parabola has no lowest point, to where its slope and curvature terms are equal.
-        label: Name of this loss in the legend.
-        ax: Where to draw; new axes by default.
+        learning_rates: Where to evaluate the loss. By default 41 values from −1 to 3 optimal learning rates; if the
+            parabola has no lowest point, the unit is the learning rate at which its slope and curvature terms are
+            equal.
+        label: The name of this loss in the legend.
+        ax: The axes to draw on; new ones by default.
 
     Returns:
         The axes.
@@ -78,7 +79,8 @@ def plot_loss_along(
     rates = np.linspace(-1.0, 3.0, 41) * _scale(parabola) if learning_rates is None else np.asarray(learning_rates)
     like = next(iter(params.values()))
     grid = torch.as_tensor(rates, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    losses = loss_along(loss_fn, dict(params), dict(direction), grid, chunk_size=1).float().cpu().numpy()
+    with torch.no_grad():
+        losses = loss_along(loss_fn, dict(params), dict(direction), grid, chunk_size=1).float().cpu().numpy()
     name = "" if label is None else f" ({label})"
     [line] = ax.plot(rates, losses, "-", color=_grey(ax), linewidth=2, label=f"loss{name}")
     predicted = np.array([parabola.predict(rate) for rate in rates.tolist()])
@@ -104,9 +106,9 @@ def plot_loss_along(
 def plot_history(
     history: History | Mapping[str, History], *, ax: npt.NDArray[np.object_] | None = None
 ) -> npt.NDArray[np.object_]:
-    """Draw the probe steps of one or several runs: loss above, learning rate and optimum below, a column a run.
+    """Draw the probe steps of one or several runs, one column per run: the loss above, the learning rate below.
 
-    Probe steps that did not end in a fitted parabola are marked on the learning rate.
+    Probe steps that did not end with a fitted parabola are marked on the learning rate.
 
     Args:
         history: The history of a run, or several by name.
@@ -125,7 +127,7 @@ def plot_history(
     runs = {"": history} if isinstance(history, History) else dict(history)
     panels = _axes(2, len(runs)) if ax is None else np.asarray(ax, dtype=object)
     if panels.shape != (2, len(runs)):
-        raise ValueError(f"ax must hold axes of shape {(2, len(runs))}, a column a run, got shape {panels.shape}")
+        raise ValueError(f"ax must hold axes of shape {(2, len(runs))}, one column per run, got shape {panels.shape}")
     for (above, below), (name, run) in zip(panels.T, runs.items(), strict=True):
         _draw_loss(above, run)
         _draw_learning_rate(below, run)
@@ -146,7 +148,7 @@ def _draw_loss(ax: Axes, run: History) -> None:
 def _draw_learning_rate(ax: Axes, run: History) -> None:
     steps, chosen, optimal = run.column("step"), run.column("lr_after"), run.column("optimal_lr")
     with np.errstate(invalid="ignore"):
-        optimal = np.where(optimal > 0, optimal, np.nan)  # the logarithm has no place for an optimum behind
+        optimal = np.where(optimal > 0, optimal, np.nan)  # an optimum behind has no logarithm
     ax.plot(steps, optimal, ".", color="0.7", markersize=4, label="optimum", zorder=1)
     ax.plot(steps, chosen, "-", color="0.15", linewidth=1.8, label="chosen")
     if (run.column("factor") != 1.0).any():
@@ -162,7 +164,7 @@ def _draw_learning_rate(ax: Axes, run: History) -> None:
 
 
 def _keep_in_view(ax: Axes, losses: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64]) -> None:
-    """Let a loss that grows far above its parabola leave the panel, rather than flatten all else."""
+    """Cut off a loss that grows far above its parabola, which would flatten everything else."""
     bottom, top = min(np.nanmin(losses), predicted.min()), predicted.max() + np.ptp(predicted)
     if not losses.max() <= top and bottom < top:
         room = 0.05 * (top - bottom)
@@ -170,7 +172,7 @@ def _keep_in_view(ax: Axes, losses: npt.NDArray[np.float64], predicted: npt.NDAr
 
 
 def _scale(parabola: Parabola) -> float:
-    """A learning rate at which the parabola shows its shape."""
+    """The scale of learning rates on which the parabola shows its shape."""
     if not parabola.is_finite or parabola.slope == 0.0:
         return 1.0
     if parabola.curvature == 0.0:
@@ -179,7 +181,7 @@ def _scale(parabola: Parabola) -> float:
 
 
 def _grey(ax: Axes) -> str:
-    """Another shade for each loss drawn on the same axes."""
+    """A different shade for each loss on the same axes."""
     drawn = sum(str(line.get_label()).startswith("loss") for line in ax.get_lines())
     return ("0.1", "0.5", "0.7")[drawn % 3]
 

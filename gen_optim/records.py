@@ -1,4 +1,4 @@
-"""Records of probe steps, their history, and hooks for loggers."""
+"""Records of probe steps, and their history."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gen_optim.measurement.lookahead import Measurement
-from gen_optim.rules.base import ControlState, Decision, ProbeStatus
+from gen_optim.measurement import Measurement
+from gen_optim.rules import Decision, ProbeStatus, RuleState
 
 __all__ = ["History", "ProbeRecord"]
 
 
 @dataclass(frozen=True)
 class ProbeRecord:
-    """What a probe step saw and decided, in plain numbers, enough to replay the decision.
+    """What a probe step saw and decided, in plain numbers: enough to repeat the decision.
 
-    Learning rates are those of the first unfrozen parameter group. Under ``maximize=True`` the losses are those that
-    are minimised: the negatives of what the closure returned.
+    Learning rates are those of the first unfrozen parameter group. Under ``maximize=True`` the losses are the negatives
+    of what the closure returned, so that they are minimised.
 
     Attributes:
-        step: Number of the step, counted from 1.
+        step: The number of the step, counted from 1.
         multiples: Where the loss was evaluated, in multiples of ``lr_before``.
         losses: The losses there, in the same order; averaged over the processes that train the model together.
-        slope: ``−g′(0)`` along the direction per unit of learning rate; NaN where none was fitted.
-        curvature: ``g″(0)``; NaN where none was fitted.
-        optimal_lr: The learning rate of the lowest loss: of the parabola, or of the start's search; None where there
-            is none.
+        slope: ``−g′(0)`` along the direction per unit of learning rate; NaN if no parabola was fitted.
+        curvature: ``g″(0)``; NaN if no parabola was fitted.
+        optimal_lr: The learning rate of the lowest loss, of the parabola or of the initial search; None if there is
+            none.
         lr_before: The learning rate α before the step, without a scheduler's factor.
         lr_after: The learning rate α chosen, without a scheduler's factor.
         factor: The scheduler's factor: the step taken is at ``lr_after · factor``.
-        status: Why.
+        status: Why it was chosen.
         slope_noise: How large a slope rounding alone can produce.
         curvature_noise: How large a curvature rounding alone can produce.
-        arrival: The loss where the measured step has led; None where it had not been taken yet.
+        loss_end: The loss where the measured step ended; None if it had not been taken yet.
     """
 
     step: int
@@ -54,11 +54,11 @@ class ProbeRecord:
     status: ProbeStatus
     slope_noise: float = 0.0
     curvature_noise: float = 0.0
-    arrival: float | None = None
+    loss_end: float | None = None
 
     @classmethod
-    def of(cls, before: ControlState, measurement: Measurement, decision: Decision, factor: float) -> ProbeRecord:
-        """What a probe step measured, and what was decided from it."""
+    def of(cls, before: RuleState, measurement: Measurement, decision: Decision, factor: float) -> ProbeRecord:
+        """The record of what was measured, and of what was decided from it."""
         return cls(
             step=decision.state.step,
             multiples=tuple(lr / before.lr for lr in measurement.learning_rates),
@@ -72,7 +72,7 @@ class ProbeRecord:
             status=decision.status,
             slope_noise=measurement.parabola.slope_noise,
             curvature_noise=measurement.parabola.curvature_noise,
-            arrival=measurement.arrival,
+            loss_end=measurement.loss_end,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class ProbeRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ProbeRecord:
-        """The record that :meth:`to_dict` made ``values`` of.
+        """The record from what :meth:`to_dict` returned.
 
         Raises:
             TypeError: If a field is missing or unknown.
@@ -101,9 +101,9 @@ class ProbeRecord:
 
 
 class History:
-    """Collects the records of an optimizer's probe steps.
+    """The records of an optimizer's probe steps.
 
-    It is a probe hook: register it, train, and read it.
+    It is a probe hook: register it, train, then read it.
 
     Example:
         >>> history = History()
@@ -132,7 +132,7 @@ class History:
         return self.records[index]
 
     def column(self, name: str) -> npt.NDArray[np.float64]:
-        """One numeric field over all records, shape ``(len(self),)``; NaN where it is None.
+        """A numeric field of all records, shape ``(len(self),)``; NaN where it is None.
 
         Args:
             name: ``step``, ``slope``, ``curvature``, ``optimal_lr``, ``lr_before``, ``lr_after`` or ``factor``.
@@ -146,7 +146,7 @@ class History:
     def save(self, path: str | PathLike[str]) -> None:
         """Write all records to a file, one line of JSON each.
 
-        In the way of Python's ``json``: numbers that are not finite stand there as ``NaN`` and ``Infinity``.
+        As in Python's ``json``, numbers that are not finite are written as ``NaN`` and ``Infinity``.
 
         Example:
             >>> history.save("history.jsonl")  # doctest: +SKIP
@@ -156,7 +156,7 @@ class History:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> History:
-        """Read what :meth:`save` has written.
+        """Read what :meth:`save` wrote.
 
         Raises:
             OSError: If there is no such file.

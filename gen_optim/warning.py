@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line, however many lines of this package and of torch lie in between."""
+"""Warnings that point at the user's line, not at one of this package or of torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INTERNAL = tuple(str(Path(file).resolve().parent) + os.sep for file in (__file_
 
 def warn(message: str) -> None:
     """Issue a ``UserWarning`` at the innermost line that belongs neither to this package nor to torch."""
-    frame, level = sys._getframe(1), 2
+    frame, level = sys._getframe(1), 2  # noqa: SLF001 - Python documents it
     while frame.f_back is not None and str(Path(frame.f_code.co_filename).resolve()).startswith(_INTERNAL):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)

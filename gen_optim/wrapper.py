@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-__all__ = ["OptimizerWrapper", "without_global_hooks"]
+__all__ = ["OptimizerWrapper", "copy_optimizer", "step_without_hooks"]
 
 
 class OptimizerWrapper(Optimizer):
-    """A ``torch.optim.Optimizer`` around another: same groups, state and defaults, hooks of its own.
+    """Wraps an optimizer in another with the same groups, state and defaults, and hooks of its own.
 
     Everything is read through the base optimizer each time, which may be loaded or given groups directly.
+
+    A subclass that remembers numbers between steps overrides :meth:`_save_numbers`, :meth:`_load_numbers` and
+    :meth:`_check_numbers`. Hooks registered on the base optimizer call them, so that ``base_optim.state_dict()`` and
+    ``base_optim.load_state_dict()`` include the numbers too.
+
+    Both optimizers are optimizers to torch: its global hooks (``register_optimizer_step_pre_hook``,
+    ``register_optimizer_step_post_hook``) and the profiler see two steps, the base optimizer's inside the wrapper's.
 
     Args:
         base_optim: The optimizer to wrap.
@@ -29,9 +33,9 @@ class OptimizerWrapper(Optimizer):
     base_optim: Optimizer
 
     def __init__(self, base_optim: Optimizer) -> None:
-        # Not the parent's __init__, which would empty the shared groups; what it sets up besides them, hooks and a
-        # step that calls them, it also sets up after unpickling.
-        super().__setstate__({"base_optim": base_optim})
+        # Not the parent's __init__, which would empty the shared groups. Its __setstate__ sets up the rest: hooks, and
+        # a step that calls them.
+        self.__setstate__({"base_optim": base_optim})
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -63,59 +67,38 @@ class OptimizerWrapper(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, as the base optimizer does."""
         if set_to_none:
-            self.base_optim.zero_grad()  # those of some optimizers take no argument
+            self.base_optim.zero_grad()  # some optimizers' takes no argument
         else:
             self.base_optim.zero_grad(set_to_none=False)
 
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap ``step`` in hooks and the profiler's record, as torch asks; left out where nobody would see them.
+    # --- checkpoints --------------------------------------------------------------------------------------------------
 
-        They take 10 µs, and the base optimizer's step has them too.
-        """
-        wrapped = Optimizer.profile_hook_step(func)
-        uncompiled = torch._disable_dynamo(func)  # type: ignore[attr-defined]  # imports the compiler when called
+    def _save_numbers(self) -> None:
+        """Write what is remembered to ``param_groups``; called before a state dictionary is made."""
 
-        @functools.wraps(func)
-        def step(self: OptimizerWrapper, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_dynamo_compiling():
-                return uncompiled(self, *args, **kwargs)
-            is_seen = (
-                torch.autograd.profiler._is_profiler_enabled
-                or self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or _global_optimizer_pre_hooks
-                or _global_optimizer_post_hooks
-            )
-            return (wrapped if is_seen else func)(self, *args, **kwargs)
+    def _load_numbers(self) -> None:
+        """Read what is remembered from ``param_groups`` and ``state``; called after a state dictionary was loaded."""
 
-        return step
+    def _add_tensors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dictionary with what is remembered of each parameter added to its state."""
+        return state_dict
 
-    def step_base(self) -> None:
-        """Step the base optimizer, once."""
-        if _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
-            with without_global_hooks():
-                self.base_optim.step()
-        else:
-            self.base_optim.step()
+    def _take_tensors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dictionary without that, and keep it for :meth:`_load_numbers`."""
+        return state_dict
 
-    def propose(self) -> None:
-        """Step the base optimizer, once; :meth:`call_post_hooks` follows where the step proposed has been taken."""
-        with _without(self._base_post_hooks):
-            self.step_base()
+    def _set_aside(self) -> Any:
+        """Return what is remembered and not in the groups; called before a state dictionary is loaded."""
 
-    def call_post_hooks(self) -> None:
-        """Call what the base optimizer calls after a step: hooks may write to the parameters or average them."""
-        for hook in list(self._base_post_hooks.values()):
-            hook(self.base_optim, (self.base_optim,), {})
+    def _put_back(self, kept: Any) -> None:
+        """Put back what was set aside; called if loading has failed and groups and state are as before."""
+        self._load_numbers()
 
-    @property
-    def _base_post_hooks(self) -> dict[int, Any]:
-        """The base optimizer's hooks; wrappers around others that skip their parent's set-up have none."""
-        return getattr(self.base_optim, "_optimizer_step_post_hooks", {})
+    def _check_numbers(self, state_dict: Mapping[str, Any]) -> None:
+        """Check what :meth:`_load_numbers` will read; called before anything is loaded."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dictionary, and what the wrapper adds to it."""
+        """Return the base optimizer's state dictionary, and what the wrapper adds to it."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self._contents()
@@ -125,30 +108,75 @@ class OptimizerWrapper(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dictionary of the wrapper's or of the base optimizer's; nothing of it is shared afterwards.
+        """Load a state dictionary of the wrapper or of the base optimizer, without sharing anything with it.
+
+        Everything is checked before anything is written. If loading fails nevertheless, groups and state are put back.
 
         Raises:
-            ValueError: If its groups do not match this optimizer's.
+            ValueError: If the groups do not match this optimizer's, lack options of theirs, or carry impossible
+                numbers.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        # torch's own loading keeps the tensors it is given, and two optimizers would go on writing into one state.
-        self.base_optim.load_state_dict(copy.deepcopy(state_dict))
-        self._after_loading(state_dict)
+        self._check_loaded(state_dict)
+        self._save_numbers()
+        state, groups, kept = self.state, self.param_groups, self._set_aside()
+        try:
+            # torch's own loading keeps the tensors it is given, and two optimizers would go on writing into one state.
+            state_dict = copy.deepcopy(state_dict)
+            if self._is_hooked:
+                self.base_optim.load_state_dict(state_dict)
+            else:
+                self.base_optim.load_state_dict(self._take_tensors(state_dict))
+                self._load_numbers()
+        except BaseException:
+            self.state, self.param_groups = state, groups
+            self._put_back(kept)
+            raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _contents(self) -> dict[str, Any]:
-        """The state dictionary that the hooks of saving are handed."""
-        return self.base_optim.state_dict()
+        """Return the state dictionary that the hooks of saving get."""
+        self._save_numbers()  # the base optimizer's hooks do this too, if it has some
+        return self._add_tensors(self.base_optim.state_dict())
 
-    def _after_loading(self, state_dict: dict[str, Any]) -> None:
-        """What a subclass has to take in before the hooks of loading run."""
+    def _check_loaded(self, state_dict: Mapping[str, Any]) -> None:
+        """Check that a state dictionary can be loaded, without changing anything."""
+        if missing := [key for key in ("state", "param_groups") if key not in state_dict]:
+            raise ValueError(f"the state dict must have the keys 'state' and 'param_groups', but lacks {missing}")
+        loaded = state_dict["param_groups"]
+        if len(loaded) != len(self.param_groups):
+            raise ValueError(
+                "the state dict has a different number of parameter groups: expected "
+                f"{len(self.param_groups)}, got {len(loaded)}"
+            )
+        completed = self._completed(loaded)
+        for index, (group, own, whole) in enumerate(zip(loaded, self.param_groups, completed, strict=True)):
+            if len(group.get("params", ())) != len(own["params"]):
+                raise ValueError(
+                    f"param_groups[{index}] of the state dict doesn't match the size of the optimizer's: expected "
+                    f"{len(own['params'])} parameters, got {len(group.get('params', ()))}"
+                )
+            if missing := [key for key in self.defaults if key in own and key not in whole]:
+                raise ValueError(f"param_groups[{index}] of the state dict must have the optimizer's options {missing}")
+        self._check_numbers(state_dict)
+
+    def _completed(self, loaded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return loaded groups with the options that the base optimizer adds to those of older versions."""
+        groups = [dict(group) for group in loaded]
+        stand_in: Optimizer = object.__new__(type(self.base_optim))
+        stand_in.__dict__.update(self.base_optim.__dict__)
+        stand_in.__setstate__({"state": defaultdict(dict), "param_groups": groups})
+        return groups
+
+    # --- copies and pickles -------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep: as in torch not the hooks, nor the ``step`` that schedulers attach."""
+        """Return what copies and pickles keep: as in torch not the hooks, nor the ``step`` that schedulers attach."""
+        self._save_numbers()
         return {
             name: value
             for name, value in self.__dict__.items()
@@ -162,21 +190,68 @@ class OptimizerWrapper(Optimizer):
         for name in shared:
             if name in state:
                 setattr(self, name, state[name])
+        if "base_optim" in state:
+            self._register_hooks()
+        elif "param_groups" in state:  # torch's own load_state_dict, called unbound
+            self._load_numbers()
+
+    def _register_hooks(self) -> None:
+        """Have the base optimizer's checkpoints include what is remembered."""
+        base = self.base_optim
+        try:
+            base.register_state_dict_pre_hook(_Relay(self, "_save_numbers"))
+            base.register_state_dict_post_hook(_Relay(self, "_add_tensors"))
+            base.register_load_state_dict_pre_hook(_Relay(self, "_check_loaded"))
+            base.register_load_state_dict_pre_hook(_Relay(self, "_take_tensors"))
+            base.register_load_state_dict_post_hook(_Relay(self, "_load_numbers"))
+            self._is_hooked = True
+        except AttributeError:
+            # An optimizer that skips its parent's set-up has no hooks; its checkpoints go through this wrapper.
+            self._is_hooked = False
 
 
-def without_global_hooks() -> AbstractContextManager[None]:
-    """Keep torch's global optimizer hooks still: they belong to the outer of two optimizers, once a step."""
-    return _without(_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+class _Relay:
+    """A hook that calls a method of a wrapper. It does not keep the wrapper alive, and its copies do nothing."""
+
+    def __init__(self, wrapper: OptimizerWrapper | None, name: str) -> None:
+        self._wrapper = None if wrapper is None else weakref.ref(wrapper)
+        self._name = name
+
+    def __call__(self, _: Optimizer, *args: Any) -> Any:
+        wrapper = None if self._wrapper is None else self._wrapper()
+        return None if wrapper is None else getattr(wrapper, self._name)(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Relay, (None, self._name)
 
 
-@contextmanager
-def _without(*tables: dict[int, Any]) -> Iterator[None]:
-    """Keep the hooks of some tables still."""
-    kept = [dict(table) for table in tables]
-    try:
-        for table in tables:
-            table.clear()
-        yield
-    finally:
-        for table, hooks in zip(tables, kept, strict=True):
-            table.update(hooks)
+def copy_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
+    """Copy an optimizer with all its attributes, without hooks.
+
+    ``copy.deepcopy`` keeps state, groups and defaults only, and drops what else a class has.
+
+    Args:
+        optimizer: The optimizer to copy. Optimizers that it holds are copied in the same way.
+        memo: Copies that exist already, by the id of the original, as in ``copy.deepcopy``: parameters for the most
+            part.
+    """
+    twin: Optimizer = object.__new__(type(optimizer))
+    memo[id(optimizer)] = twin
+    for value in vars(optimizer).values():
+        inside = value if isinstance(value, list | tuple) else [value]
+        for inner in inside:
+            if isinstance(inner, Optimizer) and id(inner) not in memo:
+                copy_optimizer(inner, memo)
+    for name, value in vars(optimizer).items():
+        if name.startswith("_optimizer_"):
+            twin.__dict__[name] = OrderedDict()
+        elif name != "step":  # a scheduler's, which counts
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+    return twin
+
+
+def step_without_hooks(optimizer: Optimizer) -> None:
+    """Step an optimizer without calling hooks or the profiler, torch's global hooks included."""
+    step = type(optimizer).step
+    # torch wraps ``step`` in what calls them, and marks the result.
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined]

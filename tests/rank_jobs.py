@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gen_optim import GeNOptimizer, History
 from gen_optim.distributed import ranks_of
 from gen_optim.tensors.dtensor import dot, local
-from tests.training import mlp, regression_data
+from tests.training import looks_back_next, mlp, regression_data, wrapped
 from tests.workers import device
 
 Numbers = list[Any]
@@ -109,7 +109,7 @@ class Run:
             base = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         else:
             base = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        self.optimizer = GeNOptimizer(base, **{"mode": "approximate", "burn_in": 10, "period": 4, **options})
+        self.optimizer = wrapped(base, **{"mode": "approximate", "burn_in": 10, "period": 4, **options})
         self.inputs, self.targets = data_of(kind)
         self.history = History()
         self.optimizer.register_probe_hook(self.history)
@@ -507,7 +507,7 @@ def fail_within_the_model(kind: str) -> dict[str, Any]:
 
 
 def inner_products() -> list[tuple[float, float]]:
-    """The inner product of tensors spread in all ways, reduced with another number, and what it should be."""
+    """The inner product of tensors with all placements, reduced with another number, and what it should be."""
     size = dist.get_world_size()
     line = init_device_mesh(device().type, (size,))
     generator = torch.Generator().manual_seed(3)
@@ -539,7 +539,7 @@ def inner_products() -> list[tuple[float, float]]:
             assert rank == (size - 1) / 2
             found.append((product, 2.0 * expected))
     for other in ([Replicate()], [Shard(1)]):
-        with pytest.raises(ValueError, match="spread over the ranks in the same way"):
+        with pytest.raises(ValueError, match="the same placements"):
             dot([distribute_tensor(left, line, [Shard(0)])], [distribute_tensor(right, line, other)])
     return found
 
@@ -550,16 +550,15 @@ def inner_products() -> list[tuple[float, float]]:
 def save(kind: str, folder: str, through: str, mode: str, steps: int) -> dict[str, Any]:
     run = Run(kind, mode=mode)
     run.train(steps)
-    pending = run.optimizer.state_dict().get("gen_kept")
     if through == "torch.save":
         state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
         torch.save(state, f"{folder}/{dist.get_rank()}.pt")  # shards differ between ranks
     else:
         model, optimizer = get_model_state_dict(run.model), get_optimizer_state_dict(run.model, run.optimizer)
         dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-        torch.save(pending, f"{folder}/pending-{dist.get_rank()}.pt")
+    looks_back = looks_back_next(run.optimizer)
     run.train(20)
-    return {"is_pending": pending is not None, **run.result()}
+    return {"looks_back": looks_back, **run.result()}
 
 
 def resume(kind: str, folder: str, through: str, mode: str) -> dict[str, Any]:
@@ -575,9 +574,6 @@ def resume(kind: str, folder: str, through: str, mode: str) -> dict[str, Any]:
         dcp.load(state, checkpoint_id=folder)
         set_model_state_dict(run.model, state["model"])
         set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
-    if through == "dcp and a file":
-        pending = torch.load(f"{folder}/pending-{dist.get_rank()}.pt", weights_only=True)
-        run.optimizer.load_state_dict({**run.optimizer.state_dict(), "gen_kept": pending})
     run.train(20)
     return run.result()
 

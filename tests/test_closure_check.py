@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -163,11 +164,76 @@ def test_a_probe_that_differs_from_the_call_with_gradients_is_warned_of(differen
         check_closure(of.optimizer, closure)
 
 
+# --- modules that the optimizer does not know -------------------------------------------------------------------------
+
+
+class Discriminator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp(seed=1, norm=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs)
+
+
+def adversarial(other: nn.Module, **options: Any) -> tuple[GeNOptimizer, Callable[[], Tensor]]:
+    of = training(**options)
+
+    def closure() -> Tensor:
+        of.optimizer.zero_grad()
+        loss = of.loss() + other(of.inputs).mean()
+        loss.backward()
+        return loss
+
+    return of.optimizer, closure
+
+
+def test_a_network_whose_buffers_probes_would_change_is_to_be_named() -> None:
+    other = Discriminator()
+    optimizer, closure = adversarial(other)
+    before = [each.clone() for each in other.buffers()]
+    with pytest.warns(UserWarning, match=r"parameters: Discriminator\. .*Name them in its option modules=") as caught:
+        check_closure(optimizer, closure)
+    assert caught[0].filename == __file__
+    assert same(list(other.buffers()), before)
+    optimizer, closure = adversarial(other, modules=other)
+    check_closure(optimizer, closure)  # a warning is an error here
+
+
+def test_a_network_whose_gradients_probes_would_zero_is_to_be_named() -> None:
+    other = Discriminator().eval()
+    optimizer, closure = adversarial(other)
+
+    def zeroing() -> Tensor:
+        other.zero_grad()
+        return closure()
+
+    check_closure(optimizer, closure)
+    with pytest.warns(UserWarning, match=r"parameters: Discriminator\."):
+        check_closure(optimizer, zeroing)
+
+
+def test_a_network_in_evaluation_mode_and_one_that_probes_do_not_call_need_no_name() -> None:
+    other = Discriminator().eval()
+    check_closure(*adversarial(other))
+    other.train()
+    of = training()
+
+    def closure() -> Tensor:
+        if not of.optimizer.is_probing:
+            other(of.inputs)
+        return of.loss()
+
+    check_closure(of.optimizer, closure)
+
+
 # --- without a trace -------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_left_behind() -> None:
-    of, other = training(mlp(dropout=0.5, norm=True)), mlp(seed=1, norm=True)
+@pytest.mark.parametrize("is_named", [True, False])
+def test_nothing_is_left_behind(is_named: bool) -> None:
+    other = mlp(seed=1, norm=True)
+    of = training(mlp(dropout=0.5, norm=True), modules=[other] if is_named else [])
     of.train(3)
 
     def closure() -> Tensor:
@@ -186,7 +252,8 @@ def test_nothing_is_left_behind() -> None:
     remembered, record = str(of.optimizer.state_dict()), of.optimizer.last_probe
     streams = [torch.get_rng_state(), random.getstate(), str(np.random.get_state())]
 
-    check_closure(of.optimizer, closure)
+    with nullcontext() if is_named else pytest.warns(UserWarning, match="Sequential.*modules="):
+        check_closure(of.optimizer, closure)
     now = [parameter.grad for model in models for parameter in model.parameters()]
     assert all(one is another for one, another in zip(now, gradients, strict=True))
     assert same([*tensors, *gradients], contents)  # type: ignore[list-item]

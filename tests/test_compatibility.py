@@ -2,6 +2,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from gen_optim.compatibility import check_wrappable
+from tests import optimizers_of_others as others
 
 Make = Callable[[list[nn.Parameter]], Any]
 
@@ -231,6 +233,88 @@ def test_optimizer_whose_update_is_not_proportional_to_its_lr_is_refused(make: M
     assert "Use it bare" in str(caught.value)
 
 
+OTHERS_TAKEN: dict[str, Make] = {
+    "decay after the update": others.DecayAfterwards,
+    "decay after the update, large": lambda p: others.DecayAfterwards(p, lr=0.01, weight_decay=0.3),
+    "LARS": others.LARS,
+    "LARS, small lr": lambda p: others.LARS(p, lr=1e-3),
+    "LAMB": others.LAMB,
+    "a cache in the groups": others.Caching,
+}
+
+
+@pytest.mark.parametrize("make", OTHERS_TAKEN.values(), ids=OTHERS_TAKEN)
+def test_optimizer_that_is_proportional_at_learning_rates_of_training_is_taken(make: Make) -> None:
+    check_wrappable(make(parameters()))
+
+
+OTHERS_REFUSED: dict[str, Make] = {
+    "LaProp": others.LaProp,
+    "MADGRAD": others.MADGRAD,
+    "distance over gradients": others.DistanceOverGradients,
+    "slow weights": others.Ranger,
+    **{f"slow weights, k = {k}": partial(others.Ranger, k=k) for k in (2, 5, 8, 12)},
+    "slow weights outside": others.lookahead,
+    "slow weights around AdamW": lambda p: others.Lookahead(optim.AdamW(p)),
+    "schedule-free outside": lambda p: others.ScheduleFree(optim.SGD(p, lr=0.1)),
+    "TRAC": lambda p: others.TRAC(optim.AdamW(p)),
+}
+
+
+@pytest.mark.parametrize("make", OTHERS_REFUSED.values(), ids=OTHERS_REFUSED)
+def test_optimizer_that_keeps_copies_or_adapts_itself_is_refused(make: Make) -> None:
+    base = make(parameters())
+    with pytest.raises(ValueError, match=rf"base_optim must .*{type(base).__name__} moves.*Use it bare, or wrap"):
+        check_wrappable(base)
+
+
+def test_optimizer_that_keeps_copies_outside_of_its_state_is_refused() -> None:
+    """A twin with small parameters does not fit the copies; one with all parameters does."""
+
+    class OwnCopies(others.Outer):
+        def __init__(self, optimizer: Optimizer) -> None:
+            super().__init__(optimizer)
+            self.slow = [each.detach().clone() for group in self.param_groups for each in group["params"]]
+
+        def synchronise(self, parameter: torch.Tensor, slow: torch.Tensor) -> None:
+            own = next(each for each in self.slow if each.shape == parameter.shape)
+            parameter.lerp_(own, 0.5)
+
+    with pytest.raises(ValueError, match="OwnCopies moves"):
+        check_wrappable(OwnCopies(optim.SGD(parameters(), lr=0.1)))
+
+
+def test_optimizer_that_cannot_be_tried_is_warned_of() -> None:
+    class Particular(Plain):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            raise RuntimeError("needs a machine of its own")
+
+    with pytest.warns(UserWarning, match="could not check .* of Particular .* RuntimeError: needs a machine"):
+        check_wrappable(Particular(parameters()))
+
+
+def test_check_does_not_share_mutable_options() -> None:
+    base, twin = others.Caching(parameters(), lr=0.1), others.Caching(parameters(), lr=0.1)
+    check_wrappable(base)
+    assert base.param_groups[0]["cache"] == base.defaults["cache"] == [None] * 10
+    for optimizer in (base, twin):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(4, 3)
+        optimizer.step()
+    assert base.param_groups[0]["cache"] == twin.param_groups[0]["cache"]
+
+
+@pytest.mark.parametrize("inner", [optim.SGD, optim.AdamW])
+def test_optimizer_whose_optional_closure_is_required_is_refused(inner: Any) -> None:
+    with pytest.raises(TypeError, match=r"SAM\.step requires one.*Use it bare"):
+        check_wrappable(others.SAM(inner(parameters(), lr=0.1)))
+
+
+def test_parameters_on_the_meta_device_are_refused() -> None:
+    meta = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.empty(2, device="meta"))]
+    with pytest.raises(ValueError, match=r"param_groups\[0\] has some on the meta device.*to_empty"):
+        check_wrappable(optim.SGD(meta, lr=0.1))
+
+
 @pytest.mark.parametrize("make", [optim.LBFGS, NeedsClosure])
 def test_optimizer_that_evaluates_the_closure_itself_is_refused(make: Make) -> None:
     base = make(parameters())
@@ -269,7 +353,11 @@ def test_what_is_no_optimizer_is_refused(value: Any) -> None:
 # --- without a trace -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [*TAKEN.values(), *UNPROPORTIONAL.values()], ids=[*TAKEN, *UNPROPORTIONAL])
+@pytest.mark.parametrize(
+    "make",
+    [*TAKEN.values(), *UNPROPORTIONAL.values(), *OTHERS_REFUSED.values()],
+    ids=[*TAKEN, *UNPROPORTIONAL, *OTHERS_REFUSED],
+)
 def test_check_leaves_the_optimizer_alone(make: Make) -> None:
     trained = parameters()
     for parameter in trained:
@@ -281,7 +369,7 @@ def test_check_leaves_the_optimizer_alone(make: Make) -> None:
     try:
         check_wrappable(base)
     except ValueError:
-        assert make in UNPROPORTIONAL.values()
+        assert make in (*UNPROPORTIONAL.values(), *OTHERS_REFUSED.values())
     assert all(now is then for now, then in zip(base.param_groups, own_groups, strict=True))
     assert str(base.param_groups) == str(options)
     assert str(dict(base.state)) == str(state)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LinearLR
 from torch.utils.checkpoint import checkpoint
 
 from gen_optim import GeNOptimizer, ProbeStatus, check_closure
-from tests.training import Training, gen_adamw, gen_sgd, mlp, parameters_of, regression_data, same
+from tests.training import Training, gen_adamw, gen_sgd, mlp, parameters_of, regression_data, same, wrapped
 
 # torch warns of itself: where inductor is imported, and where tracing goes on after a graph break.
 pytestmark = [
@@ -276,7 +276,7 @@ def on_gpu(request: pytest.FixtureRequest) -> Iterator[Training]:
     def make(parameters: list[Tensor]) -> GeNOptimizer:
         is_capturable = request.param == "capturable"
         lr = torch.tensor(1e-3, device="cuda") if is_capturable else 1e-3
-        return GeNOptimizer(AdamW(parameters, lr=lr, capturable=is_capturable), burn_in=2, period=4)
+        return wrapped(AdamW(parameters, lr=lr, capturable=is_capturable), burn_in=2, period=4)
 
     training = Training.of(make, mlp(dropout=0.3, norm=True).cuda())
     training.inputs, training.targets = training.inputs.cuda(), training.targets.cuda()

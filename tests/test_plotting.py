@@ -110,7 +110,7 @@ def test_history_draws_losses_learning_rates_and_marks() -> None:
     assert drawn["chosen"].get_ydata() == pytest.approx([0.1, 0.2, 0.3])
     assert drawn["× scheduler's factor"].get_ydata() == pytest.approx([0.05, 0.1, 0.15])
     assert np.isnan(drawn["optimum"].get_ydata()).tolist() == [False, False, True]
-    assert drawn["start found"].get_xdata().tolist() == [1]
+    assert drawn["initial learning rate found"].get_xdata().tolist() == [1]
     assert drawn["concave: grown"].get_xdata().tolist() == [3]
 
 
@@ -140,7 +140,7 @@ def test_a_real_run_and_an_empty_one() -> None:
     training.train(60)
     below = plot_history(run)[1, 0]
     assert lines(below)["chosen"].get_ydata()[-1] == training.optimizer.last_probe.lr_after
-    assert math.isclose(lines(below)["start found"].get_ydata()[0], run[0].lr_after)
+    assert math.isclose(lines(below)["initial learning rate found"].get_ydata()[0], run[0].lr_after)
 
 
 def test_matplotlib_is_imported_only_when_something_is_drawn() -> None:

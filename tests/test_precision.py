@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from benchmarks import precision, workloads
+from benchmarks import precision
+from benchmarks.data import Data
+from benchmarks.workloads import WORKLOADS
 from gen_optim import GeNOptimizer, History, ProbeStatus
 from tests.training import Training, gen_adamw, mlp, parameters_of, regression_data, same
 
@@ -159,13 +161,13 @@ RULE_OF = {"approximate": "published", "lookback": "relaxed"}
 
 def final_loss(dtype: torch.dtype, mode: str, *, stored: bool = False, steps: int = 200) -> tuple[float, History]:
     """Train the digits MLP under autocast, or with everything in that dtype."""
-    workload, history = workloads.digits_mlp(), History()
+    task, history = WORKLOADS["digits-mlp"].make(0, Data()), History()
     if stored:
-        workload.model.to(dtype)
-    optimizer = GeNOptimizer(AdamW(workload.model.parameters()), mode=mode, rule=RULE_OF[mode])
+        task.model.to(dtype)
+    optimizer = GeNOptimizer(AdamW(task.model.parameters()), mode=mode, rule=RULE_OF[mode])
     optimizer.register_probe_hook(history)
     is_cast = dtype != torch.float32 and not stored
-    return precision.final_loss(workload, optimizer, steps, dtype if is_cast else None), history
+    return precision.final_loss(task, optimizer, steps, dtype if is_cast else None), history
 
 
 @pytest.mark.parametrize(

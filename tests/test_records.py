@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gen_optim.records import History, ProbeRecord
-from gen_optim.rules.base import ProbeStatus
+from gen_optim.rules import ProbeStatus
 
 RECORD = ProbeRecord(
     step=9,
@@ -73,7 +73,7 @@ def test_record_as_a_dictionary_is_plain() -> None:
         "status": "fitted",
         "slope_noise": 0.0,
         "curvature_noise": 0.0,
-        "arrival": None,
+        "loss_end": None,
     }
 
 
@@ -98,7 +98,7 @@ def test_missing_field_is_named(name: str) -> None:
 
 def test_fields_that_records_did_not_have_at_first_may_be_missing() -> None:
     values = RECORD.to_dict()
-    for name in ("slope_noise", "curvature_noise", "arrival"):
+    for name in ("slope_noise", "curvature_noise", "loss_end"):
         del values[name]
     assert ProbeRecord.from_dict(values) == RECORD
 

@@ -12,7 +12,7 @@ from torch.optim import ASGD, LBFGS, Adafactor, Rprop
 from torch.testing._internal.common_optimizers import optim_db
 
 from gen_optim import GeNOptimizer, ProbeStatus
-from tests.training import mlp, parameters_of, regression_data, same
+from tests.training import mlp, parameters_of, regression_data, same, wrapped
 
 SEARCHED_LR = 1.0  # at which the base optimizer takes the step along which the start is searched
 REFUSED = {ASGD, Adafactor, LBFGS, Rprop}
@@ -77,7 +77,7 @@ def make_closure(model: nn.Module, optimizer: torch.optim.Optimizer, sign: float
 def test_lazy_steps_equal_the_bare_optimizer_and_probe_steps_the_lerp(info: Any, inputs: Any, rule: str) -> None:
     wrapped_model, bare_model = make_model(info), make_model(info)
     bare = make_base(info, inputs.kwargs, bare_model)
-    optimizer = GeNOptimizer(
+    optimizer = wrapped(
         make_base(info, inputs.kwargs, wrapped_model), mode="approximate", rule=rule, period=3, burn_in=1
     )
     sign = -1.0 if optimizer.param_groups[0].get("maximize") else 1.0
@@ -101,9 +101,10 @@ def test_lazy_steps_equal_the_bare_optimizer_and_probe_steps_the_lerp(info: Any,
         assert same(parameters_of(wrapped_model), parameters_of(bare_model))
         assert lr_of(optimizer) == pytest.approx(optimizer.get_last_lr()[0], rel=0, abs=0)
     assert probe_steps == 3
-    for mine, theirs in zip(optimizer.state.values(), bare.state.values(), strict=True):
-        for name, value in theirs.items():
-            assert torch.equal(torch.as_tensor(mine[name]), torch.as_tensor(value)), name
+    for mine, theirs in zip(wrapped_model.parameters(), bare_model.parameters(), strict=True):
+        for name, value in bare.state.get(theirs, {}).items():
+            assert torch.equal(torch.as_tensor(optimizer.state[mine][name]), torch.as_tensor(value)), name
+        assert set(optimizer.state.get(mine, {})) - {"gen_average"} == set(bare.state.get(theirs, {}))
 
 
 @pytest.mark.parametrize("cls", sorted(REFUSED, key=lambda cls: cls.__name__), ids=lambda cls: cls.__name__)

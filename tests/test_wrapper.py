@@ -1,6 +1,8 @@
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,21 +10,40 @@ import pytest
 import torch
 from torch import nn, optim
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gen_optim.wrapper import OptimizerWrapper, without_global_hooks
+from gen_optim.closures.interception import postponed_step_hooks
+from gen_optim.wrapper import OptimizerWrapper, step_without_hooks
 
 
 class Stepping(OptimizerWrapper):
     """The least that a wrapper has to add."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.step_base()
+        self.base_optim.step()
+
+
+class Counting(Stepping):
+    """Remembers one number between steps, in an attribute; checkpoints carry it in the first group."""
+
+    def __init__(self, base_optim: Optimizer) -> None:
+        super().__init__(base_optim)
+        self.count = 0
+        self._save_numbers()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        self.count += 1
+
+    def _save_numbers(self) -> None:
+        self.param_groups[0]["count"] = self.count
+
+    def _load_numbers(self) -> None:
+        self.count = self.param_groups[0].get("count", 0)
+
+    def _check_numbers(self, state_dict: Any) -> None:
+        if state_dict["param_groups"][0].get("count", 0) < 0:
+            raise ValueError("negative count")
 
 
 def parameters(size: int = 3) -> list[nn.Parameter]:
@@ -152,45 +173,21 @@ def global_calls() -> Iterator[list[Optimizer]]:
         handle.remove()
 
 
-def test_global_step_hooks_fire_once_and_for_the_wrapper(global_calls: list[Optimizer]) -> None:
+def test_global_step_hooks_fire_for_the_wrapper_and_for_the_base(global_calls: list[Optimizer]) -> None:
     optimizer = wrapped()
     optimizer.step()
-    assert len(global_calls) == 2  # before and after
-    assert all(each is optimizer for each in global_calls)
+    assert global_calls == [optimizer, optimizer.base_optim, optimizer.base_optim, optimizer]
 
 
-def test_global_step_hooks_fire_for_other_optimizers_as_before(global_calls: list[Optimizer]) -> None:
-    wrapped().step()
-    global_calls.clear()
-    other = optim.SGD(parameters(), lr=0.1)
-    other.step()
-    assert global_calls == [other, other]
-
-
-def test_global_hooks_are_back_after_a_step_that_raises(global_calls: list[Optimizer]) -> None:
-    class Failing(optim.SGD):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            raise RuntimeError("stop")
-
-    tables = dict(_global_optimizer_pre_hooks), dict(_global_optimizer_post_hooks)
-    with pytest.raises(RuntimeError, match="stop"):
-        Stepping(Failing(parameters(), lr=0.1)).step()
-    assert (dict(_global_optimizer_pre_hooks), dict(_global_optimizer_post_hooks)) == tables
-
-
-def test_global_hooks_keep_their_order_and_can_be_removed_after_being_held_still() -> None:
-    order: list[str] = []
-    first = register_optimizer_step_pre_hook(lambda *_: order.append("first"))
-    second = register_optimizer_step_pre_hook(lambda *_: order.append("second"))
-    with without_global_hooks():
-        assert not _global_optimizer_pre_hooks
-    optimizer = wrapped()
-    optimizer.step()
-    assert order == ["first", "second"]
-    first.remove()
-    second.remove()
-    optimizer.step()
-    assert order == ["first", "second"]
+def test_step_without_hooks_calls_none(global_calls: list[Optimizer]) -> None:
+    optimizer, bare = optim.AdamW(parameters()), optim.AdamW(parameters())
+    optimizer.register_step_post_hook(lambda *_: pytest.fail("called"))
+    for _ in range(3):
+        step_without_hooks(optimizer)
+    assert global_calls == []
+    for _ in range(3):
+        bare.step()
+    assert_equal_states(optimizer, bare)
 
 
 def note(calls: list[str], words: str) -> Callable[..., None]:
@@ -214,6 +211,32 @@ def test_step_hooks_of_wrapper_and_base_fire_once_each() -> None:
         each.register_step_post_hook(note(calls, f"after {name}"))
     optimizer.step()
     assert calls == ["before wrapper", "before base", "after base", "after wrapper"]
+
+
+def test_post_hooks_of_a_proposed_step_are_called_when_it_has_been_taken() -> None:
+    optimizer = wrapped()
+    calls: list[str] = []
+    optimizer.base_optim.register_step_pre_hook(note(calls, "before"))
+    optimizer.base_optim.register_step_post_hook(note(calls, "after"))
+    with postponed_step_hooks(optimizer.base_optim) as call_hooks:
+        optimizer.base_optim.step()
+    assert calls == ["before"]
+    call_hooks()
+    assert calls == ["before", "after"]
+    optimizer.step()
+    assert calls == ["before", "after"] * 2
+
+
+def test_post_hooks_are_back_after_a_proposed_step_that_raises() -> None:
+    class Failing(optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            raise RuntimeError("stop")
+
+    optimizer = Stepping(Failing(parameters(), lr=0.1))
+    optimizer.base_optim.register_step_post_hook(_no_hook)
+    with pytest.raises(RuntimeError, match="stop"), postponed_step_hooks(optimizer.base_optim):
+        optimizer.base_optim.step()
+    assert list(optimizer.base_optim._optimizer_step_post_hooks.values()) == [_no_hook]
 
 
 def test_state_dict_hooks_of_wrapper_and_base_fire_once_each() -> None:
@@ -282,7 +305,7 @@ def test_checkpoint_survives_a_weights_only_file() -> None:
     assert_equal_states(optimizer, other)
 
 
-def test_what_is_loaded_is_shared_with_nobody() -> None:
+def test_loading_shares_nothing_with_the_state_dict() -> None:
     optimizer, other = wrapped(), wrapped()
     optimizer.step()
     saved = optimizer.state_dict()
@@ -305,6 +328,121 @@ def test_state_dict_with_other_groups_is_refused_and_changes_nothing() -> None:
         optimizer.load_state_dict(other.state_dict())
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
     assert_shares_all(optimizer)
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no state": (lambda saved: saved.pop("state"), r"lacks \['state'\]"),
+    "no groups": (lambda saved: saved.pop("param_groups"), r"lacks \['param_groups'\]"),
+    "fewer parameters": (lambda saved: saved["param_groups"][0]["params"].pop(), "expected 2 parameters, got 1"),
+    "no learning rate": (lambda saved: saved["param_groups"][0].pop("lr"), r"options \['lr'\]"),
+    "no betas": (lambda saved: saved["param_groups"][0].pop("betas"), r"param_groups\[0\] .* options \['betas'\]"),
+    "impossible number": (lambda saved: saved["param_groups"][0].update(count=-1), "negative count"),
+}
+
+
+@pytest.mark.parametrize("through", ["wrapper", "base"])
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_state_dict_is_refused_before_anything_is_written(damage: Any, message: str, through: str) -> None:
+    optimizer = Counting(optim.AdamW(parameters(), lr=0.5))
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    groups, state, before = optimizer.param_groups, optimizer.state, str(optimizer.state_dict())
+    damage(saved)
+    with pytest.raises(ValueError, match=message):
+        (optimizer if through == "wrapper" else optimizer.base_optim).load_state_dict(saved)
+    assert optimizer.param_groups is groups
+    assert optimizer.state is state
+    assert str(optimizer.state_dict()) == before
+    assert optimizer.count == 2
+
+
+def test_a_load_that_the_base_gives_up_in_the_middle_changes_nothing() -> None:
+    class Demanding(optim.AdamW):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            if "extra" not in state_dict:
+                raise KeyError("extra")
+
+    optimizer = Counting(Demanding(parameters()))
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    before = str(optimizer.state_dict())
+    with pytest.raises(KeyError, match="extra"):
+        optimizer.load_state_dict(saved)
+    assert str(optimizer.state_dict()) == before
+    assert optimizer.count == 2
+
+
+def test_a_checkpoint_of_an_older_version_whose_options_the_base_completes_is_loaded() -> None:
+    optimizer = wrapped()
+    saved = optimizer.state_dict()
+    for key in ("maximize", "foreach", "capturable", "differentiable", "fused"):
+        del saved["param_groups"][0][key]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["maximize"] is False
+
+
+# --- remembered numbers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [lambda o: o.state_dict(), lambda o: o.base_optim.state_dict()])
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda optimizer, saved: optimizer.load_state_dict(saved),
+        lambda optimizer, saved: optimizer.base_optim.load_state_dict(saved),
+        Optimizer.load_state_dict,
+    ],
+    ids=["wrapper", "base", "unbound"],
+)
+def test_numbers_are_in_checkpoints_of_wrapper_and_base(save: Any, load: Any) -> None:
+    optimizer, other = (Counting(optim.AdamW(parameters())) for _ in range(2))
+    for _ in range(3):
+        optimizer.step()
+    load(other, save(optimizer))
+    assert other.count == 3
+
+
+def test_numbers_are_kept_though_the_base_has_no_hooks() -> None:
+    class Bare(optim.SGD):
+        """Skips its parent's set-up, as wrappers around other optimizers do."""
+
+        def __init__(self, params: list[nn.Parameter]) -> None:
+            self.__dict__.update(vars(optim.SGD(params, lr=0.1)))
+            for name in [name for name in vars(self) if name.endswith("_hooks")]:
+                delattr(self, name)
+
+        state_dict = lambda self: {"state": {}, "param_groups": [{**self.param_groups[0], "params": [0, 1]}]}  # noqa: E731
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.param_groups[0].update({**state_dict["param_groups"][0], "params": self.param_groups[0]["params"]})
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            pass
+
+    optimizer, other = Counting(Bare(parameters())), Counting(Bare(parameters()))
+    optimizer.step()
+    with postponed_step_hooks(optimizer.base_optim) as call_hooks:
+        optimizer.base_optim.step()
+    call_hooks()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.count == 1
+
+
+def test_hooks_on_the_base_do_not_keep_the_wrapper_alive() -> None:
+    optimizer = Counting(optim.AdamW(parameters()))
+    base, freed = optimizer.base_optim, weakref.ref(optimizer)
+    optimizer.step()
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer
+        assert freed() is None
+    finally:
+        gc.enable()
+    base.load_state_dict(base.state_dict())
 
 
 def test_hook_that_edits_what_is_loaded_leaves_the_checkpoint_alone() -> None:
@@ -381,6 +519,18 @@ def test_duplicate_has_hooks_of_its_own(duplicate: Any) -> None:
     assert calls == []
     twin.step()
     assert calls == ["twin"]
+
+
+@pytest.mark.parametrize("duplicate", [copied, pickled])
+def test_checkpoints_of_the_base_of_a_duplicate_carry_its_own_numbers(duplicate: Any) -> None:
+    optimizer = Counting(optim.AdamW(parameters()))
+    optimizer.step()
+    twin = duplicate(optimizer)
+    twin.step()
+    assert twin.base_optim.state_dict()["param_groups"][0]["count"] == 2
+    assert optimizer.base_optim.state_dict()["param_groups"][0]["count"] == 1
+    optimizer.base_optim.load_state_dict(twin.base_optim.state_dict())
+    assert (optimizer.count, twin.count) == (2, 2)
 
 
 def _no_hook(*_: Any) -> None:

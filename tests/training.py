@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gen_optim import GeNOptimizer, ProbeRecord
+from gen_optim.measurement import MODES
+from gen_optim.rules import RULES
 
 
 def regression_data(size: int = 16, features: int = 4, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -77,17 +79,36 @@ class Training:
         return losses
 
 
+_RULE_OPTIONS = {field.name for rule in RULES.values() for field in fields(rule)}
+
+
+def wrapped(base: torch.optim.Optimizer, *, rule: Any = "relaxed", mode: Any = "lookback", **options: Any) -> Any:
+    """A GeNOptimizer. Options of rules and modes may be given beside its own; those that the rule lacks are ignored."""
+    if isinstance(rule, str):
+        own = {field.name for field in fields(RULES[rule])}
+        rule = RULES[rule](**{name: value for name, value in options.items() if name in own})
+    if "tolerance" in options:
+        mode = MODES[mode](tolerance=options["tolerance"])
+    others = {name: value for name, value in options.items() if name not in {*_RULE_OPTIONS, "tolerance"}}
+    return GeNOptimizer(base, rule=rule, mode=mode, **others)
+
+
 def gen_adamw(parameters: Any, lr: float = 1e-3, **options: Any) -> GeNOptimizer:
-    return GeNOptimizer(torch.optim.AdamW(parameters, lr=lr), **options)
+    return wrapped(torch.optim.AdamW(parameters, lr=lr), **options)
 
 
 def gen_sgd(parameters: Any, lr: float = 0.1, **options: Any) -> GeNOptimizer:
-    return GeNOptimizer(torch.optim.SGD(parameters, lr=lr, momentum=0.9), **options)
+    return wrapped(torch.optim.SGD(parameters, lr=lr, momentum=0.9), **options)
 
 
 def looking(parameters: Any, **options: Any) -> GeNOptimizer:
     """Looks back at every step."""
     return gen_sgd(parameters, **{"mode": "lookback", "rule": "published", "period": 1, **options})
+
+
+def looks_back_next(optimizer: Any) -> bool:
+    """Whether a checkpoint of the optimizer made now says that the next step looks back at the last one."""
+    return bool(optimizer.state_dict()["param_groups"][0]["gen_start_lr"] > 0.0)
 
 
 def accumulating(

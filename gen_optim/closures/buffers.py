@@ -1,117 +1,121 @@
-"""The buffers of modules, which a probe must leave as they were."""
+"""The buffers of modules, which probes must leave as they were."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gen_optim.closures.modules import buffers_of, put_buffers, with_children
+
 __all__ = ["Buffers"]
 
 
 class Buffers:
-    """The buffers of the modules that a closure calls: as they were before its first call, and after.
+    """The buffers of modules before and after the first call of a step's closure.
 
-    A buffer is kept as the tensor it is, wherever that stands, and the names under which a module holds its buffers
-    are kept only where a call of the module changes them. For ``torch.func.functional_call`` lends modules other
-    buffers, and what stands in a module while it is called need not be its own.
+    Contents are copied, and the tensors under their names remembered, since a module may register buffers or assign
+    other tensors to them.
 
     Args:
-        owners: Modules whose buffers are kept whether they are called or not.
+        modules: Modules that the closure may call; modules below them are included.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> buffers = Buffers([norm])
+        >>> _ = norm(torch.ones(4, 2))  # the first call
+        >>> buffers.end_first_call()
+        >>> buffers.rewind()
+        >>> norm.num_batches_tracked
+        tensor(0)
+        >>> buffers.restore()
+        >>> norm.num_batches_tracked
+        tensor(1)
     """
 
-    def __init__(self, owners: Iterable[nn.Module] = ()) -> None:
-        self._before, self._after = _Snapshot(), _Snapshot()
-        self._modules: dict[nn.Module, None] = {}
-        self._entered: dict[nn.Module, dict[str, Tensor | None]] = {}
-        self._is_first = True
-        # Those to which the optimizer's parameters belong may change theirs in methods that nobody notices.
-        self._owned = self._look_at(owners)
-
-    def modules(self) -> list[nn.Module]:
-        """All modules that have been called, those below them, and the owners."""
-        return list(self._modules)
-
-    def enter(self, module: nn.Module) -> None:
-        """Keep what a module and all below it hold, which is about to be called."""
-        self._entered = self._look_at(module.modules())
-
-    def leave(self, _: nn.Module) -> None:
-        """Notice which modules hold other buffers than before the call."""
-        self._compare(self._entered)
-        self._entered = {}
-
-    def _look_at(self, modules: Iterable[nn.Module]) -> dict[nn.Module, dict[str, Tensor | None]]:
-        held = {each: dict(each._buffers.items()) for each in modules}
-        self._modules.update(dict.fromkeys(held))
-        for buffers in filter(None, held.values()):
-            self._before.keep(buffers.values())
-            if not self._is_first:  # what only a probe comes to see must end as it was before that probe
-                self._after.keep(buffers.values())
-        return held
-
-    def _compare(self, before: Mapping[nn.Module, dict[str, Tensor | None]]) -> None:
-        for module, held in before.items():
-            if not held and not len(module._buffers):
-                continue
-            now = dict(module._buffers.items())
-            if list(now) != list(held) or any(now[name] is not buffer for name, buffer in held.items()):
-                self._before.names.setdefault(module, held)
-                if not self._is_first:
-                    self._after.names.setdefault(module, held)
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._before = _Snapshot(self._modules)
+        self._after = self._before
 
     def end_first_call(self) -> None:
-        """Keep what all of them hold after the first call."""
-        self._compare(self._owned)
-        self._is_first = False
-        self._after.keep(self._before.contents)
-        for module in self._before.names:
-            self._after.names[module] = dict(module._buffers)
-            self._after.keep(module._buffers.values())
+        """Take what the modules hold now as the state after the first call."""
+        # The tensors from before too: they may be held elsewhere. Modules may have got new ones below them.
+        self._after = _Snapshot(with_children(self._modules), self._before.contents)
 
     def rewind(self) -> None:
-        """Put everything back to where the first call found it."""
+        """Restore the state before the first call."""
         self._before.restore()
 
     def restore(self) -> None:
-        """Put everything back to where the first call left it."""
+        """Restore the state after the first call."""
         self._after.restore()
+
+    def changed(self) -> list[nn.Module]:
+        """Return the modules whose buffers differ from the state after the first call."""
+        return self._after.changed()
 
 
 class _Snapshot:
-    """Tensors with copies of their contents, and the names under which some modules hold them."""
+    """The buffers of modules, and copies of their contents.
 
-    def __init__(self) -> None:
-        self.contents: dict[Tensor, Tensor | None] = {}
-        self.names: dict[nn.Module, Mapping[str, Tensor | None]] = {}
+    Args:
+        modules: The modules.
+        others: Further tensors whose contents are copied.
+    """
 
-    def keep(self, buffers: Iterable[Tensor | None]) -> None:
-        """Copy the contents of those not kept before."""
-        for buffer in buffers:
-            if buffer is not None and buffer not in self.contents:
-                self.contents[buffer] = _copy(buffer)
+    def __init__(self, modules: Iterable[nn.Module], others: Iterable[Tensor] = ()) -> None:
+        self._buffers = {module: buffers_of(module) for module in modules}
+        held = (each for buffers in self._buffers.values() if buffers for each in buffers.values())
+        self.contents = {each: _copy(each) for each in dict.fromkeys([*held, *others]) if each is not None}
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put names and contents back; unseen, since ``batch_norm`` writes without a trace in ``_version``."""
-        for module, held in self.names.items():
-            module._buffers.clear()
-            module._buffers.update(held)
+        """Put back tensors and contents, whether they have changed or not: ``batch_norm`` bumps no version."""
+        for module, buffers in self._buffers.items():
+            if not _is_same(buffers_of(module), buffers):
+                put_buffers(module, buffers)
         for buffer, copy in self.contents.items():
             if copy is not None:
                 if buffer.shape != copy.shape:
                     buffer.resize_(copy.shape)
                 buffer.copy_(copy)
 
+    def changed(self) -> list[nn.Module]:
+        """Return the modules that hold other tensors or contents."""
+
+        def differs(buffer: Tensor | None) -> bool:
+            copy = None if buffer is None else self.contents[buffer]
+            return copy is not None and buffer is not None and not _equal(buffer, copy)
+
+        return [
+            module
+            for module, buffers in self._buffers.items()
+            if not _is_same(buffers_of(module), buffers) or any(map(differs, buffers.values()))
+        ]
+
+
+def _is_same(left: dict[str, Tensor | None], right: dict[str, Tensor | None]) -> bool:
+    """Whether the same tensors are under the same names in the same order."""
+    return list(left) == list(right) and all(left[name] is right[name] for name in left)
+
+
+def _equal(buffer: Tensor, copy: Tensor) -> bool:
+    """Whether a buffer has the contents of its copy; NaN equals itself."""
+    if buffer.shape != copy.shape:
+        return False
+    is_equal = buffer == copy
+    return bool((is_equal | ((buffer != buffer) & (copy != copy))).all())
+
 
 def _copy(buffer: Tensor) -> Tensor | None:
-    """A copy, or None of what torch refuses to write to in place, or what has no contents to go back to."""
-    if is_lazy(buffer) or torch._C._functorch.is_functorch_wrapped_tensor(buffer):
-        return None  # torch.func's own tensors are gone when the call is over
-    if buffer.is_nested or buffer.is_inference():
+    """Return a copy, or None if torch cannot write to the tensor in place or it has no contents."""
+    if is_lazy(buffer) or buffer.is_nested or buffer.is_inference():
         return None
-    if buffer.layout is torch.strided and torch._debug_has_internal_overlap(buffer) == 1:
-        return None
+    if buffer.layout is torch.strided and any(
+        size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    ):
+        return None  # expanded: several elements share their memory
     return buffer.detach().clone()

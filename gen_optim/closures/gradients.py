@@ -1,16 +1,16 @@
-"""Whose gradients a step uses: those of the closure, of the caller, or its own; and of what they are the gradients.
+"""The gradients that a step uses: whether the closure computed them, and which scalar they belong to.
 
-A closure may run backward itself, or only return the loss. In the latter case gradients that the caller has computed
-since the last step are used, and where there are none the loss is differentiated here. Looking at every parameter
-would cost more than a lazy step may, so one gradient stands for all: the first one, of a parameter that is trained.
+A closure may call ``backward()`` itself, or only return the loss. In the latter case gradients that the caller has
+computed since the last step are used, and if there are none, the loss is differentiated here. Looking at every
+parameter would cost more than a lazy step may, so the first gradient of a trained parameter represents all.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,141 +18,202 @@ from torch import Tensor
 from gen_optim.closures.losses import Loss
 from gen_optim.tensors.dtensor import is_dtensor, local, whole
 
-__all__ = ["GradientMark", "GradientOrigin", "complete_gradients", "mark_used"]
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from typing_extensions import Self
+
+__all__ = ["GradientOrigin", "GradientWatch", "Source", "mark_used"]
 
 _USED = "_gen_used_version"
-"""Set on a gradient when a step has used it. The mark goes where the tensor goes: ids are recycled."""
+"""Attribute of a gradient that a step has used: its version then. It is kept on the tensor because ids are recycled."""
 
 
-class GradientMark(NamedTuple):
-    """The gradient that stands for all, as it was before the closure was called.
+class Source(Enum):
+    """Where the gradients of a step come from.
 
     Attributes:
-        gradient: The gradient, which it does not keep alive while a new one is computed; None if there is none.
-        version: Its version then.
+        CLOSURE: The closure has called ``backward()`` or written them.
+        CALLER: The caller has computed them since the last step.
+        NONE: There are none, or only those that the last step has used.
     """
 
-    gradient: weakref.ref[Tensor] | None
-    version: int
+    CLOSURE = "closure"
+    CALLER = "caller"
+    NONE = "none"
 
-    @property
-    def is_fresh(self) -> bool:
-        """Whether it had changed since the last step."""
-        gradient = None if self.gradient is None else self.gradient()
-        return gradient is not None and getattr(gradient, _USED, None) != self.version
 
-    @classmethod
-    def of(cls, groups: Sequence[dict[str, Any]]) -> GradientMark:
-        """Look at the gradients of an optimizer's parameter groups."""
-        gradient = _first_gradient(groups)
+class GradientWatch:
+    """Notices whether a closure provides gradients, and computes them if it does not.
+
+    The first gradient is looked at before and after the call. If it is another tensor, the closure has assigned it. If
+    it is the same tensor, written to, either a backward pass has added to it, which a hook on its parameter notices,
+    or something else has written to it: the closure, which may have filled it with zeros, or ``fully_shard``, which
+    need not call the hook.
+
+    A class with ``__enter__`` because each lazy step uses one: a generator would take twice as long.
+
+    Args:
+        groups: The optimizer's parameter groups.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> groups = [{"params": [weight]}]
+        >>> with GradientWatch(groups) as watch:
+        ...     loss = weight.sum()  # a closure that does not call backward()
+        >>> watch.complete(loss)
+        True
+        >>> weight.grad
+        tensor([1., 1.])
+    """
+
+    __slots__ = ("_groups", "_handle", "_has_accumulated", "_is_fresh", "_parameter", "_seen", "_version")
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self._groups = groups
+        self._has_accumulated = False
+        self._handle: RemovableHandle | None = None
+        self._parameter = _first_with_gradient(groups)
+        gradient = None if self._parameter is None else self._parameter.grad
         if gradient is None:
-            return cls(None, 0)
-        return cls(weakref.ref(gradient), _version(gradient))
+            self._seen, self._version, self._is_fresh = None, 0, False
+        else:
+            self._seen = weakref.ref(gradient)  # not kept alive while a new one is computed
+            self._version = _version(gradient)
+            self._is_fresh = getattr(gradient, _USED, None) != self._version
+
+    def __enter__(self) -> Self:
+        """Begin: the closure is about to be called."""
+        if self._parameter is not None:
+            self._handle = self._parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End: the closure has returned."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _note(self, _: Tensor) -> None:
+        self._has_accumulated = True
+
+    def find(self, loss: Loss) -> Source:
+        """Return where the gradients of this step come from.
+
+        Args:
+            loss: The return value of the closure. If it has no graph, gradients that are all zero count, too.
+        """
+        if self._has_accumulated:
+            return Source.CLOSURE
+        parameter = _first_with_gradient(self._groups)
+        gradient = None if parameter is None else parameter.grad
+        if gradient is None:
+            return Source.NONE
+        if self._seen is None or gradient is not self._seen():
+            return Source.CLOSURE
+        is_written = _version(gradient) != self._version
+        has_graph = isinstance(loss, Tensor) and loss.requires_grad
+        # Zeros are left by zero_grad(set_to_none=False), here or before the step: not the gradient of a loss.
+        if (is_written or self._is_fresh) and (
+            not has_graph or any(bool(whole(each.any())) for each in _gradients(self._groups))
+        ):
+            return Source.CLOSURE if is_written else Source.CALLER
+        return Source.NONE
+
+    def complete(self, loss: Loss) -> bool:
+        """Differentiate ``loss`` if there are no gradients to use.
+
+        Returns:
+            Whether ``loss`` has been differentiated.
+
+        Raises:
+            TypeError: If there are no gradients to use, and the loss has no graph.
+        """
+        if self.find(loss) is not Source.NONE:
+            return False
+        if not (isinstance(loss, Tensor) and loss.requires_grad):
+            raise TypeError(
+                "closure must either call backward() or return a loss that has a graph, but it did not call "
+                "backward(), no gradients were computed since the last step, and it returned "
+                f"{'a tensor that does not require grad' if isinstance(loss, Tensor) else 'a plain number'}. "
+                "Return the tensor itself, neither .item() nor .detach()."
+            )
+        trained = [parameter for group in self._groups for parameter in group["params"] if parameter.requires_grad]
+        if not trained:
+            return False
+        for each in trained:
+            each.grad = None
+        # Only these: another network's gradients would count as fresh when its own optimizer steps. ``fully_shard``
+        # computes the loss from gathered parameters, which are other tensors.
+        inputs = None if any(map(is_dtensor, trained)) else trained
+        loss.backward(inputs=inputs)  # type: ignore[no-untyped-call]
+        return True
 
 
 def mark_used(groups: Sequence[dict[str, Any]]) -> None:
     """Note that a step has used the present gradients."""
-    gradient = _first_gradient(groups)
-    if gradient is not None:
-        setattr(gradient, _USED, _version(gradient))
+    parameter = _first_with_gradient(groups)
+    if parameter is not None and parameter.grad is not None:
+        setattr(parameter.grad, _USED, _version(parameter.grad))
 
 
 class GradientOrigin:
-    """Of what the gradients are the gradients that a closure leaves.
+    """Tracks which scalars the gradients of a closure belong to.
 
-    Watched while the closure runs: each backward pass adds what it differentiates, and gradients that were there
-    before, or were written to afterwards, are those of nothing in particular.
+    Each backward pass adds the scalars that it differentiates. If there were gradients before the first one, or
+    if they were written to in between or afterwards, the scalars are unknown.
 
     Args:
         groups: The optimizer's parameter groups.
+
+    Attributes:
+        saw_backward: Whether a backward pass has come to its end.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         self._groups = groups
-        self._differentiated: list[Tensor] = []
+        self._scalars: list[Tensor] = []
         self._left: list[tuple[int, int]] | None = None
         self._is_clean = True
+        self.saw_backward = False
 
-    @contextmanager
-    def around_backward(self, differentiated: list[Tensor]) -> Iterator[None]:
-        """Watch a backward pass, which differentiates these scalars."""
-        found = self._gradients()
-        self._is_clean &= found == (self._left or [])
-        yield
-        self._differentiated += [whole(each.detach()) for each in differentiated]
+    def watch(self, run: Callable[[], None], scalars: Callable[[], list[Tensor]]) -> None:
+        """Run a backward pass, and note what it differentiates; a ``BackwardHandler``."""
+        self._is_clean &= self._gradients() == (self._left or [])
+        differentiated = scalars()
+        run()
+        self._scalars += [whole(each.detach()) for each in differentiated]
         self._left = self._gradients()
+        self.saw_backward = True
 
     def note(self, loss: Loss) -> None:
-        """Take notice that the loss has been differentiated for the closure, with nothing there before."""
-        self._differentiated = [whole(torch.as_tensor(loss).detach())]
+        """Note that the gradients have just been computed from ``loss``, with none there before."""
+        self._scalars = [whole(torch.as_tensor(loss).detach())]
         self._left, self._is_clean = self._gradients(), True
 
     def differentiated(self) -> list[Tensor] | None:
-        """Numbers of whose sum the present gradients are the gradients; None where that is not known."""
+        """Return scalars whose sum the present gradients belong to, or None if that is unknown."""
         is_known = self._is_clean and self._left is not None and self._left == self._gradients()
-        return self._differentiated if is_known else None
+        return self._scalars if is_known else None
 
     def _gradients(self) -> list[tuple[int, int]]:
         return [(id(each), _version(each)) for each in _gradients(self._groups)]
 
 
-def complete_gradients(groups: Sequence[dict[str, Any]], loss: Loss, before: GradientMark) -> bool:
-    """Differentiate ``loss`` unless there are gradients to use; for closures that ran no backward of their own.
-
-    Args:
-        groups: The optimizer's parameter groups.
-        loss: What the closure returned.
-        before: The gradients before it was called.
-
-    Returns:
-        Whether it has differentiated the loss.
-
-    Raises:
-        TypeError: If there is nothing to use, and the loss has no graph either.
-    """
-    gradient = _first_gradient(groups)
-    has_graph = isinstance(loss, Tensor) and loss.requires_grad
-    if gradient is not None:
-        if before.gradient is None or gradient is not before.gradient():
-            return False  # the closure has assigned it
-        is_new = before.is_fresh or _version(gradient) != before.version
-        # Zeros are what zero_grad(set_to_none=False) leaves, be it in the closure or before: no gradient of a loss.
-        if is_new and (not has_graph or any(bool(whole(each.any())) for each in _gradients(groups))):
-            return False
-    if not has_graph:
-        raise TypeError(
-            "closure must either call backward() or return a loss that has a graph, but it did not call backward(), "
-            f"no gradients were computed since the last step, and it returned {_describe(loss)}. "
-            "Return the tensor itself, neither .item() nor .detach()."
-        )
-    trained = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
-    if not trained:
-        return False
-    for parameter in trained:
-        parameter.grad = None
-    # Into these alone: gradients of another network would pass for fresh ones when its own optimizer steps. Only where
-    # ``fully_shard`` gathers parameters, those that the loss was computed from are others.
-    inputs = None if any(map(is_dtensor, trained)) else trained
-    cast(Tensor, loss).backward(inputs=inputs)  # type: ignore[no-untyped-call]
-    return True
-
-
-def _describe(loss: Loss) -> str:
-    return "a tensor that does not require grad" if isinstance(loss, Tensor) else "a plain number"
-
-
 def _gradients(groups: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
-    # One generator, not one in another: each lazy step begins it twice, for the first gradient.
     for group in groups:
         for parameter in group["params"]:
             if parameter.requires_grad and (gradient := parameter.grad) is not None:
                 yield gradient
 
 
+def _first_with_gradient(groups: Sequence[dict[str, Any]]) -> Tensor | None:
+    """Return the first trained parameter that has a gradient. Called twice per lazy step."""
+    for group in groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and parameter.grad is not None:
+                return cast(Tensor, parameter)
+    return None
+
+
 def _version(gradient: Tensor) -> int:
-    """How often a gradient was written; ``fully_shard`` adds to what this rank holds of a DTensor."""
+    """Return how often a gradient was written. ``fully_shard`` writes to the local part of a DTensor."""
     return local(gradient)._version
-
-
-def _first_gradient(groups: Sequence[dict[str, Any]]) -> Tensor | None:
-    return next(_gradients(groups), None)

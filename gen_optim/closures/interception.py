@@ -1,131 +1,162 @@
-"""Noticing what a closure does: which modules it calls, what it does to gradients, and in which precision it computes.
+"""Functions and flags of torch that are replaced while a probe step calls its closure.
 
-torch has no hook for any that would do: module hooks make compiled modules compile anew, and nothing announces a
-backward pass or an autocast. So some functions of torch are replaced while a closure runs, for the thread that runs it.
+A lazy step replaces nothing. In a probe step these are replaced, for the thread that runs it and for as long as a call
+of the closure lasts:
+
+- ``torch.autograd.backward``, in which ``Tensor.backward`` ends. In a probe it does nothing: a closure written for
+  ``torch.optim`` calls it each time. In the first call it reports which scalar is differentiated. If that is the
+  loss, the gradients give its slope, and looking back takes one forward pass; without it, two.
+- ``torch.autocast.__enter__``, which reports the dtype. A closure enters autocast inside and leaves it before it
+  returns, so that ``torch.is_autocast_enabled`` says nothing before or after the call. A loss computed in bfloat16 and
+  returned in float32 would be taken for exact. Without it, small perceptrons under bfloat16 autocast (AdamW, 800 steps,
+  4 seeds, with and without decay) ended at a mean squared error of 0.0104 instead of 0.0058 in the geometric mean; as
+  classifiers at a cross-entropy of 0.142 instead of 0.151.
+- ``torch.backends.mha``'s fast path is off during probes. Without gradients, attention in evaluation mode would take
+  another kernel than in the first call, whose loss differs by rounding (measured: up to one float32 epsilon).
+
+Replacements are shared by all threads and counted. They refer to what installed them weakly: if an interrupt prevents
+an exit, they pass calls through as soon as that object is gone, and the next step removes them.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["WatchingGradients", "around_backward", "watch", "watching_autocast", "watching_modules"]
+__all__ = ["BackwardHandler", "Interception", "postponed_step_hooks", "repair"]
+
+BackwardHandler = Callable[[Callable[[], None], Callable[[], list[Tensor]]], None]
+"""Handles a backward pass. Its arguments run the pass, and return the scalars whose sum it differentiates."""
 
 
-class _Watch(threading.local):
-    """Who wants to know what of the closure that this thread is calling."""
+class Interception:
+    """While entered, handles the calling thread's backward passes and notes the dtypes of its autocasts.
 
-    gradients: WatchingGradients | None = None
-    """Who notices backward passes, or suppresses them; None if nobody does."""
-    went_backward = False
-    """Whether a backward pass came to its end while gradients were watched last, be it that the closure failed."""
-    modules: tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]] | None = None
-    """What to call before and after a module is called; None inside of such a call, and where nobody asks."""
-    differentiated: list[Tensor] | None = None
-    """Where to collect the tensors on which backward is called; None if nobody asks."""
-    around_backward: Callable[[list[Tensor]], AbstractContextManager[None]] | None = None
-    """What to enter around a backward pass, with the scalars it differentiates; None inside, and if nobody asks."""
-    autocast: set[torch.dtype] | None = None
-    """Where to collect the dtypes to which operations are cast; None if nobody asks."""
-
-
-class _Patch:
-    """Functions of torch, replaced for as long as anybody needs it, by any number of threads.
+    Backward passes inside of a backward pass (checkpointed blocks) are part of that, and are not handled. An autocast
+    inside of a function that ``torch.compile`` traces is not noted.
 
     Args:
-        replacements: What is replaced: an owner and the name of its function, and what makes the replacement of it.
+        on_backward: Called in place of ``torch.autograd.backward``.
+        dtypes: A set that the dtypes of autocasts are added to: those in force now, and those entered.
+        device_types: The types of device whose autocast may be in force now.
+        is_probe: Whether the closure runs as a probe, without attention's fast path.
+
+    Example:
+        >>> passes = []
+        >>> with Interception(lambda run, scalars: passes.extend(scalars()), set(), ["cpu"]):
+        ...     torch.ones(2, requires_grad=True).sum().backward()
+        >>> passes
+        [tensor(2., grad_fn=<SumBackward0>)]
     """
 
-    def __init__(self, *replacements: tuple[Any, str, Callable[[Any], Any]]) -> None:
-        self._replacements = replacements
-        self._lock = threading.RLock()
-        self._depth = 0
-        self._originals: list[tuple[Any, str, Any]] = []
+    def __init__(
+        self,
+        on_backward: BackwardHandler,
+        dtypes: set[torch.dtype],
+        device_types: Iterable[str],
+        *,
+        is_probe: bool = False,
+    ) -> None:
+        self._on_backward = on_backward
+        self._dtypes = dtypes
+        self._device_types = device_types
+        self._replacements = (_functions, _fast_path) if is_probe else (_functions,)
+        self._outer: weakref.ref[Interception] | None = None
+        self._is_in_backward = False
 
-    def hold(self) -> None:
-        """Replace them, unless somebody does already."""
-        with self._lock:
-            if self._depth == 0:
-                try:
-                    for owner, name, replace in self._replacements:
-                        original = getattr(owner, name)
-                        self._originals.append((owner, name, original))
-                        setattr(owner, name, replace(original))
-                except BaseException:  # an interrupt: all or nothing
-                    self._restore()
-                    raise
-            self._depth += 1
+    def __enter__(self) -> Self:
+        """Begin to intercept."""
+        self._outer = _thread.active
+        for replacement in self._replacements:
+            replacement.hold(self)
+        _thread.active = weakref.ref(self)
+        self.note_autocast(self._device_types)
+        return self
 
-    def release(self) -> None:
-        """Put them back, unless somebody else still needs the replacements."""
-        with self._lock:
-            self._depth -= 1
-            if self._depth == 0:
-                self._restore()
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        _thread.active = self._outer
+        for replacement in self._replacements:
+            replacement.release(self)
 
-    def _restore(self) -> None:
-        while self._originals:
-            setattr(*self._originals.pop())
+    def backward(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Handle a call of ``torch.autograd.backward``."""
+        if self._is_in_backward:
+            original(*args, **kwargs)
+            return
+        self._is_in_backward = True
+        try:
+            self._on_backward(lambda: original(*args, **kwargs), lambda: _summands(*args, **kwargs))
+        finally:
+            self._is_in_backward = False
+
+    def note_autocast(self, device_types: Iterable[str]) -> None:
+        """Note the dtypes of the autocasts in force."""
+        self._dtypes |= {torch.get_autocast_dtype(each) for each in device_types if torch.is_autocast_enabled(each)}
 
 
-watch = _Watch()
+def repair() -> None:
+    """Undo replacements that an interrupt has left behind; called when a step begins."""
+    for replacement in (_functions, _fast_path):
+        replacement.repair()
 
 
-@functools.cache
-def _watched(backward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(backward)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        watching = watch.gradients
-        if watching is None:
-            return backward(*args, **kwargs)
-        if watching.is_suppressing:
-            if watch.differentiated is not None:
-                watch.differentiated += _summands(*args, **kwargs)
-            return None
-        around = watch.around_backward
-        if around is None:
-            result = backward(*args, **kwargs)
+class _Thread(threading.local):
+    active: weakref.ref[Interception] | None = None
+    """The interception that is in force for this thread."""
+
+
+_thread = _Thread()
+
+
+def _active() -> Interception | None:
+    return None if _thread.active is None else _thread.active()
+
+
+def _intercepted_backward(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def backward(*args: Any, **kwargs: Any) -> None:
+        interception = _active()
+        if interception is None:
+            original(*args, **kwargs)
         else:
-            # Not around the backward passes of checkpointed blocks, which are part of this one.
-            watch.around_backward = None
-            try:
-                with around(_summands(*args, **kwargs)):
-                    result = backward(*args, **kwargs)
-            finally:
-                watch.around_backward = around
-        watching.saw_backward = True
-        return result
+            interception.backward(original, *args, **kwargs)
 
-    return wrapper
+    return backward
 
 
-@functools.cache
-def _suppressed(zero_grad: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(zero_grad)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        watching = watch.gradients
-        return None if watching is not None and watching.is_suppressing else zero_grad(*args, **kwargs)
+def _intercepted_autocast(original: Callable[[torch.autocast], Any]) -> Callable[[torch.autocast], Any]:
+    @functools.wraps(original)
+    def enter(autocast: torch.autocast) -> Any:
+        entered = original(autocast)
+        interception = _active()
+        if interception is not None:
+            interception.note_autocast([autocast.device])
+        return entered
 
-    return wrapper
+    return enter
 
 
 def _summands(
     tensors: Tensor | Sequence[Tensor], grad_tensors: Tensor | Sequence[Tensor] | None = None, *_: Any, **__: Any
 ) -> list[Tensor]:
-    """The scalars that ``torch.autograd.backward``, called with these arguments, adds up and differentiates."""
+    """Return the scalars that ``torch.autograd.backward``, called with these arguments, sums and differentiates.
+
+    NaN if it is called with edges of the graph, whose values are not known.
+    """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    if not all(isinstance(each, Tensor) for each in tensors):  # edges of the graph, whose values nobody has
-        return [torch.tensor(math.nan)]
+    if not all(isinstance(each, Tensor) for each in tensors):
+        return [torch.tensor(float("nan"))]
     weights = (
         [grad_tensors] * len(tensors) if grad_tensors is None or isinstance(grad_tensors, Tensor) else grad_tensors
     )
@@ -134,141 +165,94 @@ def _summands(
     ]
 
 
-# ``Tensor.backward`` ends in this one.
-_backward = _Patch((torch.autograd, "backward", _watched))
-# Held in probes alone: Python looks up everything in modules anew after a change to their class, which a lazy step
-# would feel in its forward pass.
-_zero_grad = _Patch((nn.Module, "zero_grad", _suppressed), (torch.optim.Optimizer, "zero_grad", _suppressed))
+class _Setting(NamedTuple):
+    """A global of torch that is replaced: how to read it, how to write it, and the new value given the old one."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+    replace: Callable[[Any], Any]
 
 
-class WatchingGradients:
-    """While entered, notices this thread's calls of backward, or has them, and those of ``zero_grad``, do nothing.
-
-    A class of its own because each lazy step enters one: a generator would take twice as long.
+class _Replacement:
+    """Settings that are replaced while anything holds them, from any number of threads.
 
     Args:
-        suppress: Whether they do nothing.
-
-    Attributes:
-        is_suppressing: Whether they do nothing.
-        saw_backward: Whether a backward pass has come to its end.
+        settings: What is replaced.
     """
 
-    __slots__ = ("_outer", "_patches", "is_suppressing", "saw_backward")
+    def __init__(self, *settings: _Setting) -> None:
+        self._settings = settings
+        self._lock = threading.RLock()
+        self._holders: weakref.WeakSet[object] = weakref.WeakSet()
+        self._undo: list[tuple[_Setting, Any]] = []
 
-    def __init__(self, *, suppress: bool) -> None:
-        self.is_suppressing, self.saw_backward = suppress, False
-        self._patches = (_backward, _zero_grad) if suppress else (_backward,)
+    def hold(self, holder: object) -> None:
+        """Replace the settings, unless they are replaced already."""
+        with self._lock:
+            self.repair()
+            self._holders.add(holder)
+            if not self._undo:
+                for setting in self._settings:
+                    original = setting.read()
+                    self._undo.append((setting, original))  # first: an interrupt may come in between
+                    setting.write(setting.replace(original))
 
-    def __enter__(self) -> Self:
-        """Begin."""
-        self._outer = watch.gradients
-        for patch in self._patches:
-            patch.hold()
-        watch.gradients = self
-        return self
+    def release(self, holder: object) -> None:
+        """Restore the settings, unless something else holds them."""
+        with self._lock:
+            self._holders.discard(holder)
+            self.repair()
 
-    def __exit__(self, *_: object) -> None:
-        """End."""
-        watch.gradients, watch.went_backward = self._outer, self.saw_backward
-        for patch in self._patches:
-            patch.release()
+    def repair(self) -> None:
+        """Restore the settings if they are replaced and nothing holds them."""
+        if self._undo and not self._holders:
+            with self._lock:
+                while self._undo and not self._holders:
+                    setting, original = self._undo[-1]
+                    setting.write(original)
+                    self._undo.pop()
+
+
+_functions = _Replacement(
+    _Setting(
+        lambda: torch.autograd.backward,
+        functools.partial(setattr, torch.autograd, "backward"),
+        _intercepted_backward,
+    ),
+    _Setting(
+        lambda: torch.autocast.__enter__,
+        functools.partial(setattr, torch.autocast, "__enter__"),
+        _intercepted_autocast,
+    ),
+)
+_fast_path = _Replacement(
+    _Setting(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, lambda _: False)
+)
 
 
 @contextmanager
-def around_backward(around: Callable[[list[Tensor]], AbstractContextManager[None]]) -> Iterator[None]:
-    """Have ``around`` entered around this thread's backward passes, with the scalars that they differentiate."""
-    outer, watch.around_backward = watch.around_backward, around
-    try:
-        yield
-    finally:
-        watch.around_backward = outer
+def postponed_step_hooks(optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
+    """Keep the step post hooks of an optimizer from being called inside the context.
 
+    torch has no public way to do that: it needs the table ``_optimizer_step_post_hooks``. Without it, hooks that write
+    to the parameters or average them would run at a point that is only tried out. Optimizers that skip their parent's
+    set-up have no such table, and no hooks. torch's global hooks are not postponed.
 
-class _AnnouncedCall:
-    """Stands in for ``Module._compiled_call_impl``, which each call of a module looks up first.
+    Args:
+        optimizer: The optimizer that steps inside the context.
 
-    ``Module.__call__`` would be more obvious, but to replace that Python rewrites a slot of each of the hundreds of
-    classes of modules: of a probe step, that took two milliseconds.
+    Yields:
+        A function that calls the hooks, for later.
     """
+    table: dict[int, Callable[..., Any]] = getattr(optimizer, "_optimizer_step_post_hooks", {})
 
-    def __get__(self, module: nn.Module | None, _: object = None) -> Callable[..., Any] | None:
-        compiled = None if module is None else vars(module).get("_compiled_call_impl")
-        if module is None or torch.compiler.is_compiling() or watch.modules is None:
-            return compiled
-        return functools.partial(_announce, module, module._call_impl if compiled is None else compiled)
+    def call_hooks() -> None:
+        for hook in list(table.values()):
+            hook(optimizer, (optimizer,), {})
 
-    def __set__(self, module: nn.Module, compiled: Callable[..., Any] | None) -> None:
-        vars(module)["_compiled_call_impl"] = compiled
-
-
-def _announce(module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    assert watch.modules is not None, "looked up by this thread, for this call"
-    (enter, leave), watch.modules = watch.modules, None
-    # Inside, classes are as ever: what is compiled there must see no difference.
-    _module_call.release()
+    kept = dict(table)
+    table.clear()
     try:
-        enter(module)
-        try:
-            return call(*args, **kwargs)
-        finally:
-            leave(module)
+        yield call_hooks
     finally:
-        _module_call.hold()
-        watch.modules = (enter, leave)
-
-
-_announced_call = _AnnouncedCall()
-_module_call = _Patch((nn.Module, "_compiled_call_impl", lambda _: _announced_call))
-
-
-@contextmanager
-def watching_modules(enter: Callable[[nn.Module], None], leave: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Have ``enter`` and ``leave`` called around this thread's calls of modules, outermost ones alone.
-
-    Calls inside of a function that torch.compile traces are not noticed.
-    """
-    outer = watch.modules
-    _module_call.hold()
-    try:
-        watch.modules = (enter, leave)
-        yield
-    finally:
-        watch.modules = outer
-        _module_call.release()
-
-
-@functools.cache
-def _noted(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def enter(context: torch.autocast) -> Any:
-        entered = original(context)
-        if watch.autocast is not None:
-            watch.autocast |= _autocast_dtypes([context.device])
-        return entered
-
-    return enter
-
-
-_autocast = _Patch((torch.autocast, "__enter__", _noted))
-
-
-def _autocast_dtypes(device_types: Iterable[str]) -> set[torch.dtype]:
-    return {torch.get_autocast_dtype(each) for each in device_types if torch.is_autocast_enabled(each)}
-
-
-@contextmanager
-def watching_autocast(dtypes: set[torch.dtype], device_types: Iterable[str]) -> Iterator[None]:
-    """Add the dtypes of autocasts to ``dtypes``: those in force on the devices already, and those this thread enters.
-
-    Autocasts inside of a function that torch.compile traces are not noticed.
-    """
-    outer = watch.autocast
-    _autocast.hold()
-    try:
-        watch.autocast = dtypes
-        dtypes |= _autocast_dtypes(device_types)
-        yield
-    finally:
-        watch.autocast = outer
-        _autocast.release()
+        table.update(kept)

@@ -1,29 +1,33 @@
-"""What a closure returns: checked, read as numbers, and how exact it is."""
+"""The loss that a closure returns: which values are accepted, and how exact they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gen_optim.tensors.foreach import summing_dtype
+from gen_optim.tensors.scalars import Scalar
 
-__all__ = ["Closure", "Loss", "check_callable", "check_loss", "losses_to_floats", "rounding_of"]
+__all__ = ["Closure", "Loss", "check_callable", "check_loss", "rounding_of"]
 
-Loss = Tensor | float
+Loss = Scalar
 """What a closure returns: a number or a one-element tensor."""
 Closure = Callable[[], Any]
-"""A closure: who wrote it may return anything, and is told so where that is no loss."""
+"""A closure, whose return value is checked by :func:`check_loss`."""
 
 
 def check_callable(name: str, value: Closure | None) -> Closure | None:
-    """Return a closure if it is one, or None.
+    """Return ``value`` if it can be called or is None.
+
+    Args:
+        name: The argument's name, for the error message.
+        value: The argument.
 
     Raises:
-        TypeError: If it cannot be called; says its ``name``.
+        TypeError: If ``value`` cannot be called.
     """
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a callable that returns the loss, or None, got {type(value).__name__}")
@@ -33,8 +37,12 @@ def check_callable(name: str, value: Closure | None) -> Closure | None:
 def check_loss(loss: Any, caller: str) -> Loss:
     """Return ``loss`` if it is one.
 
+    Args:
+        loss: The return value of a closure.
+        caller: The closure's name, for the error message.
+
     Raises:
-        TypeError: If it is neither a real number nor a one-element floating-point tensor; names the ``caller``.
+        TypeError: If ``loss`` is neither a real number nor a floating-point tensor with one element.
     """
     if isinstance(loss, Tensor):
         if loss.numel() == 1 and loss.is_floating_point():
@@ -49,22 +57,21 @@ def check_loss(loss: Any, caller: str) -> Loss:
     raise TypeError(f"{caller} must return the loss as a float or a one-element tensor, but returned {came}. {advice}.")
 
 
-def losses_to_floats(losses: Sequence[Loss]) -> list[float]:
-    """Read losses, wherever they are, with one transfer per device at the most."""
-    tensors = [loss.detach().reshape(()) for loss in losses if isinstance(loss, Tensor)]
-    if not tensors:
-        return [float(loss) for loss in losses]
-    device = tensors[0].device
-    read = iter(torch.stack([tensor.to(device, summing_dtype(device)) for tensor in tensors]).tolist())
-    return [next(read) if isinstance(loss, Tensor) else float(loss) for loss in losses]
-
-
 def rounding_of(losses: Iterable[Loss], computed_in: Collection[torch.dtype] = ()) -> float:
-    """The unit of rounding of the coarsest dtype: that of a loss, or one it was computed in.
+    """Return the unit of rounding of the coarsest dtype in which losses were returned or computed.
 
-    It is the machine epsilon, and a sixteenth of it for dtypes below 32 bits: sums of their numbers add up in float32,
-    so that a loss is rounded once, at the end, and the errors of many activations largely cancel (by measurement to a
-    quarter of an epsilon and less in the median). A plain number is taken to come from torch's default dtype.
+    For a dtype of at least 32 bits it is the machine epsilon. For a smaller one it is a sixteenth of that: sums of
+    half-precision numbers are accumulated in float32, so that the loss is rounded once, at the end, and the errors of
+    many activations largely cancel (measured: a quarter of an epsilon and less in the median). Plain numbers count as
+    torch's default dtype.
+
+    Args:
+        losses: Losses as the closure returned them.
+        computed_in: Further dtypes that they were computed in, those of autocast.
+
+    Example:
+        >>> rounding_of([torch.tensor(1.0)]) == torch.finfo(torch.float32).eps
+        True
     """
     dtypes = {loss.dtype if isinstance(loss, Tensor) else torch.get_default_dtype() for loss in losses}
     infos = map(torch.finfo, dtypes.union(computed_in))

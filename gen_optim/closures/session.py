@@ -1,211 +1,397 @@
-"""Calling a closure without a trace: gradients, buffers, random streams, autocast, grad mode.
+"""Calling a closure again without leaving a trace: gradients, buffers, random streams, autocast, grad mode.
 
 The first call of a step is the user's own, with gradients. Every later one, a probe, must see what the first one saw
-(the same dropout masks, the same buffers) and leave nothing behind. The optimizer knows parameters only, never the
-model, so modules are found while they are called.
+(the same dropout masks, the same buffers) and leave nothing behind.
 """
 
 from __future__ import annotations
 
 import functools
-import re
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gen_optim.closures.buffers import Buffers
-from gen_optim.closures.interception import WatchingGradients, watch, watching_autocast, watching_modules
-from gen_optim.closures.losses import Closure, Loss, check_loss
-from gen_optim.closures.modules import ParallelModules, owners_of
+from gen_optim.closures.gradients import GradientOrigin, GradientWatch, Source
+from gen_optim.closures.interception import BackwardHandler, Interception, repair
+from gen_optim.closures.losses import Closure, Loss, check_loss, rounding_of
+from gen_optim.closures.modules import ParallelModules, owners_of, parameters_of, with_children
+from gen_optim.distributed import Ranks
+from gen_optim.tensors.dtensor import whole
 from gen_optim.tensors.rng import RandomStreams, random_devices
+from gen_optim.warning import warn
 
-__all__ = ["Evaluator", "Session"]
+__all__ = ["ClosureCaller", "Session"]
+
+Group = dict[str, Any]
+
+_PATIENCE = 10
+"""Number of steps without gradients after which the user is warned."""
 
 
-class Evaluator:
-    """Calls an optimizer's closures; one :meth:`session` a probe step.
+class ClosureCaller:
+    """Calls the closures of one optimizer.
+
+    Args:
+        modules: What a closure calls besides the modules that own the optimizer's parameters.
 
     Attributes:
-        is_probing: Whether a probe runs right now.
+        modules: The argument.
+        is_probing: Whether a probe runs.
+        needs_graph: Whether probes are called with gradients enabled, for losses that differentiate inside (a
+            physics-informed network, a gradient penalty) or hook activations. None until a probe has returned.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> groups = [{"params": [weight]}]
+        >>> caller = ClosureCaller()
+        >>> session = caller.session(groups, weight.sum, "closure", Ranks(), tolerance=8.0)
+        >>> first = session.first(weight.sum)
+        >>> with session.probing():
+        ...     _ = weight.data.mul_(2.0)
+        ...     probed = session.probe()
+        >>> session.read([first, probed])
+        ([2.0, 4.0], [])
+        >>> weight.grad
+        tensor([1., 1.])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[nn.Module] = ()) -> None:
+        self.modules = tuple(modules)
         self.is_probing = False
-        self._loss_differentiates = False
-        self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._owned: frozenset[int] = frozenset()
+        self.needs_graph: bool | None = None
+        self._differentiates: dict[object, bool] = {}
+        self._missing_gradients = 0
+        self._owners: list[weakref.ref[nn.Module]] = []
+        self._owned: frozenset[int] | None = None
 
-    def owners(self, parameters: Sequence[Tensor]) -> list[nn.Module]:
-        """The modules to which the parameters belong, and those above them; looked for once, since that takes time."""
-        identities = frozenset(map(id, parameters))
-        if identities != self._owned:
-            self._owners, self._owned = weakref.WeakSet(owners_of(parameters)), identities
-        return list(self._owners)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles keep the modules only."""
+        return type(self), (self.modules,)
 
-    @staticmethod
-    def call(closure: Closure) -> tuple[Loss, bool]:
-        """Call ``closure`` with gradients enabled, as the user wrote it.
+    def call(self, closure: Closure, groups: Sequence[Group]) -> Loss:
+        """Call ``closure`` with gradients enabled, and differentiate its loss if it has not provided gradients.
 
-        Returns:
-            The loss, and whether the closure ran a backward pass of its own.
+        Nothing of torch is replaced.
+
+        Args:
+            closure: The closure.
+            groups: The optimizer's parameter groups.
 
         Raises:
-            TypeError: If the closure does not return a loss.
+            TypeError: If the closure does not return a loss, or returns one without a graph and there are no gradients.
         """
-        with torch.enable_grad(), WatchingGradients(suppress=False) as watching:
+        repair()
+        with torch.enable_grad(), GradientWatch(groups) as watch:
             loss = check_loss(closure(), "closure")
-        return loss, watching.saw_backward
+        self.complete(closure, loss, watch)
+        return loss
 
-    def session(self, parameters: Sequence[Tensor]) -> Session:
-        """Begin the calls of a probe step.
+    def complete(self, closure: Closure, loss: Loss, watch: GradientWatch) -> bool:
+        """Differentiate ``loss`` if its closure leaves that to the optimizer.
+
+        A closure that has ever computed gradients itself leaves them out on purpose if it does not: its loss is
+        infinite, or its batch is empty. The same holds for a closure that returns a loss that is not finite, or a
+        tensor without a graph, before it has shown what it does. There are no gradients in such a step.
+
+        Args:
+            closure: The closure. Closures of the same code count as one, since loops define a new one per batch.
+            loss: What it has returned.
+            watch: The gradients before and after the call.
+
+        Returns:
+            Whether ``loss`` has been differentiated.
+
+        Raises:
+            TypeError: If there are no gradients to use, and the loss is a plain number.
+        """
+        code = getattr(getattr(closure, "func", closure), "__code__", type(closure))
+        source = watch.find(loss)
+        if source is not Source.NONE:
+            if source is Source.CLOSURE:
+                self._differentiates[code] = False
+            return False
+        known = self._differentiates.get(code)
+        if known is False:
+            return False
+        if isinstance(loss, Tensor) and not loss.requires_grad:
+            self._warn_of_missing_gradients()
+            return False
+        if known is None and isinstance(loss, Tensor):
+            if not math.isfinite(whole(loss.detach()).item()):
+                return False
+            self._differentiates[code] = True
+        return watch.complete(loss)
+
+    def _warn_of_missing_gradients(self) -> None:
+        self._missing_gradients += 1
+        if self._missing_gradients == _PATIENCE:
+            warn(
+                f"{_PATIENCE} steps had no gradients: the closure neither called backward() nor returned a loss that "
+                "has a graph. Return the tensor itself, neither .item() nor .detach()."
+            )
+
+    def owners(self, parameters: Sequence[Tensor]) -> list[nn.Module]:
+        """Return the modules that a closure is known to call: ``modules``, the parameters' owners, all below them.
+
+        If ``modules`` own all of the parameters, no others are looked for. Otherwise, and always under
+        ``torch.distributed``, all modules alive are looked through for the owners and those above them, such as a
+        DistributedDataParallel; once per set of parameters.
 
         Args:
             parameters: All parameters of the optimizer.
         """
-        return Session(self, parameters)
+        wanted = frozenset(map(id, parameters))
+        named = with_children(self.modules)
+        if wanted != self._owned:
+            unowned = wanted.difference(*(map(id, parameters_of(each)) for each in named))
+            if dist.is_available() and dist.is_initialized():
+                unowned = wanted
+            found = owners_of([each for each in parameters if id(each) in unowned]) if unowned else []
+            self._owners, self._owned = list(map(weakref.ref, found)), wanted
+        return with_children([*self.modules, *(each for owner in self._owners if (each := owner()) is not None)])
+
+    def session(
+        self,
+        groups: Sequence[Group],
+        probed: Closure,
+        probed_name: Literal["closure", "probe"],
+        ranks: Ranks,
+        *,
+        tolerance: float,
+    ) -> Session:
+        """Begin the closure calls of a probe step; see :class:`Session` for the arguments."""
+        return Session(self, groups, probed, probed_name, ranks, tolerance=tolerance)
 
 
 class Session:
-    """The calls of one probe step; made by :meth:`Evaluator.session`.
+    """The closure calls of one probe step; made by :meth:`ClosureCaller.session`.
+
+    Args:
+        caller: The optimizer's caller.
+        groups: The optimizer's parameter groups.
+        probed: The closure that probes call.
+        probed_name: The name of the argument that ``probed`` comes from, for error messages.
+        ranks: The processes that take part. A failure on this one is kept until the next :meth:`read`.
+        tolerance: Relative error of a loss, in units of rounding.
 
     Attributes:
-        computed_in: The dtypes to which autocast has cast operations in the calls so far.
+        modules: The modules whose buffers and gradients are put back.
+        ranks: The processes that take part.
+
+    Raises:
+        RuntimeError: If the parameters belong to a FullyShardedDataParallel module.
     """
 
-    def __init__(self, evaluator: Evaluator, parameters: Sequence[Tensor]) -> None:
-        self._evaluator = evaluator
-        self._parameters = parameters
-        self.computed_in: set[torch.dtype] = set()
-        self._devices = random_devices(parameters)
-        self._device_types = {parameter.device.type for parameter in parameters} - {"meta"}
+    def __init__(
+        self,
+        caller: ClosureCaller,
+        groups: Sequence[Group],
+        probed: Closure,
+        probed_name: Literal["closure", "probe"],
+        ranks: Ranks,
+        *,
+        tolerance: float,
+    ) -> None:
+        repair()
+        self._caller, self._groups, self.ranks, self._tolerance = caller, groups, ranks, tolerance
+        self._probed, self._probed_name = probed, probed_name
+        self._parameters: list[Tensor] = [each for group in groups for each in group["params"]]
+        modules = caller.owners(self._parameters)
+        self.modules = modules
+        self._parallel = ParallelModules(modules)
+        self._buffers = Buffers(modules)
+        self._devices = random_devices(self._parameters)
+        self._device_types = {each.device.type for each in self._parameters} - {"meta"}
         self._random_before = RandomStreams(self._devices)
-        owners = evaluator.owners(parameters)
-        self._buffers = Buffers(owners)
-        self._parallel = ParallelModules(owners)
+        self._computed_in: set[torch.dtype] = set()
+        self._origin = GradientOrigin(groups)
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
 
-    def first(self, call: Callable[[], Loss]) -> Loss:
-        """Make the first call, gradients included; later ones see what it saw."""
-        with self._watching():
-            loss = call()
-        return loss.clone() if isinstance(loss, Tensor) else loss
+    def first(self, closure: Closure) -> Loss:
+        """Call ``closure`` with gradients enabled; probes will see what this call saw.
+
+        As :meth:`ClosureCaller.call`, except that backward passes are followed.
+
+        Returns:
+            The loss, cloned, since closures may write each loss to the same tensor. NaN after a failure that the other
+            ranks are told of.
+
+        Raises:
+            TypeError: If the closure does not return a loss, or returns one without a graph and there are no gradients.
+        """
+
+        def call() -> Loss:
+            with torch.enable_grad(), GradientWatch(self._groups) as watch, self._intercepting(self._origin.watch):
+                loss = check_loss(closure(), "closure")
+            if self._caller.complete(closure, loss, watch):
+                self._origin.note(loss)
+            loss = whole(loss)
+            return loss.clone() if isinstance(loss, Tensor) else loss
+
+        return self.ranks.attempt(call, instead=math.nan, went_backward=lambda: self._origin.saw_backward)
 
     @contextmanager
     def probing(self) -> Iterator[None]:
         """Take gradients away, and put them, buffers and random streams back at the end."""
         self._buffers.end_first_call()
-        # The base optimizer may have drawn from them since, for noise or for rounding.
+        # Of this moment: the base optimizer may have drawn random numbers since the first call.
         random_after = RandomStreams(self._devices)
-        self._gradients = [(parameter, parameter.grad) for parameter in self.parameters()]
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        try:
-            self._evaluator.is_probing = True
-            # Without gradients, attention in evaluation mode would take another kernel than in the first call.
-            torch.backends.mha.set_fastpath_enabled(False)
-            with WatchingGradients(suppress=True):
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            self._evaluator.is_probing = False
-            for parameter, gradient in self._gradients:
-                parameter.grad = gradient
-            self._gradients = []
-            self._buffers.restore()
-            random_after.restore()
-            torch.clear_autocast_cache()
+        self._gradients = [(each, each.grad) for each in self.parameters()]
+        with ExitStack() as undo:  # goes on if an interrupt comes in between
+            undo.callback(torch.clear_autocast_cache)
+            undo.callback(random_after.restore)
+            undo.callback(self._buffers.restore)
+            undo.callback(self._put_gradients)
+            undo.callback(setattr, self._caller, "is_probing", False)
+            self._caller.is_probing = True
+            yield
+
+    def probe(self) -> Loss:
+        """Call the probed closure without gradients, as if for the first time.
+
+        Returns:
+            The loss, without a graph. NaN after a failure that the other ranks are told of.
+
+        Raises:
+            TypeError: If the closure does not return a loss.
+        """
+
+        def call() -> Loss:
+            loss = whole(self._probe())
+            return loss.detach().clone() if isinstance(loss, Tensor) else loss
+
+        return self.ranks.attempt(call, instead=math.nan)
+
+    def differentiable(self) -> Tensor:
+        """Call the probed closure as if for the first time, and return its loss with a graph.
+
+        If the closure returns a loss without one, that is the sum of what it calls ``backward()`` on. A failure is
+        raised, not kept.
+
+        Raises:
+            TypeError: If there is no graph.
+        """
+        collected: list[Tensor] = []
+        loss = self._replay(with_graph=True, on_backward=lambda _, scalars: collected.extend(scalars()))
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            return whole(loss.reshape(()))
+        if any(each.requires_grad for each in collected):
+            return whole(functools.reduce(torch.add, collected))
+        raise TypeError(
+            f"{self._probed_name} must return a loss that has a graph, or call backward() on one, for mode='exact' to "
+            "differentiate. Return the tensor itself, neither .item() nor .detach(), or use mode='approximate'."
+        )
+
+    def differentiated(self) -> list[Tensor] | None:
+        """Return scalars whose sum the gradients of the first call belong to, or None if that is unknown."""
+        return self._origin.differentiated()
+
+    def read(self, losses: Sequence[Loss], others: Sequence[Loss] = ()) -> tuple[list[float], list[float]]:
+        """Read numbers, averaged over the ranks, by one all-reduce.
+
+        Args:
+            losses: Losses, and derivatives of losses. Under ``maximize`` they are negated, to be minimised.
+            others: Other numbers.
+
+        Returns:
+            ``losses`` and ``others`` as floats, the same on all ranks.
+
+        Raises:
+            RuntimeError: If a call has failed on another rank; a rank whose own call has failed raises that.
+        """
+        numbers = self.ranks.mean([*losses, *others])
+        sign = -1.0 if self._groups[0].get("maximize") else 1.0
+        return [sign * each for each in numbers[: len(losses)]], numbers[len(losses) :]
+
+    @property
+    def worst(self) -> float:
+        """The loss that is infinitely bad: −∞ under ``maximize``."""
+        return -math.inf if self._groups[0].get("maximize") else math.inf
+
+    def rounding(self, losses: Sequence[Loss]) -> float:
+        """Return the relative error of losses of this step, on this rank."""
+        return self._tolerance * rounding_of(losses, self._computed_in)
+
+    def revert_buffers(self) -> None:
+        """Put buffers back to where the first call found them, for a step that is reverted."""
+        self._buffers.rewind()
 
     def rewind(self) -> None:
         """Put buffers and random streams back to where the first call found them."""
         self._buffers.rewind()
         self._random_before.restore()
 
-    def take_back(self) -> None:
-        """Put buffers back to where the first call found them: that of a step taken back must not stay."""
-        self._buffers.rewind()
+    def parameters(self) -> list[Tensor]:
+        """Return every parameter whose gradient is kept: the optimizer's, and those of the known modules."""
+        theirs = (each for module in self.modules for each in parameters_of(module))
+        # By identity: hashing a tensor calls Python code.
+        return list({id(each): each for each in (*self._parameters, *theirs)}.values())
 
-    def parameters(self) -> Iterator[Tensor]:
-        """Every parameter whose gradient a probe could touch: the optimizer's and those of the modules called."""
-        theirs = (each for module in self._buffers.modules() for each in module._parameters.values())
-        # By identity: a tensor's own hash is a call of Python's, of which there would be one a parameter.
-        yield from {id(each): each for each in chain(self._parameters, theirs) if each is not None}.values()
+    def _put_gradients(self) -> None:
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        self._gradients = []
 
-    def probe(self, closure: Closure, caller: str) -> Loss:
-        """Call ``closure`` once more, without gradients, as if it were the first time.
+    def _probe(self) -> Loss:
+        """Call the probed closure without gradients if it can do without a graph.
 
-        Raises:
-            TypeError: If it does not return a loss; names the ``caller``.
+        A loss that differentiates inside raises a RuntimeError then, as do many other failures. So the call is repeated
+        with gradients enabled, and if it succeeds, later probes have them enabled from the start. Ranks that make
+        an unequal number of calls hang. So with several ranks a call is repeated only if none has succeeded before:
+        then all ranks fail. Later failures may be those of one rank.
         """
-        try:
-            return self._replay(closure, caller)
-        except RuntimeError as error:
-            # A loss that differentiates inside (a physics-informed network, a gradient penalty) needs a graph, and so
-            # do hooks on activations.
-            if self._evaluator._loss_differentiates or not re.search(r"requires?[ _]grad", str(error)):
-                raise
-            self._evaluator._loss_differentiates = True
-            return self._replay(closure, caller)
-        except (AttributeError, TypeError) as error:
-            if "NoneType" in str(error) and hasattr(error, "add_note"):  # from Python 3.11 on
-                error.add_note(
-                    f"This was a probe of GeNOptimizer, which calls the {caller} again with gradients absent (None). "
-                    "Guard what reads them by `if not optimizer.is_probing`, or give step() a probe that does without."
-                )
-            raise
+        caller = self._caller
+        if not caller.needs_graph:
+            try:
+                loss = self._replay(with_graph=False, on_backward=_ignore)
+            except RuntimeError as error:
+                if len(self.ranks) > 1 and caller.needs_graph is False:
+                    raise
+                try:
+                    loss = self._replay(with_graph=True, on_backward=_ignore)
+                except Exception:  # noqa: BLE001 - the first error is raised
+                    raise error from None
+                caller.needs_graph = True
+                return loss
+            caller.needs_graph = False
+            return loss
+        return self._replay(with_graph=True, on_backward=_ignore)
 
-    def differentiable(self, closure: Closure, caller: str) -> Tensor:
-        """Call ``closure`` once more, as if it were the first time, and return the loss with its graph.
-
-        Where the closure returns a loss without one, it is the sum of what it calls ``backward()`` on.
-
-        Raises:
-            TypeError: If there is no graph to be had; names the ``caller``.
-        """
-        collected: list[Tensor] = []
-        watch.differentiated = collected
-        try:
-            with self._replaying(with_graph=True):
-                loss = check_loss(closure(), caller)
-        finally:
-            watch.differentiated = None
-        if isinstance(loss, Tensor) and loss.requires_grad:
-            return loss.reshape(())
-        if any(each.requires_grad for each in collected):
-            return functools.reduce(torch.add, collected)
-        raise TypeError(
-            f"{caller} must return a loss that has a graph, or call backward() on one, for mode='exact' to "
-            "differentiate. Return the tensor itself, neither .item() nor .detach(), or use mode='approximate'."
-        )
-
-    def _replay(self, closure: Closure, caller: str) -> Loss:
-        with self._replaying(with_graph=self._evaluator._loss_differentiates):
-            loss = check_loss(closure(), caller)
-        # Cloned: a closure may write all its losses into the same tensor.
-        return loss.detach().clone() if isinstance(loss, Tensor) else loss
-
-    @contextmanager
-    def _replaying(self, *, with_graph: bool) -> Iterator[None]:
-        """Let a closure see what the first call saw."""
+    def _replay(self, *, with_graph: bool, on_backward: BackwardHandler) -> Loss:
+        """Call the probed closure in the state that the first call found."""
         self.rewind()
+        # Before each probe: a ``backward`` that was imported by name is not replaced, and writes to them.
         for parameter, _ in self._gradients:
-            # Of the probe before, too: one that calls an imported ``backward`` cannot be kept from writing them.
             parameter.grad = None
         # An outer autocast keeps low-precision copies of the weights, which have moved since.
         torch.clear_autocast_cache()
         with (
             torch.set_grad_enabled(with_graph),
-            self._watching(),
-            self._parallel.replaying(self._buffers.modules),
+            self._intercepting(on_backward, is_probe=True),
+            self._parallel.replaying(),
         ):
-            yield
+            try:
+                result = self._probed()
+            except (AttributeError, TypeError) as error:
+                if hasattr(error, "add_note"):  # from Python 3.11 on
+                    error.add_note(
+                        f"This was a probe of GeNOptimizer, which calls the {self._probed_name} again with gradients "
+                        "absent (None). If that is what failed, guard it by `if not optimizer.is_probing`, or give "
+                        "step() a probe."
+                    )
+                raise
+        return check_loss(result, self._probed_name)
 
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        with (
-            watching_modules(self._buffers.enter, self._buffers.leave),
-            watching_autocast(self.computed_in, self._device_types),
-        ):
-            yield
+    def _intercepting(self, on_backward: BackwardHandler, *, is_probe: bool = False) -> Interception:
+        return Interception(on_backward, self._computed_in, self._device_types, is_probe=is_probe)
+
+
+def _ignore(run: Callable[[], None], scalars: Callable[[], list[Tensor]]) -> None:
+    """Do nothing in place of a backward pass."""

@@ -1,1 +1,1 @@
-"""Pure functions of parameters by name: the loss along a direction, its slope and curvature."""
+"""Pure functions of parameters by name: the loss along a direction, its slope and its curvature."""

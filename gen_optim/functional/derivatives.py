@@ -1,6 +1,6 @@
-"""The loss along a direction: its value at any learning rate, its slope and curvature.
+"""The loss along a direction: its values, slope and curvature.
 
-Functions of ``dict[str, Tensor]``, to be used with :func:`torch.func.functional_call`. Everything speaks of
+All functions take parameters as ``dict[str, Tensor]`` and are meant for :func:`torch.func.functional_call`. They use
 
     g(α) = L(θ − αω),    slope = −g′(0) = dL(θ)·ω,    curvature = g″(0) = d²L(θ)(ω, ω) = ωᵀHω
 
@@ -11,7 +11,6 @@ generalized Newton's method", ICLR 2025, arXiv:2407.02772, section 2).
 from __future__ import annotations
 
 import functools
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,19 +22,13 @@ from torch.func import grad_and_value, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gen_optim.rules.parabola import Parabola
-from gen_optim.tensors.foreach import summing_dtype
 from gen_optim.tensors.rng import RandomStreams, random_devices
+from gen_optim.tensors.scalars import summing_dtype
 
 __all__ = ["Derivatives", "LossFunction", "derivatives_along", "loss_along", "quadratic_model"]
 
 LossFunction = Callable[[dict[str, Tensor]], Tensor]
-"""Maps parameters by name to the loss, a floating-point tensor of one element."""
-
-_NO_FORWARD = re.compile(r"forward AD|derivative for|ZeroTensors are immutable")
-"""What torch says where forward mode fails; the last, wrongly, of ``mse_loss`` to targets that are constant."""
-
-_MISSING = re.compile(r"(?:forward AD with |derivative for '?)(?:aten::)?([\w.]+)'?")
-"""What torch says where an operation has no derivative."""
+"""Maps parameters by name to the loss, a floating-point tensor with one element."""
 
 
 class Derivatives(NamedTuple):
@@ -43,7 +36,7 @@ class Derivatives(NamedTuple):
 
     Attributes:
         value: g(0) = L(θ).
-        slope: −g′(0), in units of the loss per unit of learning rate; positive where the direction descends.
+        slope: −g′(0), in units of the loss per unit of learning rate; positive if the loss descends.
         curvature: g″(0), in units of the loss per squared unit of learning rate.
     """
 
@@ -60,30 +53,30 @@ def loss_along(
     *,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """The loss along a direction, g(α) = L(θ − αω), without a graph.
+    """Evaluate the loss along a direction, g(α) = L(θ − αω), at several learning rates.
 
-    All evaluations see the same random numbers, dropout masks among them, and the random streams end where one
-    evaluation would leave them. It composes with the transforms of :mod:`torch.func` and with ``torch.compile``;
-    inside a transform, gradients pass through it.
+    All evaluations use the same random numbers, such as dropout masks, and the random streams end as after one
+    evaluation. The function composes with the transforms of :mod:`torch.func` and with ``torch.compile``. Gradients
+    pass through it; detach the parameters or call it under ``torch.no_grad()`` if they are not wanted.
 
     Args:
-        loss_fn: Maps parameters by name to the loss. It must not depend on anything that it changes itself: give
-            buffers that it writes, such as running statistics, as copies.
+        loss_fn: Maps parameters by name to the loss. It must not depend on anything that it changes itself: pass
+            copies of buffers that it writes, such as running statistics.
         params: The parameters θ by name.
-        direction: The direction ω by name, each entry shaped as its parameter; parameters it lacks stay where they are.
-        learning_rates: Where to evaluate; any shape.
-        chunk_size: How many learning rates are evaluated at once, by ``vmap``, which takes memory for as many copies
-            of the parameters that move, and of activations. None: all of them. 1: one after the other, without
-            ``vmap``, for functions that it refuses. (Under ``vmap``, as in every transform, torch draws the dropout
-            masks of tensors that are not contiguous in another order than without.)
+        direction: The direction ω by name, with the parameters' shapes. Parameters that it lacks are not moved.
+        learning_rates: The learning rates α, of any shape.
+        chunk_size: Number of learning rates evaluated at once by ``vmap``, which needs memory for as many copies of
+            the moved parameters and of the activations. None: all of them. 1: one after the other without ``vmap``,
+            for functions that it does not support. (Under ``vmap``, as in every transform, torch draws the dropout
+            masks of non-contiguous tensors in another order.)
 
     Returns:
-        The losses, shaped as ``learning_rates``.
+        The losses, with the shape of ``learning_rates``.
 
     Raises:
         ValueError: If ``direction`` does not fit ``params``, or ``chunk_size`` is not positive.
-        TypeError: If ``loss_fn`` does not return a floating-point tensor of one element.
-        RuntimeError: If ``vmap`` cannot vectorise ``loss_fn``.
+        TypeError: If ``loss_fn`` does not return a floating-point tensor with one element.
+        RuntimeError: If ``vmap`` does not support ``loss_fn``.
 
     Example:
         >>> params, direction = {"x": torch.tensor(3.0)}, {"x": torch.tensor(1.0)}
@@ -109,15 +102,13 @@ def loss_along(
     if flat.shape[0] == 0:
         return some.new_empty(rates.shape)
     losses = []
-    # Inside a transform there may be gradients to pass on; torch.func.grad would take no_grad for a wish to stop them.
-    with nullcontext() if torch._C._are_functorch_transforms_active() else torch.no_grad():
-        chunks = torch.split(flat, flat.shape[0] if chunk_size is None else chunk_size)
-        one_by_one = chunk_size == 1 or flat.shape[0] == 1
-        streams = RandomStreams(random_devices(params.values())) if len(chunks) > 1 else None
-        for chunk in chunks:
-            if streams is not None:
-                streams.restore()
-            losses.append(at(chunk[0]).reshape(1) if one_by_one else _vectorised(at, chunk))
+    chunks = torch.split(flat, flat.shape[0] if chunk_size is None else chunk_size)
+    one_by_one = chunk_size == 1 or flat.shape[0] == 1
+    streams = RandomStreams(random_devices(params.values())) if len(chunks) > 1 else None
+    for chunk in chunks:
+        if streams is not None:
+            streams.restore()
+        losses.append(at(chunk[0]).reshape(1) if one_by_one else _vectorized(at, chunk))
     return torch.cat(losses).reshape(rates.shape)
 
 
@@ -126,30 +117,33 @@ def derivatives_along(
     params: Mapping[str, Tensor],
     direction: Mapping[str, Tensor],
 ) -> Derivatives:
-    """Value, slope −g′(0) = dL(θ)·ω and curvature g″(0) = ωᵀHω of the loss along a direction.
+    """Differentiate the loss along a direction: value, slope −g′(0) = dL(θ)·ω and curvature g″(0) = ωᵀHω.
 
-    It is the ``jvp`` of the gradient (forward over reverse): one pass in about the memory of two training steps. It
-    composes with the transforms of :mod:`torch.func` (per-sample curvature by ``vmap``, derivatives
-    of the slope by ``grad``) and with ``torch.compile``. Where an operation has no forward mode, the gradient of the
-    slope takes its place, in another evaluation. Pass detached parameters unless autograd is to differentiate
-    the result once more. (Derivatives of the curvature, third ones of the loss, are wrong in torch 2.13 through
-    LayerNorm, BatchNorm and InstanceNorm, in every mode; write these out where that is needed.)
+    The result is the ``jvp`` of the gradient (forward over reverse), one evaluation in about the memory of two
+    training steps. If that fails, because an operation has no forward mode, the loss is evaluated again and the slope
+    is differentiated in reverse mode (reverse over reverse), which takes more memory.
 
-    It uses the math kernel of scaled-dot-product attention: the fused ones have no second derivative. What is
-    detached counts as constant. At a kink the result is what backward passes give.
+    The function composes with the transforms of :mod:`torch.func` (per-sample curvature by ``vmap``, derivatives of
+    the slope by ``grad``) and with ``torch.compile``. Pass detached parameters unless autograd is to differentiate the
+    result again. Derivatives of the curvature, third ones of the loss, are wrong in torch 2.13 through LayerNorm,
+    BatchNorm and InstanceNorm, in every mode; write these layers out if you need them.
+
+    Scaled-dot-product attention uses its math kernel, as the fused ones have no second derivative. A detached tensor
+    counts as constant. At a kink the derivatives are those of torch's backward pass.
 
     Args:
         loss_fn: Maps parameters by name to the loss.
         params: The parameters θ by name.
-        direction: The direction ω by name, each entry shaped as its parameter; parameters it lacks stay where they are.
+        direction: The direction ω by name, with the parameters' shapes. Parameters that it lacks are not moved.
 
     Returns:
-        Value, slope and curvature, tensors without axes, in float32 at least.
+        Value, slope and curvature, tensors without axes in float32 or float64.
 
     Raises:
         ValueError: If ``direction`` does not fit ``params``.
-        TypeError: If ``loss_fn`` does not return a floating-point tensor of one element.
-        NotImplementedError: If an operation has no second derivative; names it.
+        TypeError: If ``loss_fn`` does not return a floating-point tensor with one element.
+        NotImplementedError: If an operation has no second derivative in either mode: torch's own error, which names
+            the operation.
 
     Example:
         >>> params, direction = {"x": torch.tensor(3.0)}, {"x": torch.tensor(1.0)}
@@ -157,7 +151,30 @@ def derivatives_along(
         Derivatives(value=tensor(9.), slope=tensor(6.), curvature=tensor(2.))
     """
     _check_direction(params, direction)
-    return _forward_over_reverse(loss_fn, params, direction)
+    still = {name: tensor for name, tensor in params.items() if name not in direction}
+    moving = {name: params[name] for name in direction}
+    if not moving:
+        value = _check_loss(loss_fn(still))
+        return Derivatives(value, torch.zeros_like(value), torch.zeros_like(value))
+
+    def loss_of(theta: dict[str, Tensor]) -> Tensor:
+        return _check_loss(loss_fn({**still, **theta}))
+
+    if not torch.compiler.is_compiling():
+        _load_forward_mode()
+    streams = None if torch.compiler.is_compiling() else RandomStreams(random_devices(params.values()))
+    with sdpa_kernel(SDPBackend.MATH), _uncompiled():
+        try:
+            value, slope, curvature = _forward_over_reverse(loss_of, moving, direction)
+        except (NotImplementedError, RuntimeError) as first:  # no forward mode, or an error of the loss itself
+            if streams is None:
+                raise
+            streams.restore()
+            try:
+                value, slope, curvature = _reverse_over_reverse(loss_of, moving, direction)
+            except (NotImplementedError, RuntimeError):
+                raise first from None
+    return Derivatives(value.to(torch.promote_types(value.dtype, torch.float32)), slope, curvature)
 
 
 def quadratic_model(
@@ -165,18 +182,21 @@ def quadratic_model(
     params: Mapping[str, Tensor],
     direction: Mapping[str, Tensor],
 ) -> Parabola:
-    """The parabola g(α) ≈ g(0) − slope · α + curvature · α² / 2 that touches the loss along a direction at 0.
+    """Return the parabola g(α) ≈ g(0) − slope · α + curvature · α² / 2 that touches the loss along a direction at 0.
 
     Its ``optimal_lr``, slope / curvature, is the learning rate of the generalized Newton's method (Bu and Xu,
-    arXiv:2407.02772, eq. 5), and ``predict`` gives the modelled loss at any other.
+    arXiv:2407.02772, eq. 5), and ``predict`` returns the modelled loss at any learning rate.
 
     Args:
-        loss_fn: As in :func:`derivatives_along`, the errors too.
+        loss_fn: Maps parameters by name to the loss.
         params: The parameters θ by name.
-        direction: The direction ω by name.
+        direction: The direction ω by name, with the parameters' shapes.
 
     Returns:
-        The parabola, in plain numbers.
+        The parabola, in Python numbers.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: As :func:`derivatives_along`.
 
     Example:
         >>> params, direction = {"x": torch.tensor(3.0)}, {"x": torch.tensor(1.0)}
@@ -188,66 +208,43 @@ def quadratic_model(
     return Parabola(*torch.stack([each.to(summing_dtype(each.device)) for each in found]).tolist())
 
 
-# --- methods ---------------------------------------------------------------------------------------------------------
+# --- second derivatives ----------------------------------------------------------------------------------------------
 
 
 def _forward_over_reverse(
-    loss_fn: LossFunction, params: Mapping[str, Tensor], direction: Mapping[str, Tensor]
-) -> Derivatives:
-    still = {name: tensor for name, tensor in params.items() if name not in direction}
-    moving = {name: params[name] for name in direction}
+    loss_of: LossFunction, params: dict[str, Tensor], direction: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = jvp(grad_and_value(loss_of), (params,), (dict(direction),))
+    (gradient, value), (product, _) = results[0], results[1]
+    return value, _dot(gradient, direction), _dot(product, direction)
 
-    def gradient_of(theta: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        return grad_and_value(lambda each: _check_loss(loss_fn({**still, **each})))(theta)
 
+def _reverse_over_reverse(
+    loss_of: LossFunction, params: dict[str, Tensor], direction: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     def slope_of(theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        gradient, value = gradient_of(theta)
+        gradient, value = grad_and_value(loss_of)(theta)
         return _dot(gradient, direction), value
 
-    if not torch.compiler.is_compiling():
-        _load_forward_mode()
-    if not moving:
-        value = _check_loss(loss_fn(still))
-        return Derivatives(value, torch.zeros_like(value), torch.zeros_like(value))
-    streams = None if torch.compiler.is_compiling() else RandomStreams(random_devices(params.values()))
-    with sdpa_kernel(SDPBackend.MATH), _uncompiled():
-        try:
-            results = jvp(gradient_of, (moving,), (dict(direction),))
-            (gradient, value), (product, _) = results[0], results[1]
-            slope = _dot(gradient, direction)
-        except (NotImplementedError, RuntimeError) as error:
-            if streams is None or not _NO_FORWARD.search(str(error)):
-                raise
-            streams.restore()
-            try:  # the gradient of the slope, which takes more memory and no forward mode
-                product, (slope, value) = grad_and_value(slope_of, has_aux=True)(moving)
-            except (NotImplementedError, RuntimeError) as second:
-                missing = _MISSING.search(str(second)) or _MISSING.search(str(error))
-                if missing is None:
-                    raise
-                raise NotImplementedError(
-                    f"{missing[1]} has no second derivative in torch {torch.__version__}. Take the slope and curvature "
-                    "from probes (the approximate mode), or write the operation in others that have one."
-                ) from second
-    value = value.to(torch.promote_types(value.dtype, torch.float32))
-    return Derivatives(value, slope, _dot(product, direction))
+    product, (slope, value) = grad_and_value(slope_of, has_aux=True)(params)
+    return value, slope, _dot(product, direction)
 
 
 @functools.cache
 def _load_forward_mode() -> None:
-    """Have torch load what it needs for ``jvp``, which it does with a deprecation warning about itself."""
+    """Load torch's decompositions for forward mode, which raises a deprecation warning inside torch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Leaves compiled models inside a loss uncompiled, which transforms cannot see through."""
+    """Run compiled models inside a loss uncompiled, since transforms cannot differentiate them."""
     return nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
 
 
 def _dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    """The sum of products, in float32 at least."""
+    """Return the inner product, in float32 or float64."""
     products = []
     for name, tensor in b.items():
         dtype = torch.promote_types(tensor.dtype, torch.float32)
@@ -263,10 +260,10 @@ def _check_direction(params: Mapping[str, Tensor], direction: Mapping[str, Tenso
         raise ValueError("params must hold at least one parameter, got none")
     for name, tensor in direction.items():
         if name not in params:
-            raise ValueError(f"direction must move parameters only, but params has no {name!r}")
+            raise ValueError(f"direction must have the names of parameters, but params has no {name!r}")
         if tensor.shape != params[name].shape:
             raise ValueError(
-                f"direction must be shaped as the parameters, but direction[{name!r}] has shape {tuple(tensor.shape)} "
+                f"direction must have the parameters' shapes, but direction[{name!r}] has shape {tuple(tensor.shape)} "
                 f"and params[{name!r}] {tuple(params[name].shape)}"
             )
 
@@ -276,7 +273,7 @@ def _check_loss(loss: Tensor) -> Tensor:
         raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
     if loss.numel() != 1 or not loss.is_floating_point():
         raise TypeError(
-            f"loss_fn must return a floating-point tensor of one element, got shape {tuple(loss.shape)} and dtype "
+            f"loss_fn must return a floating-point tensor with one element, got shape {tuple(loss.shape)} and dtype "
             f"{loss.dtype}. Reduce it, for example with .mean()"
         )
     return loss.reshape(())
@@ -287,9 +284,9 @@ def _move(parameter: Tensor, direction: Tensor, rate: Tensor) -> Tensor:
     return (parameter.to(dtype) - rate.to(dtype) * direction.to(dtype)).to(parameter.dtype)
 
 
-def _vectorised(at: Callable[[Tensor], Tensor], rates: Tensor) -> Tensor:
+def _vectorized(at: Callable[[Tensor], Tensor], rates: Tensor) -> Tensor:
     try:
-        with sdpa_kernel(SDPBackend.MATH), _uncompiled():  # the fused kernels have no rule for vmap
+        with sdpa_kernel(SDPBackend.MATH), _uncompiled():  # vmap does not support the fused kernels
             return vmap(at, randomness="same")(rates)
     except RuntimeError as error:
         raise RuntimeError(

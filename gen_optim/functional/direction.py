@@ -1,9 +1,7 @@
-"""The direction that an optimizer would take now, without taking it."""
+"""The direction of an optimizer's next step, computed without taking the step."""
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,42 +12,42 @@ from torch.optim import Optimizer
 from gen_optim.compatibility import check_wrappable
 from gen_optim.learning_rates import write_lr
 from gen_optim.tensors.rng import RandomStreams, random_devices
-from gen_optim.wrapper import without_global_hooks
+from gen_optim.wrapper import copy_optimizer, step_without_hooks
 
 __all__ = ["optimizer_direction"]
 
 _FAR = (2.0**20, 2.0**10, 1.0)
-"""Learning rates of the twin's step, the first one with a finite result: the further it goes, the less of the direction
-drowns in the rounding of the parameters."""
+"""Learning rates of the copy's step; the first one with a finite result is used. The longer the step, the smaller the
+share of the parameters' rounding in the direction."""
 
 
 @torch.no_grad()
 def optimizer_direction(
     optimizer: Optimizer, named_parameters: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The update per unit of learning rate that an optimizer would make now: ω = (θ − θ_after) / α.
+    """Return the update per unit of learning rate that an optimizer would make now: ω = (θ − θ_after) / α.
 
-    Weight decay, momentum and all else that the optimizer does are included. With several parameter groups, α is the
-    learning rate of the first group whose learning rate is not 0, and the other groups' are taken in their present
-    ratio to it: moving to θ − αω is what the optimizer's step does.
+    Momentum, weight decay and everything else in the optimizer's update are included. With several parameter groups,
+    α is the first learning rate that is not 0, and the other groups keep their ratios to it, so that θ − αω is the
+    point after the optimizer's step.
 
-    A twin takes the step, a copy of the optimizer with its parameters, gradients and state, at a large learning rate:
-    an update is proportional to the learning rate, and the difference of two parameters is inexact where the step is
-    small. Nothing of the optimizer itself, nor any random stream, is changed. Its hooks are not called.
+    A copy of the optimizer, with its parameters, gradients and state, takes the step at a large learning rate: the
+    update is proportional to the learning rate, and after a small step the difference of two parameters is inexact.
+    The optimizer and the random streams are not changed, and no hooks are called.
 
     Args:
-        optimizer: The optimizer, or a GeNOptimizer, whose base optimizer is meant then. Its parameters' ``grad`` are
-            the gradients of the step.
-        named_parameters: The parameters by name, ``model.named_parameters()``; all that the optimizer moves and others
-            if wanted.
+        optimizer: The optimizer; of a GeNOptimizer, the base optimizer is used. The gradients are its parameters'
+            ``grad``.
+        named_parameters: The parameters by name, as ``model.named_parameters()`` gives them. All of the optimizer's
+            parameters must be among them.
 
     Returns:
-        The direction ω by name, shaped as the parameters; zeros for those that would not move, which are frozen by
-        learning rate 0, without gradient, or not the optimizer's.
+        The direction ω by name, with the parameters' shapes. It is zero for parameters that have learning rate 0 or no
+        gradient, and for those that the optimizer does not have.
 
     Raises:
-        TypeError: If ``optimizer`` is no optimizer, or one that requires a closure.
-        ValueError: If its update is not proportional to its learning rate, or ``named_parameters`` lacks one of its
+        TypeError: If ``optimizer`` is not an optimizer, or requires a closure.
+        ValueError: If its update is not proportional to its learning rate, or if ``named_parameters`` lacks one of its
             parameters.
 
     Example:
@@ -72,7 +70,7 @@ def optimizer_direction(
     rates = [float(group["lr"]) for group in base.param_groups]
     unit = next((rate for rate in rates if rate != 0.0), 1.0)
     ratios = [rate / unit for rate in rates]
-    # float16 ends at 65504.
+    # The largest number in float16 is 65504.
     limit = min(torch.finfo(each.dtype).max for group in base.param_groups for each in group["params"]) / 16
     moved: dict[int, Tensor] = {}
     for far in (far for far in _FAR if far == 1.0 or far * max(ratios) < limit):
@@ -83,41 +81,32 @@ def optimizer_direction(
 
 
 def _far_step(base: Optimizer, ratios: list[float], far: float) -> dict[int, Tensor]:
-    """The direction of every parameter that moves, by its id, from a twin's step at the learning rate ``far``."""
-    twin, parameters = _twin(base)
-    for group, ratio in zip(twin.param_groups, ratios, strict=True):
+    """Return the direction of each parameter that moves, by its id, from a copy's step at the learning rate ``far``."""
+    duplicate, originals = _duplicate(base)
+    for group, ratio in zip(duplicate.param_groups, ratios, strict=True):
         write_lr(group, far * ratio)
-    streams = RandomStreams(random_devices(parameters))
+    streams = RandomStreams(random_devices(originals))
     try:
-        with without_global_hooks():
-            twin.step()
+        step_without_hooks(duplicate)
     finally:
         streams.restore()
     return {
         id(parameter): (parameter - copied).div_(far)
-        for group, ratio in zip(twin.param_groups, ratios, strict=True)
+        for group, ratio in zip(duplicate.param_groups, ratios, strict=True)
         for copied in group["params"]
         if ratio != 0.0
-        for parameter in [parameters[copied]]
+        for parameter in [originals[copied]]
     }
 
 
-def _twin(base: Optimizer) -> tuple[Optimizer, dict[Tensor, Tensor]]:
-    """A copy of an optimizer with its parameters, gradients and state, and the original of each parameter.
-
-    Not by ``copy.deepcopy``, which keeps state and groups only and drops whatever a class of one's own has besides.
-    """
+def _duplicate(base: Optimizer) -> tuple[Optimizer, dict[Tensor, Tensor]]:
+    """Copy an optimizer with its parameters, gradients and state; also return the original of each copied parameter."""
     originals: dict[Tensor, Tensor] = {}
     memo: dict[int, Any] = {}
     for group in base.param_groups:
         for parameter in group["params"]:
             copied = torch.nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-            copied.__dict__.update(parameter.__dict__)  # marks that some optimizers go by
+            copied.__dict__.update(parameter.__dict__)  # some optimizers read attributes of parameters
             copied.grad = None if parameter.grad is None else parameter.grad.detach().clone()
             originals[copied], memo[id(parameter)] = parameter, copied
-    twin: Optimizer = object.__new__(type(base))
-    for name, value in vars(base).items():
-        if name == "step":
-            continue  # a scheduler's, which counts
-        twin.__dict__[name] = OrderedDict() if name.startswith("_optimizer_") else copy.deepcopy(value, memo)
-    return twin, originals
+    return copy_optimizer(base, memo), originals

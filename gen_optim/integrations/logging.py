@@ -52,8 +52,8 @@ def _numbers(optimizer: GeNOptimizer, record: ProbeRecord) -> Mapping[str, float
         else {f"learning_rate/{index}": rate for index, rate in enumerate(rates)}
     )
     numbers |= {
-        # Looking back, the loss at 0 is that of the step before.
-        "loss": record.arrival if record.arrival is not None else _loss_at_zero(record),
+        # Looking back, the present step begins where the measured one ended.
+        "loss": record.loss_end if record.loss_end is not None else _loss_at_zero(record),
         "slope": record.slope,
         "curvature": record.curvature,
         "optimal_lr": record.optimal_lr,

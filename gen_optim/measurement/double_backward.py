@@ -1,29 +1,69 @@
-"""Slope and curvature of a loss that has a graph, by differentiating it twice."""
+"""Exact mode: slope and curvature of a loss by differentiating it twice."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gen_optim.closures.losses import Loss
+from gen_optim.closures.modules import check_twice_differentiable
+from gen_optim.measurement.interpolation import Interpolation
+from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
+from gen_optim.rules import Parabola
 from gen_optim.tensors.dtensor import dot
 
-__all__ = ["slope_and_curvature", "twice_differentiable_kernels"]
+__all__ = ["Exact", "slope_and_curvature"]
 
 
-@contextmanager
-def twice_differentiable_kernels() -> Iterator[None]:
-    """Choose kernels that have a second derivative, and restore the choice.
+class Exact(Mode):
+    """Slope and curvature by differentiating the closure's loss twice, at the point where the next step begins.
 
-    Of the kernels of ``scaled_dot_product_attention`` only the one written in elementary operations has one; since
-    each draws dropout in its own way, all calls of a step have to run on the same.
+    Exact GeN (Bu and Xu, arXiv:2407.02772, section 2), for one more forward pass, its backward pass, and a double
+    backward pass. It measures on the batch of the gradients, and is for ``rule="published"`` or a ``probe`` on
+    another batch.
+
+    Args:
+        tolerance: As in :class:`~gen_optim.Mode`.
+
+    Raises:
+        RuntimeError: At a probe step, if an operation in the loss has no second derivative; names it. When the
+            optimizer is constructed, if the parameters belong to a module sharded by ``fully_shard``.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+
+    def measure(self, loss: StepLoss) -> Measurement:
+        """Differentiate the loss twice where the step begins."""
+        path = loss.path
+        assert isinstance(path, Interpolation), "the step that is about to be taken"
+
+        def derivatives() -> tuple[Loss, Loss, Loss]:
+            value = loss.evaluate_with_graph(0.0)
+            return value.detach(), *slope_and_curvature(value, *path.step())
+
+        again, *along = loss.session.ranks.attempt(derivatives, instead=(math.nan,) * 3)
+        (value, slope, curvature), _ = loss.read([loss.losses.get(0.0, again), *along])
+        return Measurement((0.0,), (value,), Parabola(value, slope / loss.lr, curvature / loss.lr / loss.lr), value)
+
+    def check(self, parameters: Iterable[Tensor]) -> None:
+        """Refuse parameters whose loss cannot be differentiated twice.
+
+        Raises:
+            RuntimeError: If they belong to a module to which ``fully_shard`` has been applied.
+        """
+        check_twice_differentiable(parameters)
+
+    def around_calls(self) -> AbstractContextManager[None]:
+        """Choose kernels that have a second derivative.
+
+        Of the kernels of ``scaled_dot_product_attention`` only the one written in elementary operations has one. Each
+        kernel draws dropout in its own way, so that all calls of a step have to use the same.
+        """
+        return sdpa_kernel(SDPBackend.MATH)
 
 
 def slope_and_curvature(loss: Tensor, parameters: Sequence[Tensor], step: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,39 +1,40 @@
-"""The kept θ and θ_after, and writing any multiple of the step between them."""
+"""Any multiple of a step, interpolated between its two ends."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from gen_optim.tensors.dtensor import local, placed_like
+from gen_optim.tensors.dtensor import is_dtensor, local, placed_like
 from gen_optim.tensors.foreach import clone, copy, lerp, near, room_for
 
-__all__ = ["Move", "movable"]
+__all__ = ["Interpolation", "movable"]
 
 
 def movable(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Those parameters that a step can change."""
+    """The parameters that a step can change."""
     return [each for each in parameters if each.requires_grad or each.grad is not None]
 
 
-class Move:
-    """The base optimizer's step from θ to θ_after, of which any multiple can be written.
+class Interpolation:
+    """The base optimizer's step from θ to θ_after, of which any multiple can be written to the parameters.
 
-    Made before the base optimizer steps, it copies θ; :meth:`arrive` copies θ_after. From then on every point is
-    computed from the two copies, and none by undoing another, so that nothing drifts however often it is called.
+    It copies θ when it is made, before the base optimizer steps; :meth:`arrive` copies θ_after. Every point is computed
+    from the two copies, and none by undoing another, so that nothing drifts however many points are visited.
 
     Args:
-        groups: The parameters that move, one sequence a parameter group. Of DTensors, each rank moves what it holds.
-        on_host: Whether copies are in the host's memory.
+        groups: The parameters that move, one sequence per parameter group. Of a DTensor, each rank moves its own part.
+        on_host: Whether the copies are in the host's memory.
 
     Example:
         >>> weight = torch.tensor([1.0])
-        >>> move = Move([[weight]])
+        >>> step = Interpolation([[weight]])
         >>> _ = weight.sub_(0.5)  # the base optimizer's step
-        >>> move.arrive()
-        >>> move.write(-1.0)
+        >>> step.arrive()
+        >>> step.write(-1.0)
         >>> weight
         tensor([1.5000])
     """
@@ -43,19 +44,19 @@ class Move:
         self._parameters = groups
         self._groups = [[local(parameter).detach() for parameter in group] for group in groups]
         self._before = [[clone(parameter, on_host=on_host) for parameter in group] for group in self._groups]
-        # Taken now, so that memory which runs out does so before the base optimizer has moved anything.
+        # Allocated now, so that a lack of memory shows before the base optimizer has moved anything.
         self._after = [[room_for(parameter, on_host=on_host) for parameter in group] for group in self._groups]
-        self._has_arrived = False
+        self._is_at_end = False
 
     @torch.no_grad()
     def arrive(self) -> None:
-        """Copy θ_after: where the parameters are now."""
+        """Copy θ_after, the present values of the parameters."""
         for group, after in zip(self._groups, self._after, strict=True):
             copy(after, group)
-        self._has_arrived = True
+        self._is_at_end = True
 
     def cancel(self) -> None:
-        """Go back to θ, wherever the base optimizer has left off."""
+        """Go back to θ, even if the base optimizer failed in the middle of its step."""
         self.write(0.0)
 
     @torch.no_grad()
@@ -71,12 +72,26 @@ class Move:
             placed_like(torch.sub(*near([start, end], local(each).device)), each) for each, start, end in points
         ]
 
+    @torch.no_grad()
+    def relative_size(self) -> float:
+        """The norm of the step over that of θ, or over that of parameters of 0.1 if theirs is smaller.
+
+        0 for DTensors, whose norms no rank knows alone.
+        """
+        if any(is_dtensor(each) for group in self._parameters for each in group):
+            return 0.0
+        pairs = [pair for groups in zip(self._before, self._after, strict=True) for pair in zip(*groups, strict=True)]
+        square = sum(float((after - before).double().abs().square().sum()) for before, after in pairs)
+        size = sum(float(before.double().abs().square().sum()) for before, _ in pairs)
+        count = sum(before.numel() for before, _ in pairs)
+        return math.sqrt(square / max(size, 0.01 * count)) if count else 0.0
+
     def write(self, multiple: float) -> None:
-        """Write ``torch.lerp(θ, θ_after, multiple)``; multiples 0 and 1 are θ and θ_after themselves."""
+        """Write ``torch.lerp(θ, θ_after, multiple)``; multiples 0 and 1 are exactly θ and θ_after."""
         self._write([multiple] * len(self._groups))
 
     def settle(self, multiples: Sequence[float]) -> None:
-        """Write for good, one multiple a group; an interrupt in the middle is raised only when all is written."""
+        """Write for good, one multiple per group. An interrupt in the middle is raised when everything is written."""
         try:
             self._write(multiples)
         except BaseException:
@@ -85,10 +100,10 @@ class Move:
 
     @torch.no_grad()
     def _write(self, multiples: Sequence[float]) -> None:
-        is_there, self._has_arrived = self._has_arrived, False
+        is_at_end, self._is_at_end = self._is_at_end, False
         for group, before, after, multiple in zip(self._groups, self._before, self._after, multiples, strict=True):
             if multiple == 1.0:
-                if not is_there:
+                if not is_at_end:
                     copy(group, after)
             elif multiple == 0.0:
                 copy(group, before)

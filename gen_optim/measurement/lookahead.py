@@ -1,213 +1,103 @@
-"""Measuring the loss along the base optimizer's step: by probes, by differentiation, or to find a start."""
+"""Looking ahead: the loss at several multiples of the step that the base optimizer proposes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from numbers import Real
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from gen_optim.measurement.interpolation import Interpolation
+from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
+from gen_optim.rules import InitialSearch, fit_parabola, search_initial_lr
 
-from gen_optim.closures.losses import Loss, rounding_of
-from gen_optim.distributed import Ranks
-from gen_optim.measurement.double_backward import slope_and_curvature, twice_differentiable_kernels
-from gen_optim.measurement.interpolation import Move
-from gen_optim.rules.initial_search import StartSearch, search_start
-from gen_optim.rules.parabola import Parabola, fit_parabola
-
-__all__ = [
-    "MODES",
-    "Line",
-    "Measurement",
-    "Mode",
-    "check_mode",
-    "check_tolerance",
-    "differentiate",
-    "probe_around",
-    "search",
-    "searched_lr",
-]
+__all__ = ["LookAhead", "measure_initial_search", "searched_lr"]
 
 
-def check_tolerance(value: object) -> float:
-    """Return the relative error of a loss in machine epsilons, if it is one.
+class LookAhead(Mode):
+    """A parabola through the losses at several multiples of the next step, on the batch of its gradients.
+
+    Through −1, 0 and 1 it is approximate GeN (Bu and Xu, arXiv:2407.02772, section 3). Through more points the parabola
+    is fitted by least squares. Each point costs one forward pass; the loss at 0 is that of the closure's first call.
+
+    The step fits the noise of its own batch, so that the slope is overestimated. This mode is for
+    ``rule="published"``, or for a ``probe`` that evaluates another batch.
+
+    Args:
+        multiples: Where the loss is evaluated, in multiples of the step: at least three different numbers, one of them
+            positive. 0 is added if it is missing.
+        tolerance: As in :class:`~gen_optim.Mode`.
 
     Raises:
-        ValueError: If it is not a finite number of at least 0.
-    """
-    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
-    if 0.0 <= number < math.inf:
-        return number
-    raise ValueError(f"tolerance must be a finite number of at least 0, got {value!r}")
+        ValueError: If ``multiples`` are not as said above, or not finite.
 
-
-@dataclass(frozen=True)
-class Line:
-    """The loss along one step of the base optimizer, ready to be evaluated.
-
-    Attributes:
-        move: The step.
-        lr: Its learning rate.
-        here: The loss where it began, as the closure returned it; None where that has to be evaluated.
-        call: Evaluates the loss where the parameters are.
-        call_with_graph: Likewise, with a graph.
-        read: Turns losses into numbers to be minimised, averaged over the ranks, all at once: one transfer from the
-            device.
-        tolerance: Relative error of a loss, in units of rounding.
-        computed_in: Dtypes in which losses are computed, besides their own.
-        ranks: The processes that measure together. What fails on one of them is raised by ``read``.
+    Example:
+        >>> LookAhead(multiples=(-2, -1, 0, 1, 2)).multiples
+        (-2.0, -1.0, 0.0, 1.0, 2.0)
     """
 
-    move: Move
-    lr: float
-    here: Loss | None
-    call: Callable[[], Loss]
-    call_with_graph: Callable[[], Tensor]
-    read: Callable[[Sequence[Loss]], list[float]]
-    tolerance: float
-    computed_in: Collection[torch.dtype] = ()
-    ranks: Ranks = field(default_factory=Ranks)
+    def __init__(self, multiples: Sequence[float] = (-1, 0, 1), *, tolerance: float = 8.0) -> None:
+        super().__init__(tolerance=tolerance)
+        points = sorted({float(each) for each in multiples})
+        if len(points) < 3 or not all(map(math.isfinite, points)):
+            raise ValueError(
+                "multiples must hold at least three different finite numbers to fix a parabola, for example "
+                f"(-1, 0, 1), got {tuple(multiples)}"
+            )
+        if points[-1] <= 0.0:
+            raise ValueError(
+                "multiples must hold a positive number, a point ahead along the step, for example (-1, 0, 1), got "
+                f"{tuple(multiples)}"
+            )
+        self.multiples = tuple(sorted({0.0, *points}))
 
-    def evaluate(self, multiple: float) -> Loss:
-        """The loss at a multiple of the step."""
-        if multiple == 0.0 and self.here is not None:
-            return self.here
-        self.move.write(multiple)
-        return self.ranks.attempt(self.call, instead=math.nan)
-
-    def read_with_rounding(self, losses: Sequence[Loss]) -> tuple[tuple[float, ...], float]:
-        """Losses as numbers, and their relative error.
-
-        That is averaged over the ranks too, since judgements depend on it, and a closure may return a tensor on one
-        rank and a plain number on another.
-        """
-        *numbers, rounding = self.read([*losses, self.tolerance * rounding_of(losses, self.computed_in)])
-        return tuple(numbers), abs(rounding)  # under ``maximize`` numbers that are read change their sign
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The loss along the direction, as a probe step saw it.
-
-    Attributes:
-        learning_rates: Where it was evaluated.
-        losses: The losses there.
-        raw: The one where the present step begins, as the closure returned it.
-        loss: The one where the measured step begins, as a number to be minimised.
-        found: The parabola through them, or the outcome of the start's search.
-        arrival: The loss where the measured step has led; None where it has not been taken yet.
-    """
-
-    learning_rates: tuple[float, ...]
-    losses: tuple[float, ...]
-    raw: Loss
-    loss: float
-    found: Parabola | StartSearch
-    arrival: float | None = None
-
-    @property
-    def parabola(self) -> Parabola:
-        """The parabola; NaN where a start was searched."""
-        return self.found if isinstance(self.found, Parabola) else Parabola(self.loss, math.nan, math.nan)
-
-    @property
-    def optimal_lr(self) -> float | None:
-        """The learning rate of the lowest loss, None where there is none."""
-        return self.found.optimal_lr if isinstance(self.found, Parabola) else self.found.lr
-
-
-def probe_around(line: Line) -> Measurement:
-    """Approximate GeN: a parabola through the losses at −lr, 0 and +lr (Bu and Xu, arXiv:2407.02772, section 3)."""
-    ahead = line.evaluate(1.0)  # first: the parameters are there
-    here = line.evaluate(0.0)
-    raw = [line.evaluate(-1.0), here, ahead]
-    learning_rates, (losses, rounding) = (-line.lr, 0.0, line.lr), line.read_with_rounding(raw)
-    parabola = fit_parabola(learning_rates, losses, rounding=rounding)
-    return Measurement(learning_rates, losses, here, losses[1], parabola)
-
-
-def differentiate(line: Line) -> Measurement:
-    """Exact GeN: slope and curvature where the step began, by double backward (arXiv:2407.02772, section 2)."""
-    line.move.write(0.0)
-
-    def derivatives() -> tuple[Loss, Loss, Loss]:
-        loss = line.call_with_graph()
-        return loss.detach(), *slope_and_curvature(loss, *line.move.step())
-
-    again, *found = line.ranks.attempt(derivatives, instead=(math.nan,) * 3)
-    here = again if line.here is None else line.here
-    value, slope, curvature = line.read([here, *found])
-    return Measurement((0.0,), (value,), here, value, Parabola(value, slope / line.lr, curvature / line.lr / line.lr))
-
-
-def search(line: Line) -> Measurement:
-    """Look along the first step for where the loss is lowest; where it is not finite, nowhere."""
-    here = line.evaluate(0.0)
-    (loss,), rounding = line.read_with_rounding([here])
-    if not math.isfinite(loss):
-        return Measurement((0.0,), (loss,), here, loss, StartSearch(None, (), ()))
-    found = search_start(
-        lambda multiple: line.read([line.evaluate(multiple)])[0],
-        loss,
-        rounding=rounding,
-        largest=_REACH,
-    )
-    learning_rates = tuple(multiple * line.lr for multiple in found.learning_rates)
-    # Beyond its reach the step is too short to tell the direction from the rounding of the parameters.
-    is_out_of_reach = found.lr is not None and found.lr >= _REACH and line.lr < searched_lr(-1)
-    lr = None if found.lr is None or is_out_of_reach else found.lr * line.lr
-    return Measurement(
-        (0.0, *learning_rates), (loss, *found.losses), here, loss, StartSearch(lr, learning_rates, found.losses)
-    )
+    def measure(self, loss: StepLoss) -> Measurement:
+        """Fit a parabola through the losses at all multiples."""
+        # The parameters are at 1, so that this point needs no move.
+        for multiple in sorted(self.multiples, key=lambda each: (each != 1.0, -each)):
+            loss.evaluate(multiple)
+        losses, rounding = loss.read_with_rounding([loss.evaluate(multiple) for multiple in self.multiples])
+        learning_rates = tuple(multiple * loss.lr for multiple in self.multiples)
+        parabola = fit_parabola(learning_rates, losses, rounding=rounding)
+        return Measurement(learning_rates, losses, parabola, losses[self.multiples.index(0.0)])
 
 
 _REACH = 1024.0
-"""Up to which multiple of a step a start is searched along it."""
+"""Up to which multiple of a step an initial learning rate is searched along it."""
+
+
+def measure_initial_search(loss: StepLoss) -> Measurement:
+    """Search along the first step for the learning rate of the lowest loss; not at all if the loss is not finite."""
+    (start,), rounding = loss.read_with_rounding([loss.evaluate(0.0)])
+    if not math.isfinite(start):
+        return Measurement((0.0,), (start,), InitialSearch(None, (), ()), start)
+    found = search_initial_lr(
+        lambda multiple: loss.read([loss.evaluate(multiple)])[0][0],
+        start,
+        rounding=rounding,
+        largest=_REACH,
+        smallest=1e-36,
+    )
+    learning_rates = tuple(multiple * loss.lr for multiple in found.learning_rates)
+    lr, is_bounded = None if found.lr is None else found.lr * loss.lr, True
+    if found.lr is not None and found.lr >= _REACH:
+        assert isinstance(loss.path, Interpolation), "a search looks ahead"
+        size = loss.path.relative_size()
+        if size * _REACH > 1.0:
+            # The loss still falls at a step longer than the parameters: it has no minimum that a search could find.
+            # Training begins with a short step, and grows as the loss allows.
+            lr, is_bounded = loss.lr / size, False
+        elif loss.lr < searched_lr(-1):
+            lr = None  # the step is too short to tell the direction from the rounding of the parameters
+    search = InitialSearch(lr, learning_rates, found.losses, is_bounded)
+    return Measurement((0.0, *learning_rates), (start, *found.losses), search, start)
 
 
 def searched_lr(failures: int) -> float:
-    """The learning rate of the base optimizer's step along which a start is searched.
+    """The learning rate of the step along which an initial learning rate is searched.
 
-    It is large because the direction is read off as a difference of parameters, whose rounding would drown that of a
-    small step; and larger after each search that found nothing, in case the gradients are so small, in a cycle of
-    seven.
+    It is large because the direction is a difference of parameters, whose rounding would drown that of a small step. It
+    is larger after each search that found nothing, in case the gradients are very small, in a cycle of eleven.
 
     Args:
-        failures: How many searches have found nothing; −1 stands for the largest.
+        failures: How many searches have found nothing; −1 stands for the largest learning rate.
     """
-    return _REACH ** (failures % 7)
-
-
-@dataclass(frozen=True)
-class Mode:
-    """A way to measure.
-
-    Attributes:
-        measure: Measures slope and curvature along the step that is about to be taken; None where the step before is
-            looked back at instead.
-        kernels: Around all calls of the closure in a probe step.
-    """
-
-    measure: Callable[[Line], Measurement] | None
-    kernels: Callable[[], AbstractContextManager[None]] = nullcontext
-
-
-MODES = {
-    "lookback": Mode(None),
-    "approximate": Mode(probe_around),
-    "exact": Mode(differentiate, twice_differentiable_kernels),
-}
-"""Modes by the name that ``GeNOptimizer(mode=...)`` takes."""
-
-
-def check_mode(name: object) -> None:
-    """Refuse what is no mode.
-
-    Raises:
-        ValueError: Names those that there are.
-    """
-    if name not in list(MODES):
-        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {name!r}")
+    return _REACH ** (failures % 11)

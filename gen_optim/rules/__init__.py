@@ -1,76 +1,65 @@
-"""The rules that ``GeNOptimizer(rule=...)`` knows by name. Numbers only, no tensors."""
+"""Rules: from a measured parabola to the next learning rate, in plain numbers.
+
+A rule is named by ``GeNOptimizer(rule="relaxed")`` or passed as an object, ``rule=RelaxedRule(smoothing=0.95)``. A rule
+of one's own subclasses :class:`Rule`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from gen_optim.rules.base import ControlState, Decision, ProbeStatus, PublishedRule, check_option
-from gen_optim.rules.parabola import Parabola
+from gen_optim.rules.base import Rule
+from gen_optim.rules.initial_search import InitialSearch, search_initial_lr
+from gen_optim.rules.parabola import Parabola, fit_parabola
+from gen_optim.rules.published import PublishedRule
 from gen_optim.rules.relaxed import RelaxedRule
+from gen_optim.rules.state import Decision, ProbeStatus, RuleState
 
-__all__ = ["RULES", "CDATRule", "make_rule"]
+__all__ = [
+    "RULES",
+    "Decision",
+    "InitialSearch",
+    "Parabola",
+    "ProbeStatus",
+    "PublishedRule",
+    "RelaxedRule",
+    "Rule",
+    "RuleState",
+    "fit_parabola",
+    "make_rule",
+    "search_initial_lr",
+]
 
-
-@dataclass(frozen=True, kw_only=True)
-class CDATRule(PublishedRule):
-    """Curvature dynamics aware tuning (Roulet et al., "Stepping on the edge", arXiv:2407.06183), to compare with.
-
-    α = ``edge`` · max(mean slope, 0) / mean |curvature|, both averaged with ``smoothing``, from the first step on.
-
-    Attributes:
-        edge: 1 is greedy, 2 on the edge of stability, as its authors recommend.
-    """
-
-    edge: float = 2.0
-
-    def __post_init__(self) -> None:
-        """Check every option.
-
-        Raises:
-            ValueError: Names the option, what was expected and what came.
-        """
-        super().__post_init__()
-        check_option("edge", self.edge, "above 0", self.edge > 0)
-
-    def judge(
-        self, state: ControlState, loss: float, parabola: Parabola, *, factor: float, arrival: float | None
-    ) -> Decision:
-        """What a parabola at a finite loss calls for."""
-        if not parabola.is_finite:
-            return Decision(
-                self._probed(state, state.lr, loss, ProbeStatus.NON_FINITE_PROBE), ProbeStatus.NON_FINITE_PROBE
-            )
-        weight = max(1.0 - self.smoothing, 1.0 / (state.parabola_count + 1))
-        state = replace(
-            state,
-            slope_mean=state.slope_mean + weight * (parabola.slope - state.slope_mean),
-            curvature_mean=state.curvature_mean + weight * (abs(parabola.curvature) - state.curvature_mean),
-            parabola_count=state.parabola_count + 1,
-        )
-        if not state.curvature_mean:
-            return Decision(self._probed(state, state.lr, loss, ProbeStatus.NO_MINIMUM), ProbeStatus.NO_MINIMUM)
-        lr = self.edge * max(state.slope_mean, 0.0) / state.curvature_mean
-        return Decision(self._probed(state, lr, loss, ProbeStatus.FITTED), ProbeStatus.FITTED)
+RULES: dict[str, type[Rule]] = {"relaxed": RelaxedRule, "published": PublishedRule}
+"""The rules by the name that ``GeNOptimizer(rule=...)`` takes."""
 
 
-RULES: dict[str, type[PublishedRule]] = {"relaxed": RelaxedRule, "published": PublishedRule, "cdat": CDATRule}
-"""Rules by the name that ``GeNOptimizer(rule=...)`` takes."""
+def make_rule(rule: str | Rule, **options: Any) -> Rule:
+    """Return the rule of a name, or the rule itself.
 
-
-def make_rule(name: str, **options: Any) -> PublishedRule:
-    """The rule of a name, with those of the options that it has.
+    Args:
+        rule: A name in :data:`RULES`, or a rule.
+        **options: Options of the rule, if it is given by name.
 
     Raises:
-        ValueError: If there is no such rule, or an option is out of range.
+        TypeError: If ``rule`` is neither a name nor a rule, or the rule has no such option.
+        ValueError: If there is no rule of that name, an option is out of range, or options come with a rule that has
+            its own.
+
+    Example:
+        >>> make_rule("published", period=4)
+        PublishedRule(period=4, lr_min=0.0, lr_max=inf, smoothing=0.9, max_change=2.0)
     """
-    if name not in list(RULES):
-        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {name!r}")
-    for rule in RULES.values():  # what another one uses has to be in range all the same
-        rule(**_known(rule, options))
-    return RULES[name](**_known(RULES[name], options))
-
-
-def _known(rule: type[PublishedRule], options: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(rule)}
-    return {name: value for name, value in options.items() if name in names}
+    if isinstance(rule, Rule):
+        if options:
+            [(name, value), *_] = options.items()
+            raise ValueError(
+                f"{name} must be given to the rule if that is an object: rule={type(rule).__name__}({name}={value!r}), "
+                f"got {name}={value!r} next to {rule!r}"
+            )
+        return rule
+    if not isinstance(rule, str):
+        raise TypeError(f"rule must be a name or a Rule, such as RelaxedRule(burn_in=20), got {rule!r}")
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, or a Rule, got {rule!r}")
+    return RULES[rule](**options)

@@ -1,4 +1,4 @@
-"""Where to start: the learning rate that the loss along the first direction calls for. Numbers only, no tensors."""
+"""The search for an initial learning rate along the first direction."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["StartSearch", "search_start"]
+__all__ = ["InitialSearch", "search_initial_lr"]
 
 
 @dataclass(frozen=True)
-class StartSearch:
-    """Outcome of :func:`search_start`.
+class InitialSearch:
+    """Outcome of :func:`search_initial_lr`.
 
     Attributes:
-        lr: The learning rate of the lowest loss found; None where none lowers the loss.
-        learning_rates: All that were evaluated, in that order.
-        losses: The losses there.
+        lr: The learning rate of the lowest loss found; None if none lowers the loss.
+        learning_rates: All learning rates evaluated, in that order.
+        losses: The losses at them.
+        is_bounded: Whether the loss has a minimum along the direction, as far as was looked. If not, ``lr`` is that of
+            a step as long as the parameters.
     """
 
     lr: float | None
     learning_rates: tuple[float, ...]
     losses: tuple[float, ...]
+    is_bounded: bool = True
 
 
-def search_start(
+def search_initial_lr(
     evaluate: Callable[[float], float],
     loss: float,
     *,
@@ -32,16 +35,16 @@ def search_start(
     factor: float = 4.0,
     largest: float = 1e9,
     smallest: float = 1e-16,
-) -> StartSearch:
-    """Search exponentially for the first minimum of the loss along a direction, knowing no scale.
+) -> InitialSearch:
+    """Find the first minimum of the loss along a direction by an exponential search at any scale.
 
-    From learning rate 1 it walks down by ``factor`` to where the loss descends linearly (there a ``factor``-th of the
-    learning rate has about a ``factor``-th of the descent), then takes the first minimum above. A walk that only
-    compared losses from 1 on could settle in a far basin that no step of training would ever reach. The minimum is
-    refined once, at half and twice the learning rate.
+    The search divides the learning rate by ``factor``, from 1 down, until the loss descends linearly: the next smaller
+    learning rate then has about a ``factor``-th of the descent. From there it multiplies by ``factor`` up to the first
+    minimum. A search that went up from 1 alone could end in a far basin that training would never reach. The minimum is
+    refined once, at half and twice its learning rate.
 
     Args:
-        evaluate: The loss at a learning rate; NaN and infinity are allowed.
+        evaluate: Returns the loss at a learning rate; it may be NaN or infinite.
         loss: The loss at learning rate 0.
         rounding: The relative error of a loss; a smaller descent does not count.
         factor: Ratio between successive learning rates.
@@ -49,16 +52,16 @@ def search_start(
         smallest: Lower end of the search.
 
     Returns:
-        The learning rate found, and all evaluations.
+        The learning rate found, and all evaluations, at most 44 by default.
 
     Example:
-        >>> search_start(lambda lr: (lr - 0.01) ** 2, 1e-4, rounding=1e-12).lr
+        >>> search_initial_lr(lambda lr: (lr - 0.01) ** 2, 1e-4, rounding=1e-12).lr
         0.0078125
     """
     evaluated: dict[float, float] = {}
 
     def descent(lr: float) -> float:
-        """How far the loss falls; infinitely little where it is not finite."""
+        """How far the loss falls; −∞ if it is not finite."""
         if lr not in evaluated:
             evaluated[lr] = evaluate(lr)
         return loss - evaluated[lr] if math.isfinite(evaluated[lr]) else -math.inf
@@ -79,7 +82,7 @@ def search_start(
             if descent(lr) > noise:
                 found = lr
             elif lr >= 1.0 and descent(lr) < -noise:
-                break  # beyond all that was walked down, and it rises
+                break  # above all learning rates of the way down, and the loss rises
         elif descent(lr) > descent(found):
             found = lr
         else:
@@ -87,4 +90,4 @@ def search_start(
         lr *= factor
     if found is not None:
         found = max((found, found / 2.0, found * 2.0), key=descent)
-    return StartSearch(found, tuple(evaluated), tuple(evaluated.values()))
+    return InitialSearch(found, tuple(evaluated), tuple(evaluated.values()))

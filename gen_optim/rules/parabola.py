@@ -1,12 +1,12 @@
-"""The parabola: fit, lowest point, prediction, rounding noise. Numbers only, no tensors.
+"""The second-order model of the loss along a direction, and its fit.
 
 Along a direction ω the loss ``g(α) = L(θ − αω)`` is modelled to second order as
 
     g(α) ≈ g(0) − slope · α + curvature · α² / 2,
 
-with ``slope = −g′(0)`` (positive where the direction descends) and ``curvature = g″(0)``. Where the curvature is
-positive its lowest point, ``slope / curvature``, is the optimal learning rate of the generalized Newton's method
-(Bu and Xu, ICLR 2025, arXiv:2407.02772, eq. 5).
+with ``slope = −g′(0)`` (positive if the direction descends) and ``curvature = g″(0)``. If the curvature is positive,
+the minimum ``slope / curvature`` is the optimal learning rate of the generalized Newton's method (Bu and Xu, ICLR 2025,
+arXiv:2407.02772, eq. 5).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Parabola:
         value: The loss at learning rate 0.
         slope: ``−g′(0)``, in units of the loss per unit of learning rate.
         curvature: ``g″(0)``, in units of the loss per squared unit of learning rate.
-        slope_noise: How large a slope rounding alone can produce.
-        curvature_noise: How large a curvature rounding alone can produce.
+        slope_noise: The largest absolute slope that rounding alone can produce.
+        curvature_noise: The largest absolute curvature that rounding alone can produce.
 
     Example:
         >>> parabola = Parabola(value=1.0, slope=2.0, curvature=4.0)
@@ -52,9 +52,9 @@ class Parabola:
 
     @property
     def optimal_lr(self) -> float | None:
-        """The lowest point, ``slope / curvature``; None where the parabola has none (curvature ≤ 0, not finite).
+        """The minimum, ``slope / curvature``; None if there is none (curvature ≤ 0, or not finite).
 
-        It is negative where the direction ascends.
+        It is negative if the direction ascends.
         """
         if not self.is_finite or self.curvature <= 0:
             return None
@@ -62,25 +62,24 @@ class Parabola:
         return optimum if math.isfinite(optimum) else None
 
     def predict(self, learning_rate: float) -> float:
-        """The modelled loss at ``learning_rate``."""
+        """The loss of the model at ``learning_rate``."""
         return self.value - self.slope * learning_rate + 0.5 * self.curvature * learning_rate * learning_rate
 
 
 def fit_parabola(learning_rates: Sequence[float], losses: Sequence[float], *, rounding: float = 0.0) -> Parabola:
     """Fit a parabola to losses along a direction by least squares.
 
-    Through three points it is the interpolation; at −α, 0, +α that is
+    Through three points it is the interpolation. At −α, 0, +α that is
 
         slope = (g(−α) − g(α)) / 2α,    curvature = (g(−α) − 2 g(0) + g(α)) / α²
 
-    (Bu and Xu, arXiv:2407.02772, section 3). The fit is linear in the losses, so an error of at most
-    ``rounding · max|loss|`` in each moves a coefficient by at most that times the sum of its absolute weights: for
-    the points above, the noise of the curvature is ``4 · rounding · max|g| / α²``.
+    (Bu and Xu, arXiv:2407.02772, section 3). The fit is linear in the losses. An error of at most
+    ``rounding · max|loss|`` in each loss changes a coefficient by at most that times the sum of its absolute weights.
+    For the points above, the noise of the curvature is ``4 · rounding · max|g| / α²``.
 
     Args:
-        learning_rates: Where the loss was evaluated; at least three distinct, finite numbers, in any order.
-        losses: The losses there, as many as ``learning_rates``. Where one is NaN or infinite, the parabola is
-            NaN throughout, and says so by ``is_finite``.
+        learning_rates: The learning rates of the points, in any order; at least three distinct finite numbers.
+        losses: The losses at them, in the same order. If one is NaN or infinite, all coefficients are NaN.
         rounding: The relative error of a loss, such as a few times the machine epsilon of its dtype.
 
     Returns:
@@ -107,8 +106,8 @@ def fit_parabola(learning_rates: Sequence[float], losses: Sequence[float], *, ro
     if not np.isfinite(values).all():
         return Parabola(math.nan, math.nan, math.nan)
 
-    # In units of the largest learning rate, and relative to the loss nearest to 0: the fit then neither over- nor
-    # underflows, and shifting the loss by a constant shifts the value alone.
+    # In units of the largest learning rate and relative to the loss nearest to 0, the fit neither over- nor underflows,
+    # and a constant added to the loss changes the value alone.
     unit = float(np.abs(points).max())
     origin = values[np.abs(points).argmin()]
     scaled = points / unit

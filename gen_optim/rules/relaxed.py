@@ -1,333 +1,315 @@
-"""The default rule: a relaxed learning rate from averaged slopes and curvatures. Numbers only, no tensors.
+"""The default rule: a multiple of mean slope / mean curvature.
 
-One step's best learning rate is slope / curvature, and following it is too cautious for a whole run: where training
-stands still at α, the expected change of the loss, −slope · α + curvature · α² / 2, is zero, so that slope / curvature
-is exactly α / 2. The noise shrinks with α, slope / curvature halves again, and so on (the short-horizon bias of Wu et
-al., 2018). A multiple κ of it with 1 < κ < 2 holds the learning rate as long as steps descend on average, and lowers
-it when they stop (relaxed steepest descent: Raydan and Svaiter, 2002; the edge of stability: Roulet et al.,
-arXiv:2407.06183). For that, slope and curvature have to be of another batch than the gradient's.
+The learning rate slope / curvature is the best for one step, and too small for a whole run. When training no longer
+makes progress at α, the expected change of the loss, −slope · α + curvature · α² / 2, is zero, so slope / curvature is
+α / 2. At half the learning rate the noise is smaller, slope / curvature halves again, and so on (the short-horizon bias
+of Wu et al., 2018). A multiple κ of it with 1 < κ < 2 keeps the learning rate while steps descend on average, and
+lowers it when they stop (relaxed steepest descent: Raydan and Svaiter, 2002; the edge of stability: Roulet et al.,
+arXiv:2407.06183). This requires slope and curvature of another batch than that of the gradient.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
-from gen_optim.rules.base import ControlState, Decision, ProbeStatus, PublishedRule, check_option, is_whole
-from gen_optim.rules.initial_search import StartSearch
+from gen_optim.rules.averages import LossAverages, ParabolaAverages, slope_with_trend
+from gen_optim.rules.base import Rule
+from gen_optim.rules.initial_search import InitialSearch
+from gen_optim.rules.limits import CAREFUL_GROWTH, fall_limit, growth_limit, limited_lr
 from gen_optim.rules.parabola import Parabola
+from gen_optim.rules.safeguards import first_safeguard, is_contradicted
+from gen_optim.rules.state import Decision, ProbeStatus, RuleState
 
-__all__ = ["RelaxedRule"]
-
-_CHANGE = 1.1
-"""Factor by which the learning rate changes at most in a probe step: training has to show what the last change did."""
-
-_LATER_GROWTH, _CAREFUL_GROWTH = 1.05, 1.02
-"""Factors by which it grows at most after the burn-in, and near where training was unstable before. With momentum 0.9,
-a learning rate 10 % above the edge of stability multiplies what is unstable by a hundred within eight steps, one 5 %
-above by 23, one 2 % above by six: that is seen in time."""
-
-_ANNEALING = 6.0
-"""Divided by the number of parabolas, how much further the learning rate falls than it grows in pure noise, where it
-does either half of the time: without a horizon it anneals like a power of the number of steps."""
+__all__ = ["RelaxedRule", "RelaxedState"]
 
 _NEAR = 0.5
-"""From which fraction of the learning rate at which it was unstable growth is careful."""
+"""Fraction of the learning rate at which training was unstable, from which on growth is careful."""
 
 _CERTAIN, _FAR = 0.9, 4.0
-"""Above this agreement, and this many times below what is called for, growth is limited by nothing but how soon
-instability would show: it is careful, but at every step."""
-
-_CREDIBLE, _CONTRADICTED = 0.5, 1.3
-"""Above this agreement a single parabola counts against the averages when they call for this many times the learning
-rate, and it for less than that: what makes a step unstable grows by a power from step to step, and is in the averages
-too late."""
-
-_ASTRAY = 8.0
-"""A step has gone astray when the loss rises by this many times what it usually changes."""
-
-_FEW = 3
-"""Below this many parabolas nothing is usual."""
-
-_SOON = 0.3
-"""Weight of a parabola in the average of how much the loss changes, which others are measured by."""
-
-_MOST = 2.0
-"""So many usual changes of the loss count at most in an average: one step off a saddle would outweigh all others."""
+"""Above this signal fraction, and this many times below the target, growth is careful but happens at every step: only
+the time in which instability shows limits it."""
 
 _RISEN = 0.5
-"""Growth ends where the mean loss is above its lowest by this many mean absolute deviations of the losses (a mean of
+"""Growth ends if the mean loss is above its lowest value by this many mean absolute deviations of the losses (a mean of
 them varies by about a third of one), and the learning rate falls from twice that on."""
 
-_NORMAL = 1.25
-"""The standard deviation of normal noise over its mean absolute deviation."""
-
 _STATUSES = {0.0: ProbeStatus.NO_MINIMUM, math.inf: ProbeStatus.CONCAVE}
-"""What it is called when the averages call for this."""
+"""The statuses of these targets."""
 
-_ROUNDING = 2.0**-20
-"""A loss may rise by this fraction because it is rounded in single precision; that is no explosion."""
+_URGENT = frozenset(
+    {
+        ProbeStatus.START_FAILED,
+        ProbeStatus.EXPLODED,
+        ProbeStatus.NON_FINITE_PROBE,
+        ProbeStatus.REVERTED,
+        ProbeStatus.GROWING,
+        ProbeStatus.UNSTABLE,
+    }
+)
+"""The statuses after which the next step is a probe step."""
+
+
+@dataclass(frozen=True)
+class RelaxedState(RuleState):
+    """What the relaxed rule remembers.
+
+    Attributes:
+        started: Whether an initial learning rate was found.
+        loss_initial: The loss where training began.
+        loss: Averages of the losses at the start of probe steps.
+        parabola: Averages of the parabolas.
+        factor: The scheduler's factor at the last of those parabolas.
+        lr_unstable: The learning rate at which training was last unstable; 0 if it never was.
+        lr_initial: The learning rate at which training began.
+        lr_borne: The largest learning rate of a step, with its factor, that training was seen to bear.
+        factor_last: The scheduler's factor in the last step.
+    """
+
+    started: bool = False
+    loss_initial: float = 0.0
+    loss: LossAverages = field(default_factory=LossAverages)
+    parabola: ParabolaAverages = field(default_factory=ParabolaAverages)
+    factor: float = 1.0
+    lr_unstable: float = 0.0
+    lr_initial: float = 0.0
+    lr_borne: float = 0.0
+    factor_last: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelaxedRule(PublishedRule):
-    """A multiple κ of mean slope / mean curvature, from a start found in the loss itself, safe where steps go astray.
+class RelaxedRule(Rule):
+    """Moves the learning rate towards κ · mean slope / mean curvature, from an initial value found by a search.
 
     In the order in which a training run meets it:
 
-    - a start taken from the loss itself (``initial_search``); training begins at ``start_fraction`` of the learning
-      rate found, because the first gradient points down an untypically steep slope and no momentum is built up yet;
-    - a burn-in: the first ``burn_in`` probe steps follow each other at every step;
-    - slope and curvature are averaged, each relative to how much the loss changes in a step at the time (or what was
-      measured when losses were large would count for ever), and with less weight the more the learning rate has grown
-      since (or what was measured when it was tiny would); the learning rate moves towards κ times their ratio by at
-      most 10 % a probe step;
-    - how far to trust them is told by the parabolas themselves: the share of their agreement among all there is in
-      their slopes, 1 without noise and 0 where slopes are nothing but noise. Growth is faster where they agree; in
-      pure noise the learning rate falls further than it grows at first, which anneals it, and less far in the long
-      run, or it would die of chance;
-    - it does not grow where the mean loss has risen, and falls where that has risen far;
-    - a scheduler's factor f and this rule must not shrink the same thing twice. In pure noise the learning rate is
-      raised only where the target lies above α itself, and lowered only where it lies below the step taken, α · f:
-      the horizon anneals the noise, and what the estimate says about that is not followed. Without noise there is
-      nothing to anneal, and the target is followed from both sides. While the mean loss is lower than ever, the
-      learning rate does not fall under a scheduler;
-    - nor is chance to anneal under a scheduler: where slopes are noise, so is their mean, but what all steps have
-      achieved shows in the trend of the loss, and what that says about the mean slope counts by how much better it is
-      known;
-    - where the parabolas agree without noise and call for far more, it grows by 2 % and is probed at every step; and
-      where the averages call for more but the last step was too long by its own parabola, the learning rate falls and
-      is probed again at the next step: a direction has become unstable that the averages do not know yet;
-    - a step that led to a loss far above the one where it began, on the same batch, is taken back, and the learning
-      rate cut by ``max_change``; a loss that exploded cuts it too;
-    - from half of where it was unstable the learning rate grows by 2 % a probe step.
+    - **Initial search.** Training begins at ``start_fraction`` of the best learning rate along the first direction. The
+      first gradient has an untypically large slope, and no momentum is built up yet.
+    - **Burn-in.** The first ``burn_in`` steps are all probe steps.
+    - **Safeguards** (:mod:`gen_optim.rules.safeguards`). A step that raised the loss far above its start, on the same
+      batch, is reverted. After that, and after a loss that exploded or is not finite at a probe, the learning rate is
+      cut by ``max_change``. A parabola that is no more than rounding changes nothing.
+    - **Averages** (:mod:`gen_optim.rules.averages`). Slopes and curvatures are averaged in units of the average change
+      of the loss, with less weight the more the learning rate has grown since. The signal fraction is the part of the
+      slopes that is not noise.
+    - **Target.** κ · mean slope / mean curvature. Under a scheduler, the mean slope of noisy parabolas is estimated
+      from the trend of the loss too, or chance would anneal the learning rate. If the averages call for more but the
+      last step was too long by its own parabola, the learning rate falls: a direction has become unstable that the
+      averages do not show yet.
+    - **Limits** (:mod:`gen_optim.rules.limits`). The learning rate changes by at most 10 % per probe step. It grows
+      faster if slopes agree. In pure noise it falls further than it grows at first, which anneals it. It does not grow
+      if the mean loss has risen, and falls if that has risen far. Near a learning rate that was unstable it grows by
+      2 %. If slopes agree and the target is far above, it grows by 2 % at every step.
+    - **Dead band.** A scheduler with factor f and this rule must not both anneal the same noise. In pure noise the
+      learning rate grows only if the target is above α, and falls only if it is below the step taken, α · f. Without
+      noise there is nothing to anneal, and the target is followed from both sides. Under a scheduler the learning rate
+      does not fall while the mean loss is at its lowest.
 
-    Attributes:
-        relaxation: κ, in [1, 2).
-        start_fraction: Fraction of the learning rate found by the start's search at which training begins.
+    Args:
+        period: Number of steps from one probe step to the next, after the burn-in.
+        lr_min: Lower limit of the learning rate.
+        lr_max: Upper limit of the learning rate.
+        smoothing: Weight of earlier values in moving averages, in [0, 1).
+        max_change: Factor by which safeguards cut the learning rate, above 1.
+        start_fraction: Fraction of the learning rate found by the search at which training begins, in (0, 1].
         burn_in: Number of probe steps at the beginning that follow each other at every step.
-        explosion: The loss has exploded when it is above the loss where training began and above its own moving
-            average by this many times its mean absolute deviation; ``inf`` turns that off.
+        relaxation: κ, in [1, 2).
+        explosion: Number of mean absolute deviations above the mean loss, and above the loss where training began,
+            from which on the loss has exploded; ``inf`` disables this safeguard.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Example:
+        >>> rule = RelaxedRule(start_fraction=0.1)
+        >>> search = InitialSearch(lr=0.5, learning_rates=(0.5,), losses=(1.0,))
+        >>> decision = rule.decide(rule.initial_state(lr=1e-3), search, loss_start=2.0)
+        >>> decision.status, decision.state.lr
+        (<ProbeStatus.STARTED: 'started'>, 0.05)
     """
 
-    relaxation: float = 1.8
+    smoothing: float = 0.9
+    max_change: float = 2.0
     start_fraction: float = 0.03
     burn_in: int = 50
+    relaxation: float = 1.8
     explosion: float = 10.0
 
+    state_type: ClassVar[type[RuleState]] = RelaxedState
+
     def __post_init__(self) -> None:
-        """Check every option.
+        """Check the options.
 
         Raises:
-            ValueError: Names the option, what was expected and what came.
+            ValueError: If an option is out of range.
         """
         super().__post_init__()
-        check_option("relaxation", self.relaxation, "in [1, 2)", 1 <= self.relaxation < 2)
-        check_option("start_fraction", self.start_fraction, "in (0, 1]", 0 < self.start_fraction <= 1)
-        check_option("burn_in", self.burn_in, "a whole number of at least 0", is_whole(self.burn_in, least=0))
-        check_option("explosion", self.explosion, "above 0", self.explosion > 0)
+        self.check_option("smoothing", "in [0, 1)", lambda value: 0 <= value < 1)
+        self.check_option("max_change", "a finite number above 1", lambda value: 1 < value < math.inf)
+        self.check_option("start_fraction", "in (0, 1]", lambda value: 0 < value <= 1)
+        self.check_option(
+            "burn_in", "a whole number of at least 0", lambda value: isinstance(value, int) and value >= 0
+        )
+        self.check_option("relaxation", "in [1, 2)", lambda value: 1 <= value < 2)
+        self.check_option("explosion", "above 0", lambda value: value > 0)
 
-    def needs_start(self, state: ControlState) -> bool:
-        """Whether the next probe step searches for a start instead of fitting a parabola."""
+    def needs_search(self, state: RelaxedState) -> bool:
+        """Whether the next probe step searches for an initial learning rate: until one was found."""
         return not state.started
 
-    def start(self, state: ControlState, loss: float, search: StartSearch) -> Decision:
-        """Turn the start's search into a learning rate; one that found none keeps it."""
-        if search.lr is None:
-            return Decision(self._probed(state, state.lr, loss, ProbeStatus.START_FAILED), ProbeStatus.START_FAILED)
-        begun = self._probed(state, self.start_fraction * search.lr, loss, ProbeStatus.STARTED)
-        return Decision(replace(begun, started=True, loss_start=loss), ProbeStatus.STARTED)
+    def before_step(self, state: RelaxedState, factor: float) -> RelaxedState:
+        """The state for a step under the scheduler's ``factor``.
 
-    def steps_to_next_probe(self, probes: int, status: ProbeStatus) -> int:
-        """The distance to the next probe step after ``probes`` of them, the last of which concluded ``status``."""
-        is_urgent = status in (
-            ProbeStatus.START_FAILED,
-            ProbeStatus.EXPLODED,
-            ProbeStatus.NON_FINITE_PROBE,
-            ProbeStatus.TAKEN_BACK,
-            ProbeStatus.GROWING,
-            ProbeStatus.UNSTABLE,
-        )
-        return 1 if is_urgent or probes < self.burn_in else self.period
-
-    def judge(
-        self, state: ControlState, loss: float, parabola: Parabola, *, factor: float, arrival: float | None
-    ) -> Decision:
-        """What a parabola at a finite loss calls for."""
-        if arrival is not None and self._went_astray(state, loss, arrival):
-            return self._cut(state, loss, ProbeStatus.TAKEN_BACK)
-        if self._has_exploded(state, loss):
-            return self._cut(state, loss, ProbeStatus.EXPLODED)
-        if not parabola.is_finite:
-            return self._cut(state, loss, ProbeStatus.NON_FINITE_PROBE)
-        if abs(parabola.slope) <= parabola.slope_noise and abs(parabola.curvature) <= parabola.curvature_noise:
-            return self._below_noise(state, loss, parabola, factor, is_taken=arrival is not None)
-        state = self._average(state, parabola, state.lr * factor, 0.0 if arrival is None else abs(arrival - loss))
-        lr, status = self._relaxed(state, parabola, factor)
-        lr_unstable = state.lr if status is ProbeStatus.UNSTABLE else state.lr_unstable
-        return Decision(self._probed(replace(state, factor=factor, lr_unstable=lr_unstable), lr, loss, status), status)
-
-    def _below_noise(
-        self, state: ControlState, loss: float, parabola: Parabola, factor: float, *, is_taken: bool
-    ) -> Decision:
-        """What to do where the losses differ by their rounding: nothing, or go further while the gradient says so.
-
-        Looking back, the slope where the step has led comes from the gradients, without the rounding of losses.
+        If the factor rises, what was learned at a small factor must not make the step larger than training was seen to
+        bear. So α · factor is at most that, that of the last step, or the initial α times a factor of at most 1.
         """
-        far_slope = parabola.curvature * state.lr * factor - parabola.slope
-        if not (is_taken and far_slope < 0.0):
-            return Decision(self._probed(state, state.lr, loss, ProbeStatus.BELOW_NOISE), ProbeStatus.BELOW_NOISE)
-        lr = state.lr * self._growth(state)
-        return Decision(self._probed(state, lr, loss, ProbeStatus.CONCAVE), ProbeStatus.CONCAVE)
-
-    def _average(self, state: ControlState, parabola: Parabola, lr: float, rise: float) -> ControlState:
-        """The state with a parabola in its averages, and what the loss has changed along the step at ``lr``."""
-        first, second = parabola.slope * lr, parabola.curvature * lr * lr
-        change = abs(first) + abs(second)
-        if not 0.0 < change < math.inf:
+        if factor == state.factor_last or factor == 0.0:
             return state
-        weight = max(1.0 - self.smoothing, 1.0 / (state.parabola_count + 1))
-        # A curvature measured at a smaller learning rate is that of a shorter step, and less certain by its square.
-        total = 1.0 + self.smoothing * state.parabola_weight * min(1.0, state.lr_measured / lr) ** 2
-        # What a parabola counts is fixed before it is measured, so that averages of noise stay unbiased, up to a limit.
-        unit = max(state.change_mean or change, change / _MOST)
+        lr = state.lr
+        if state.started and factor > state.factor_last:
+            lr = min(
+                lr, max(state.lr_borne / factor, lr * state.factor_last / factor, state.lr_initial / max(factor, 1.0))
+            )
+        return replace(state, lr=lr, factor_last=factor)
 
-        def average(mean: float, value: float, weight: float = weight) -> float:
-            return mean + weight * (value - mean)
-
+    def set_lr(self, state: RelaxedState, lr: float) -> RelaxedState:
+        """The state after a manual value was written: averages are forgotten, with no new search or burn-in."""
         return replace(
             state,
-            slope_mean=average(state.slope_mean, parabola.slope / unit, 1.0 / total),
-            curvature_mean=average(state.curvature_mean, parabola.curvature / unit, 1.0 / total),
-            change_mean=average(state.change_mean, change, max(weight, _SOON)),
-            rise_mean=average(state.rise_mean, rise),
-            agreement_mean=average(state.agreement_mean, first / change),
-            agreement_square=average(state.agreement_square, (first / change) ** 2),
-            parabola_count=state.parabola_count + 1,
-            parabola_weight=total,
-            lr_measured=lr,
+            lr=lr,
+            loss=LossAverages(),
+            parabola=ParabolaAverages(),
+            factor=1.0,
+            lr_unstable=0.0,
+            lr_initial=lr,
+            lr_borne=0.0,
         )
 
-    def _relaxed(self, state: ControlState, parabola: Parabola, factor: float) -> tuple[float, ProbeStatus]:
+    def decide(
+        self,
+        state: RelaxedState,
+        found: Parabola | InitialSearch,
+        *,
+        loss_start: float,
+        loss_end: float | None = None,
+        factor: float = 1.0,
+    ) -> Decision:
+        """Choose the learning rate after a probe step; see :meth:`Rule.decide`."""
+        if not math.isfinite(loss_start):
+            return Decision(self.skip(state), ProbeStatus.NON_FINITE_LOSS)
+        if isinstance(found, InitialSearch):
+            return self._start(state, found, loss_start)
+        if loss_end is not None:  # the step measured was taken at the last factor
+            factor = min(factor, state.factor_last)
+
+        fired = first_safeguard(
+            found,
+            state.parabola,
+            state.loss,
+            loss_start=loss_start,
+            loss_end=loss_end,
+            loss_initial=state.loss_initial,
+            explosion=self.explosion,
+            smoothing=self.smoothing,
+        )
+        if fired is ProbeStatus.BELOW_NOISE:
+            return self._below_noise(state, found, loss_start, factor, is_taken=loss_end is not None)
+        if fired is not None:
+            return self._cut(state, loss_start, fired)
+
+        rise = 0.0 if loss_end is None else abs(loss_end - loss_start)
+        parabolas = state.parabola.with_parabola(found, state.lr * factor, rise, self.smoothing)
+        state = replace(state, parabola=parabolas)
+        lr, status = self._next_lr(state, found, factor)
+        if status is ProbeStatus.UNSTABLE:
+            state = replace(state, lr_unstable=state.lr, lr_borne=min(state.lr_borne, lr * factor))
+        else:
+            state = replace(state, lr_borne=max(state.lr_borne, state.lr * factor))
+        return self._decided(replace(state, factor=factor), lr, loss_start, status)
+
+    def _next_lr(self, state: RelaxedState, last: Parabola, factor: float) -> tuple[float, ProbeStatus]:
         """The learning rate that the averages and the last parabola in them call for, and why."""
         if factor == 0.0:  # no step, and nothing to compare with
             return state.lr, ProbeStatus.FITTED
-        agreement = self.agreement(state)
-        low, high = state.lr * factor, state.lr * factor**agreement
-        # Without a scheduler it is the noise in the slopes that anneals.
-        slope = self._slope(state, low, agreement) if factor < 1.0 else state.slope_mean
-        target = self._target(slope, state.curvature_mean)
-        status = _STATUSES.get(target, ProbeStatus.FITTED)
-        # What the agreement of a handful says is chance.
-        knows = not self._is_burning_in(state) and state.parabola_count >= self._usual_count
-        is_near_unstable = 0.0 < _NEAR * state.lr_unstable < state.lr
-        own = self._target(parabola.slope, parabola.curvature)
-        contradicted = (1.0 if is_near_unstable else _CONTRADICTED) * high
-        if knows and agreement > _CREDIBLE and 0.0 < own < low and target > contradicted:
-            return state.lr * max(self._fall(state, agreement), own / low), ProbeStatus.UNSTABLE
+        losses, parabolas, lr = state.loss, state.parabola, state.lr
+        signal = parabolas.signal_fraction(self.smoothing)
+        # The dead band: from the step taken to α in pure noise; it vanishes without noise, and without a scheduler.
+        low, high = lr * factor, lr * factor**signal
 
-        risen = state.loss_mean - state.loss_lowest if self._is_settled(state) else 0.0
-        growth = self._growth(state) ** (0.5 + 0.5 * agreement)
-        if risen > _RISEN * state.loss_deviation:
+        # The target. Without a scheduler, the noise in the slopes anneals the learning rate.
+        slope = slope_with_trend(parabolas, losses, low, self.smoothing) if factor < 1.0 else parabolas.slope
+        target = self._target(slope, parabolas.curvature)
+        status = _STATUSES.get(target, ProbeStatus.FITTED)
+        is_burning_in = state.probes < self.burn_in
+        # The signal fraction of a few parabolas is chance.
+        is_signal_known = not is_burning_in and parabolas.is_settled(self.smoothing)
+        is_near_unstable = 0.0 < _NEAR * state.lr_unstable < lr
+        fall = fall_limit(signal, parabolas.count)
+        own = self._target(last.slope, last.curvature)
+        if is_signal_known and is_contradicted(
+            target, own, lr_low=low, lr_high=high, signal_fraction=signal, is_near_unstable=is_near_unstable
+        ):
+            return lr * max(fall, own / low), ProbeStatus.UNSTABLE
+
+        # The limits of growth and fall.
+        growth = growth_limit(signal, is_burning_in=is_burning_in)
+        if losses.has_risen(_RISEN, self.smoothing):
             growth = 1.0
         elif is_near_unstable:
-            growth = min(growth, _CAREFUL_GROWTH)
-        elif knows and agreement > _CERTAIN and target > _FAR * high:
-            growth, status = _CAREFUL_GROWTH, ProbeStatus.GROWING
-        if risen > 2.0 * _RISEN * state.loss_deviation:
+            growth = min(growth, CAREFUL_GROWTH)
+        elif is_signal_known and signal > _CERTAIN and target > _FAR * high:
+            growth, status = CAREFUL_GROWTH, ProbeStatus.GROWING
+        if losses.has_risen(2.0 * _RISEN, self.smoothing):
             target = 0.0
-        if target > high:
-            # What the scheduler has taken off since is not growth: without noise it is the step that grows so much.
-            growth *= max(1.0, state.factor / factor) ** agreement
-            return state.lr * min(growth, target / high), status
-        # The horizon will lower it, and there is no hurry while the loss gets lower than ever.
-        waits = factor < 1.0 and self._is_settled(state) and state.loss_mean <= state.loss_lowest
-        if target < low and not waits:
-            return state.lr * max(self._fall(state, agreement), target / low), status
-        return state.lr, status
-
-    def _slope(self, state: ControlState, lr: float, agreement: float) -> float:
-        """The mean slope along steps at ``lr``: of the parabolas, and of what all steps between them have achieved.
-
-        A step lowers the loss by slope · lr − curvature · lr² / 2, and the changes of all steps add up to the trend of
-        the loss, which noise hides much less than it hides the slope along a single step. The two estimates are
-        weighted by the inverses of their variances; where parabolas agree, they have the say.
-        """
-        if not (self._is_settled(state) and min(state.curvature_mean, state.step_square) > 0.0):
-            return state.slope_mean
-        variance = (state.agreement_square - state.agreement_mean**2) / self._equal_weights(state.parabola_count)
-        if variance <= 0.0:
-            return state.slope_mean
-        error = _NORMAL * state.loss_deviation / math.sqrt(self._equal_weights(state.loss_count) * state.step_square)
-        descent = -state.step_loss / state.step_square
-        achieved = descent / state.change_mean / lr + state.curvature_mean * lr / 2.0
-        share = (1.0 - agreement) * variance / (variance + (error / state.change_mean) ** 2)
-        return state.slope_mean + share * (achieved - state.slope_mean)
-
-    def _equal_weights(self, count: int) -> float:
-        """The number of equal weights with the variance of a moving average of so many values."""
-        return min(count, (1.0 + self.smoothing) / (1.0 - self.smoothing))
+        # Without noise the limit is that of the step, lr · factor: what the scheduler took off since does not count.
+        growth *= max(1.0, state.factor / factor) ** signal
+        # The scheduler lowers the step anyway, so the learning rate need not fall while the mean loss is at its lowest.
+        if factor < 1.0 and losses.is_settled(self.smoothing) and losses.mean <= losses.lowest:
+            fall = 1.0
+        return limited_lr(lr, target, low=low, high=high, growth=growth, fall=fall), status
 
     def _target(self, slope: float, curvature: float) -> float:
-        """What a slope and a curvature call for: κ times the lowest point, 0 uphill, infinity on concave descent."""
+        """κ · slope / curvature; 0 for an ascending direction, infinity for a descending one without a minimum."""
         if slope <= 0.0:
             return 0.0
         return self.relaxation * slope / curvature if curvature > 0.0 else math.inf
 
-    def _is_burning_in(self, state: ControlState) -> bool:
-        return state.probes < self.burn_in
+    def _start(self, state: RelaxedState, search: InitialSearch, loss: float) -> Decision:
+        """Begin training at a fraction of the learning rate that the search found, if it found one."""
+        if search.lr is None:
+            return self._decided(state, state.lr, loss, ProbeStatus.START_FAILED)
+        lr = self.start_fraction * search.lr
+        state = replace(state, started=True, loss_initial=loss, lr_initial=lr)
+        return self._decided(state, lr, loss, ProbeStatus.STARTED)
 
-    def _growth(self, state: ControlState) -> float:
-        """The factor by which the learning rate grows at most, where nothing speaks against it."""
-        return _CHANGE if self._is_burning_in(state) else _LATER_GROWTH
+    def _below_noise(
+        self, state: RelaxedState, parabola: Parabola, loss: float, factor: float, *, is_taken: bool
+    ) -> Decision:
+        """Keep the learning rate, or grow it if the gradient at the end of the step still descends.
 
-    def _fall(self, state: ControlState, agreement: float) -> float:
-        """The factor by which the learning rate falls at most.
-
-        In pure noise, where nothing tells whether it is too low, it falls further than it grows at first, which
-        anneals it, and less far in the long run, or it would die of chance. That it is too high does show.
+        If the step is taken already, the slope at its end comes from the gradient, without the rounding of losses.
         """
-        in_noise = math.log(_LATER_GROWTH) / 4.0 + _ANNEALING / max(state.parabola_count, 1)
-        change = math.log(_CHANGE)
-        return math.exp(-(agreement * change + (1.0 - agreement) * min(in_noise, change)))
+        end_slope = parabola.slope - parabola.curvature * state.lr * factor
+        if not (is_taken and end_slope > 0.0):
+            return self._decided(state, state.lr, loss, ProbeStatus.BELOW_NOISE)
+        growth = growth_limit(1.0, is_burning_in=state.probes < self.burn_in)
+        return self._decided(state, state.lr * growth, loss, ProbeStatus.CONCAVE)
 
-    def agreement(self, state: ControlState) -> float:
-        """The share of what slopes have in common among all there is in them, in [0, 1].
-
-        Of ``n`` slopes that are nothing but noise, the squared mean is still the n-th part of the mean square, which
-        is taken off.
-        """
-        count = self._equal_weights(state.parabola_count)
-        if count <= 1 or not state.agreement_square:
-            return 0.0
-        share = state.agreement_mean**2 / state.agreement_square
-        return max(0.0, (count * share - 1.0) / (count - 1.0))
-
-    def _cut(self, state: ControlState, loss: float, status: ProbeStatus) -> Decision:
-        """The learning rate cut, and averages that do not call for the old one again at once."""
+    def _cut(self, state: RelaxedState, loss: float, status: ProbeStatus) -> Decision:
+        """Cut the learning rate, and the mean slope so that the averages do not call for the old one at once."""
         lr = state.lr / self.max_change
-        allowed = max(state.curvature_mean, 0.0) * lr / self.relaxation
-        state = replace(state, slope_mean=min(state.slope_mean, allowed), lr_unstable=state.lr)
-        return Decision(self._probed(state, lr, loss, status), status)
+        slope = max(state.parabola.curvature, 0.0) * lr / self.relaxation
+        state = replace(
+            state,
+            parabola=state.parabola.with_slope_at_most(slope),
+            lr_unstable=state.lr,
+            lr_borne=min(state.lr_borne, lr * state.factor_last),
+        )
+        return self._decided(state, lr, loss, status)
 
-    def _went_astray(self, state: ControlState, loss: float, arrival: float) -> bool:
-        """Whether a step has led up so far that it must be taken back."""
-        if not math.isfinite(arrival):
-            return True
-        rise = max(_ASTRAY * state.rise_mean, _ROUNDING * abs(loss))
-        return state.parabola_count >= _FEW and arrival > state.loss_start and arrival - loss > rise
-
-    def _is_settled(self, state: ControlState) -> bool:
-        """Whether the averages of losses are of enough of them."""
-        return state.loss_count >= self._usual_count
-
-    @property
-    def _usual_count(self) -> float:
-        """How many values an average is of, about."""
-        return 1.0 / (1.0 - self.smoothing)
-
-    def _has_exploded(self, state: ControlState, loss: float) -> bool:
-        # A shift or a scaling of the loss changes nothing here.
-        surprise = loss - state.loss_mean
-        usual = max(state.loss_deviation, _ROUNDING * abs(state.loss_mean))
-        return self._is_settled(state) and loss > state.loss_start and surprise > self.explosion * usual
+    def _decided(self, state: RelaxedState, lr: float, loss: float, status: ProbeStatus) -> Decision:
+        """The decision for a learning rate, with the loss at the start of the step averaged."""
+        state = replace(state, loss=state.loss.with_loss(loss, state.step + 1, self.smoothing))
+        is_urgent = status in _URGENT or state.probes + 1 < self.burn_in
+        return Decision(self.after_probe(state, lr, steps_to_next=1 if is_urgent else self.period), status)

@@ -1,1 +1,1 @@
-"""Lists of parameter-shaped tensors, DTensors, and random streams."""
+"""Lists of parameter-shaped tensors, DTensors, and random number streams."""

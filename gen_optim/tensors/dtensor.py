@@ -1,4 +1,4 @@
-"""Parameters of which each rank holds a part."""
+"""DTensors: what this rank holds of a parameter, and inner products over all ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gen_optim.tensors.foreach import summing_dtype
+from gen_optim.tensors.scalars import summing_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
@@ -23,7 +23,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor, without importing them: that takes a second."""
+    """Return whether a tensor is a DTensor, without importing ``torch.distributed.tensor``, which takes a second."""
     if type(tensor) in _PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
@@ -31,15 +31,20 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory; not differentiable."""
-    if type(tensor) in _PLAIN or not is_dtensor(tensor):  # the former alone, without a call, for nearly all
+    """Return this rank's part of a tensor, in the same memory and without a graph; a plain tensor itself."""
+    if type(tensor) in _PLAIN or not is_dtensor(tensor):  # the first test alone decides for nearly all tensors
         return tensor
     with torch.no_grad():
         return tensor.to_local()
 
 
 def placed_like(part: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor of which this rank holds ``part``, spread as ``tensor`` is."""
+    """Return the DTensor with the placements of ``tensor`` whose part on this rank is ``part``; no communication.
+
+    Args:
+        part: This rank's part.
+        tensor: A DTensor, whose placements, shape and stride the result has. For a plain tensor, ``part`` is returned.
+    """
     if not is_dtensor(tensor):
         return part
     return type(tensor).from_local(
@@ -48,26 +53,27 @@ def placed_like(part: Tensor, tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: T) -> T:
-    """A tensor with nothing left to gather or to add up, on every rank: plain tensors and numbers as they are."""
+    """Return the full tensor on every rank: a DTensor gathered and reduced, anything else unchanged."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[return-value]
 
 
 def dot(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
-    """This rank's share of the inner product of two lists of tensors: the mean over the ranks is the whole.
+    """Return this rank's share of the real part of the inner product of two lists of tensors.
 
-    No rank communicates here. The share is scaled so that :meth:`Ranks.mean`, which reduces other numbers anyway,
-    makes one sum of the parts and counts what several ranks hold alike once. Without DTensors it is the inner product.
+    The mean of the shares over the ranks is the inner product. There is no communication here: the share is scaled
+    for :meth:`Ranks.mean`, which reduces other numbers anyway, so that split tensors are summed and replicated ones
+    count once. Without DTensors the share is the inner product.
 
     Args:
-        left: Gradients, for example; None counts as zero.
-        right: Tensors of the same shapes. Next to a DTensor on the left, one spread in the same way, or only what this
-            rank holds of it.
+        left: Tensors, such as gradients. None counts as zero.
+        right: Tensors of the same shapes. Next to a DTensor on the left, a DTensor with the same placements or this
+            rank's part of one.
 
     Returns:
-        A scalar on the device of the tensors, in float64 where that device has it.
+        A tensor without axes on the device of the tensors, in :func:`~gen_optim.tensors.foreach.summing_dtype`.
 
     Raises:
-        ValueError: If two tensors are spread in different ways.
+        ValueError: If the lists have different lengths, or two tensors have different placements.
     """
     pairs = [(one, other) for one, other in zip(left, right, strict=True) if one is not None]
     device = local(right[0]).device if right else torch.device("cpu")
@@ -79,7 +85,7 @@ def dot(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
 
 
 def parts_of(left: Tensor, right: Tensor) -> int:
-    """Into how many parts the inner product of two tensors falls."""
+    """Return the number of ranks whose parts have to be summed in the inner product of two tensors."""
     if not is_dtensor(left):
         return 1
     theirs = right.placements if is_dtensor(right) else [None] * len(left.placements)
@@ -90,10 +96,10 @@ def parts_of(left: Tensor, right: Tensor) -> int:
 
 
 def _is_split(left: Placement, right: Placement | None) -> bool:
-    """Whether an inner product has to be summed along an axis of the mesh."""
-    if left.is_partial():  # a gradient that nobody has added up yet
+    """Return whether the parts of an inner product have to be summed along an axis of the mesh."""
+    if left.is_partial():  # a gradient that has not been reduced yet
         if (right is None or right.is_replicate()) and getattr(left, "reduce_op", None) in ("sum", "avg"):
             return getattr(left, "reduce_op", None) == "sum"
     elif right is None or left == right:
         return not left.is_replicate()
-    raise ValueError(f"tensors must be spread over the ranks in the same way, got {left} and {right}")
+    raise ValueError(f"tensors must have the same placements, got {left} and {right}")

@@ -1,7 +1,8 @@
-"""Going through parameter-shaped tensors piece by piece: large ones are cut up, small ones taken together.
+"""Operations on lists of parameter-shaped tensors, chunk by chunk.
 
-What is computed on the way then stays in the processor's cache instead of being as large as the parameters, and many
-small tensors are handled by one call. Where nothing is computed on the way, large tensors are better left whole.
+Large tensors are cut into chunks and small ones are batched, so that temporaries stay in the processor's cache instead
+of being as large as the parameters, and many small tensors take one call. An operation without temporaries leaves
+large tensors whole, which is faster.
 """
 
 from __future__ import annotations
@@ -11,29 +12,36 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["clone", "copy", "inner_product", "lerp", "near", "pieces", "room_for", "summing_dtype", "write"]
+from gen_optim.tensors.scalars import summing_dtype
+
+__all__ = ["chunks", "clone", "copy", "inner_product", "lerp", "near", "room_for", "write"]
 
 _SIZE = 2**17
-"""Elements of a piece on the CPU, by measurement: twice as many and allocations go to the system, which takes longer
-than all else."""
+"""Largest number of elements in a chunk on the CPU. Measured: with twice as many, allocations go to the operating
+system and take longer than the arithmetic."""
 _SIZE_ELSEWHERE = 2**22
-"""Elements of a piece on another device, where each call costs microseconds; not measured."""
+"""Largest number of elements in a chunk on another device, where each call costs microseconds. Not measured."""
 _SHARE = 100
-"""Of all tensors together, a piece is at most this part,"""
+"""A chunk holds at most one part in ``_SHARE`` of all elements, so that a copy of it takes little memory."""
 _LEAST = 2**15
-"""unless that is less than this: calls would take longer than what they do."""
+"""A chunk may hold this many elements whatever the share: the calls for smaller ones take longer than their work."""
 
 
-def pieces(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Tensor], ...]]:
-    """Corresponding pieces of tensors, in batches of one device and dtype that ``torch._foreach_*`` takes at once.
+def chunks(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Tensor], ...]]:
+    """Iterate over corresponding chunks of several lists of tensors.
+
+    Each batch of chunks has one device and one dtype, as ``torch._foreach_*`` needs it. With ``cut=True`` a copy of a
+    batch takes about 1 % of the memory of all tensors.
 
     Args:
-        lists: Tensors in corresponding order and of corresponding shapes.
-        cut: Whether to cut large tensors; else they come alone. Where they are, copies of a batch take next to
-            nothing of the memory that all of them take.
+        lists: Lists of tensors, in the same order and of the same shapes.
+        cut: Whether large tensors are cut. If not, each large tensor is a batch of its own.
 
     Yields:
-        One list of pieces for each list of tensors. The pieces are views.
+        For each list, the chunks of one batch. Chunks are views of the tensors.
+
+    Raises:
+        ValueError: If the lists have different lengths.
     """
     share = sum(each.numel() for each in lists[0]) // _SHARE if cut else _SIZE_ELSEWHERE
     batch: list[tuple[Tensor, ...]] = []
@@ -43,17 +51,17 @@ def pieces(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Te
         if kind != (present := (first.device, first.dtype)):
             kind, room = present, 0
             limit = max(_LEAST, min(share, _SIZE if first.device.type == "cpu" else _SIZE_ELSEWHERE))
-        if size <= room:  # of many small tensors nearly all
+        if size <= room:  # the common case with many small tensors
             batch.append(row)
             room -= size
             continue
-        for part in _cut(row, limit) if cut and size > limit else (row,):
-            taken = part[0].numel()
+        for chunk in _cut(row, limit) if cut and size > limit else (row,):
+            taken = chunk[0].numel()
             if taken > room:
                 if batch:
                     yield tuple(map(list, zip(*batch, strict=True)))
                 batch, room = [], limit
-            batch.append(part)
+            batch.append(chunk)
             room -= taken
     if batch:
         yield tuple(map(list, zip(*batch, strict=True)))
@@ -67,41 +75,52 @@ def _cut(row: Sequence[Tensor], limit: int) -> list[tuple[Tensor, ...]]:
 
 
 def room_for(tensor: Tensor, *, on_host: bool) -> Tensor:
-    """Memory for a copy of a tensor: next to it, or on the host, pinned where a CUDA device reads and writes it."""
+    """Allocate memory for a copy of a tensor.
+
+    Args:
+        tensor: The tensor.
+        on_host: Whether to allocate in the host's memory, pinned if the tensor is on a CUDA device; otherwise on the
+            tensor's device.
+    """
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) if on_host else torch.empty_like(tensor)
 
 
 def clone(tensor: Tensor, *, on_host: bool = False) -> Tensor:
-    """A copy of a tensor: next to it, or on the host."""
+    """Copy a tensor, on its device or in the host's memory."""
     return room_for(tensor, on_host=True).copy_(tensor) if on_host else tensor.clone()
 
 
 def near(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors on a device; copies of those that are elsewhere."""
+    """Return the tensors on a device; only those that are on another one are copied."""
     return [each if each.device == device else each.to(device, non_blocking=True) for each in tensors]
 
 
 def write(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy each source of a batch to its target. Nobody waits for the host's contents to arrive on a device."""
-    # The other way round somebody must: whoever saves a copy reads it without asking the device.
+    """Copy each source of a batch to its target.
+
+    A copy from the host to a device does not block. One from a device to the host does: the host's copies are read
+    without synchronizing, by ``torch.save`` for example.
+    """
     torch._foreach_copy_(targets, sources, non_blocking=targets[0].device.type != "cpu")
-
-
-def summing_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which sums of many numbers are kept on a device: float64, or float32 on MPS, which lacks it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source to its target."""
-    for target, source in pieces(targets, sources, cut=False):
+    for target, source in chunks(targets, sources, cut=False):
         write(target, source)
 
 
 def lerp(targets: Sequence[Tensor], starts: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
-    """Write ``torch.lerp(start, end, weight)`` to each target, bit for bit; starts and ends may be on the host."""
+    """Write ``torch.lerp(start, end, weight)`` to each target, with the same bits.
+
+    Args:
+        targets: Tensors to write to.
+        starts: Values at weight 0, on the targets' devices or on the host.
+        ends: Values at weight 1, on the targets' devices or on the host.
+        weight: Any number; 0 and 1 give the exact start and end.
+    """
     are_apart = any(start.device != target.device for start, target in zip(starts, targets, strict=True))
-    for target, start, end in pieces(targets, starts, ends, cut=are_apart):
+    for target, start, end in chunks(targets, starts, ends, cut=are_apart):
         there = near(end, target[0].device)
         if len(target) == 1:
             [here] = near(start, target[0].device)
@@ -112,12 +131,19 @@ def lerp(targets: Sequence[Tensor], starts: Sequence[Tensor], ends: Sequence[Ten
 
 
 def inner_product(gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensor:
-    """The real part of ⟨gradients, ends − starts⟩; nothing as large as the tensors is made on the way.
+    """Return the real part of ⟨gradients, ends − starts⟩, without temporaries as large as the tensors.
 
-    Starts may be on the host. The sum is in :func:`summing_dtype`.
+    Args:
+        gradients: One tensor per parameter.
+        ends: Tensors of the same shapes and devices.
+        starts: Tensors of the same shapes, on the same devices or on the host.
+
+    Returns:
+        A tensor without axes in :func:`~gen_optim.tensors.scalars.summing_dtype`, on the device of the first tensors; 0
+        on the CPU if the lists are empty.
     """
     shares: list[Tensor] = []
-    for gradient, end, start in pieces(gradients, ends, starts):
+    for gradient, end, start in chunks(gradients, ends, starts):
         step = _flat(end) - _flat(near(start, end[0].device))
         slope = _flat(gradient)
         shares.append(torch.dot(slope, step.to(slope.dtype)))
@@ -128,8 +154,8 @@ def inner_product(gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: S
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors end to end, in real numbers of 32 bits at least."""
-    flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    """Concatenate tensors to one vector of real numbers, in float32 or float64."""
+    flat = torch.cat([each.reshape(-1) for each in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
     if flat.dtype in (torch.float32, torch.float64):
         return flat
     real = torch.view_as_real(flat.resolve_conj()).reshape(-1) if flat.is_complex() else flat

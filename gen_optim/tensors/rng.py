@@ -1,4 +1,4 @@
-"""The global random streams: torch's of every device in use, Python's and numpy's."""
+"""Global random number streams: torch's on each device in use, Python's and numpy's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ __all__ = ["RandomStreams", "random_devices"]
 
 
 class RandomStreams:
-    """The state of every global random stream, taken at construction.
+    """Saves the state of the global random streams at construction, to restore it later.
 
     Args:
-        devices: Those besides the CPU.
+        devices: The devices besides the CPU whose streams are saved; see :func:`random_devices`.
+
+    Example:
+        >>> streams = RandomStreams([])
+        >>> first = torch.rand(3)
+        >>> streams.restore()
+        >>> torch.equal(first, torch.rand(3))
+        True
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -26,7 +33,7 @@ class RandomStreams:
         self._devices = [(device, torch.get_device_module(device).get_rng_state(*_index(device))) for device in devices]
 
     def restore(self) -> None:
-        """Put the streams back to where they were."""
+        """Set the streams to their state at construction."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)  # noqa: NPY002
         torch.set_rng_state(self._torch)
@@ -35,14 +42,14 @@ class RandomStreams:
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    """What the random-state functions of a device's module take; the one for MPS knows a single device."""
+    """Return the arguments of a device module's random-state functions; those of MPS take no device."""
     return () if device.type == "mps" else (device,)
 
 
 def random_devices(parameters: Iterable[Tensor]) -> set[torch.device]:
-    """The devices besides the CPU whose random stream a closure may draw from."""
+    """Return the devices besides the CPU whose random streams a closure may use: the parameters' and the GPU in use."""
     devices = {parameter.device for parameter in parameters if parameter.device.type not in ("cpu", "meta")}
-    # Not asked for where nothing has used it yet: that alone would take up memory there.
+    # Reading the state of a GPU that is not in use yet would initialize CUDA, which takes memory there.
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         devices.add(torch.device("cuda", torch.cuda.current_device()))
     return devices

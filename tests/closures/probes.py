@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from gen_optim.closures.losses import losses_to_floats
-from gen_optim.closures.session import Evaluator
+from gen_optim.closures.losses import Closure, Loss
+from gen_optim.closures.session import ClosureCaller, Session
+from gen_optim.distributed import Ranks
+from gen_optim.tensors.scalars import to_floats
 
 INPUTS = torch.linspace(-1.0, 1.0, 24).reshape(8, 3)
+
+
+def session_of(
+    closure: Callable[[], Any],
+    parameters: list[Tensor],
+    *,
+    caller: ClosureCaller | None = None,
+    modules: Sequence[nn.Module] = (),
+    name: Literal["closure", "probe"] = "closure",
+) -> Session:
+    """The session of a step that probes ``closure``."""
+    groups = [{"params": parameters}]
+    return (caller or ClosureCaller(modules)).session(groups, closure, name, Ranks(), tolerance=1.0)
+
+
+def call(closure: Closure, parameters: Sequence[Tensor] = ()) -> Loss:
+    """The loss of a lazy step."""
+    return ClosureCaller().call(closure, [{"params": list(parameters)}])
 
 
 def call_and_probe(
@@ -25,18 +44,18 @@ def call_and_probe(
     probes: int = 2,
     before_probe: Callable[[], object] = lambda: None,
     after_first: Callable[[], object] = lambda: None,
-    evaluator: Evaluator | None = None,
+    caller: ClosureCaller | None = None,
+    modules: Sequence[nn.Module] = (),
 ) -> list[float]:
     """The losses of a step's calls of ``closure``: the first one and the probes."""
-    evaluator = evaluator or Evaluator()
-    with nullcontext(evaluator.session(parameters)) as session:
-        losses = [session.first(lambda: evaluator.call(closure)[0])]
-        after_first()
-        with session.probing():
-            for _ in range(probes):
-                before_probe()
-                losses.append(session.probe(closure, "closure"))
-    return losses_to_floats(losses)
+    session = session_of(closure, parameters, caller=caller, modules=modules)
+    losses = [session.first(closure)]
+    after_first()
+    with session.probing():
+        for _ in range(probes):
+            before_probe()
+            losses.append(session.probe())
+    return to_floats(losses)
 
 
 def closure_of(model: nn.Module, inputs: Tensor = INPUTS) -> Callable[[], Tensor]:
@@ -112,10 +131,16 @@ class Gradients:
 
 
 def originals() -> tuple[object, ...]:
+    """What of torch could be replaced."""
     return (
         torch.autograd.backward,
+        torch.autograd.grad,
+        torch.autocast.__enter__,
+        torch.backends.mha.get_fastpath_enabled(),
         Tensor.backward,
         nn.Module.zero_grad,
+        nn.Module.__call__,
+        vars(nn.Module)["_compiled_call_impl"],
         torch.optim.Optimizer.zero_grad,
         dict(torch_module._global_forward_pre_hooks),
     )

@@ -1,101 +1,249 @@
-"""Noticing calls of modules: outermost ones, of one thread, unseen by what is compiled."""
+"""What is replaced while a probe step calls its closure: for one thread, for that long, and after interrupts too."""
 
 from __future__ import annotations
 
-import copy
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from gen_optim.closures.interception import WatchingGradients, _Patch, around_backward, watching_modules
+from gen_optim.closures import interception
+from gen_optim.closures.interception import Interception, _Replacement, _Setting, repair
+from tests.closures.probes import closure_of, originals, session_of
 from tests.training import Training, gen_adamw, mlp
+
+Scalars = Callable[[], list[Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _leaves_torch_as_it_was() -> Iterator[None]:
+    before = originals()
+    yield
+    assert originals() == before
+
+
+class Passes:
+    """Notes backward passes: what each differentiates, and whether the weight had a gradient before and after."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.seen: list[tuple[list[float], bool, bool]] = []
+
+    def note(self, run: Callable[[], None], scalars: Scalars) -> None:
+        before, differentiated = self.weight.grad is not None, [each.item() for each in scalars()]
+        run()
+        self.seen.append((differentiated, before, self.weight.grad is not None))
+
+    def intercepted(self) -> Interception:
+        return Interception(self.note, set(), ["cpu"])
+
+
+@pytest.fixture
+def weight() -> Tensor:
+    return torch.ones(2, requires_grad=True)
+
+
+def ignoring(dtypes: set[torch.dtype] | None = None, *, is_probe: bool = False) -> Interception:
+    return Interception(lambda run, scalars: None, set() if dtypes is None else dtypes, ["cpu"], is_probe=is_probe)
+
+
+# --- backward passes -------------------------------------------------------------------------------------------------
+
+
+def test_backward_passes_are_handled_with_what_they_differentiate(weight: Tensor) -> None:
+    passes = Passes(weight)
+    with passes.intercepted():
+        weight.sum().backward()
+        torch.autograd.backward(weight * 3.0, torch.tensor([1.0, 2.0]))
+    weight.sum().backward()  # not handled
+    assert passes.seen == [([2.0], False, True), ([9.0], True, True)]
+
+
+def test_backward_passes_of_an_inner_interception_are_its_own(weight: Tensor) -> None:
+    passes = Passes(weight)
+    with passes.intercepted():
+        with ignoring():
+            weight.sum().backward()
+        assert weight.grad is None
+        weight.sum().backward()
+    assert len(passes.seen) == 1
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_backward_passes_within_a_backward_pass_are_part_of_it(weight: Tensor, use_reentrant: bool) -> None:
+    passes = Passes(weight)
+    with passes.intercepted():
+        for _ in range(2):
+            block = torch.utils.checkpoint.checkpoint(torch.square, weight, use_reentrant=use_reentrant)
+            block.sum().backward()
+    assert [each for each, _, _ in passes.seen] == [[2.0], [2.0]]
+    assert torch.equal(weight.grad, torch.full((2,), 4.0))
+
+
+def test_an_error_in_a_backward_pass_leaves_the_next_one_handled(weight: Tensor) -> None:
+    passes = Passes(weight)
+    with passes.intercepted():
+        loss = weight.sum()
+        loss.register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss.backward()
+        weight.sum().backward()
+    assert [each for each, _, _ in passes.seen] == [[2.0]]
+
+
+def test_backward_passes_of_other_threads_are_not_handled(weight: Tensor) -> None:
+    with ignoring():
+        thread = threading.Thread(target=lambda: weight.sum().backward())
+        thread.start()
+        thread.join()
+    assert weight.grad is not None
+
+
+def test_backward_of_a_tensor_ends_in_the_function_that_is_replaced(weight: Tensor) -> None:
+    """If torch changes that, probes write gradients, and looking back always takes two forward passes."""
+    with ignoring():
+        weight.sum().backward()
+        torch.autograd.backward(weight.sum())
+        assert weight.grad is None
+        [gradient] = torch.autograd.grad(weight.sum(), weight)  # not replaced
+    assert torch.equal(gradient, torch.ones(2))
+
+
+# --- autocast --------------------------------------------------------------------------------------------------------
+
+
+def test_the_dtypes_of_autocasts_are_noted() -> None:
+    """If torch changes how an autocast is entered, losses computed in bfloat16 count as exact."""
+    dtypes: set[torch.dtype] = set()
+    with torch.autocast("cpu", torch.float16), ignoring(dtypes):
+        assert dtypes == {torch.float16}
+        with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+            pass
+        assert dtypes == {torch.float16, torch.bfloat16}
+    dtypes.clear()
+    with ignoring(dtypes):
+        torch.autocast("cpu", torch.bfloat16)(lambda: None)()  # as a decorator
+    assert dtypes == {torch.bfloat16}
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def test_without_its_fast_path_attention_computes_as_with_gradients() -> None:
+    """If torch changes that, probes of attention in evaluation mode differ from the first call by rounding."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    inputs = torch.randn(4, 16, 32)
+    with torch.no_grad():
+        fast = layer(inputs)
+        with ignoring(is_probe=True):
+            probed = layer(inputs)
+    expected = layer(inputs)
+    assert torch.equal(probed, expected)
+    assert not torch.equal(fast, expected)
+
+
+def test_the_fast_path_is_off_until_the_last_thread_has_ended_its_probe() -> None:
+    one, other = ignoring(is_probe=True), ignoring(is_probe=True)
+    is_entered, may_leave = threading.Event(), threading.Event()
+
+    def probe() -> None:
+        with other:
+            is_entered.set()
+            may_leave.wait(60)
+
+    thread = threading.Thread(target=probe)
+    with one:
+        thread.start()
+        is_entered.wait(60)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    may_leave.set()
+    thread.join()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+# --- interrupts ------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_while_settings_are_replaced_leaves_none_replaced() -> None:
+    values = {"first": 1, "second": 2}
+
+    def setting(name: str, replace: Callable[[int], int]) -> _Setting:
+        return _Setting(lambda: values[name], lambda value: values.update({name: value}), replace)
+
+    def interrupted(_: int) -> int:
+        raise KeyboardInterrupt
+
+    class Holder:
+        pass
+
+    replacement = _Replacement(setting("first", lambda _: 10), setting("second", interrupted))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            replacement.hold(Holder())
+        gc.collect()
+        replacement.repair()
+        assert values == {"first": 1, "second": 2}
+
+
+@pytest.mark.parametrize("begins", ["a lazy step", "a probe step"])
+def test_what_an_interrupt_leaves_replaced_passes_calls_through_and_is_repaired_by_the_next_step(begins: str) -> None:
+    model, before = mlp(), originals()
+    entered = ignoring(is_probe=True)
+    entered.__enter__()  # and never left
+    assert originals() != before
+    del entered
+    assert originals() != before
+    model(torch.ones(1, 4)).sum().backward()
+    assert model[0].weight.grad is not None
+    training = Training.of(gen_adamw, model)
+    if begins == "a lazy step":
+        training.optimizer._context.caller.call(training.closure, training.optimizer.param_groups)
+    else:
+        session_of(closure_of(model), list(model.parameters()))
+    assert originals() == before
+
+
+def test_repairing_leaves_alone_what_another_thread_has_replaced(weight: Tensor) -> None:
+    with ignoring():
+        thread = threading.Thread(target=repair)
+        thread.start()
+        thread.join()
+        weight.sum().backward()
+        assert weight.grad is None
+
+
+def test_threads_that_overlap_leave_torch_as_it_was() -> None:
+    models = [mlp(seed=seed, norm=True) for seed in range(3)]
+
+    def train(model: nn.Module) -> None:
+        Training.of(gen_adamw, model).train(20)
+
+    threads = [threading.Thread(target=train, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [model[1].num_batches_tracked.item() for model in models] == [20, 20, 20]
+    assert interception._active() is None
+
+
+# --- compiled models -------------------------------------------------------------------------------------------------
 
 
 class Nested(nn.Module):
-    def __init__(self, inner: nn.Module | None = None) -> None:
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner = nn.Linear(4, 1) if inner is None else inner
+        self.inner = inner
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         return self.inner(inputs)
-
-
-def is_as_ever() -> bool:
-    """Whether nothing of torch's modules is replaced."""
-    return vars(nn.Module)["_compiled_call_impl"] is None
-
-
-def test_only_outermost_calls_are_noticed_and_each_of_them() -> None:
-    calls: list[str] = []
-    first, second = Nested(), nn.Linear(4, 1)
-    with watching_modules(
-        lambda module: calls.append(f"enter {type(module).__name__}"),
-        lambda module: calls.append(f"leave {type(module).__name__}"),
-    ):
-        assert not is_as_ever()
-        first(torch.zeros(1, 4)), second(torch.zeros(1, 4))
-    assert calls == ["enter Nested", "leave Nested", "enter Linear", "leave Linear"]
-    assert is_as_ever()
-
-
-@pytest.mark.parametrize("wrap", [torch.compile, torch.jit.script, torch.fx.symbolic_trace])
-def test_calls_of_any_kind_of_module_are_noticed(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    calls: list[nn.Module] = []
-    module, inputs = nn.Linear(4, 1), torch.ones(1, 4)
-    expected = module(inputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scripting is deprecated
-        other = wrap(module)
-    in_place = copy.deepcopy(module)
-    in_place.compile(backend="eager")
-    with watching_modules(calls.append, lambda _: None):
-        assert torch.equal(other(inputs), expected)
-        assert torch.equal(in_place(inputs), expected)
-        module.compile(backend="eager")
-        assert torch.equal(module(inputs), expected)
-    assert calls == [other, in_place, module]
-    assert torch.equal(module(inputs), expected)
-
-
-def test_arguments_may_have_any_name() -> None:
-    class Named(nn.Module):
-        def forward(self, *, module: int, call: int) -> int:
-            return module + call
-
-    with watching_modules(lambda _: None, lambda _: None):
-        assert Named()(module=1, call=2) == 3
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_call_that_fails_is_left_too(error: type[BaseException]) -> None:
-    calls: list[str] = []
-    model = Nested()
-
-    def fail(*_: object) -> None:
-        raise error("on purpose")
-
-    model.inner.register_forward_hook(fail)
-    with pytest.raises(error), watching_modules(lambda _: calls.append("enter"), lambda _: calls.append("leave")):
-        model(torch.zeros(1, 4))
-    assert calls == ["enter", "leave"]
-    assert is_as_ever()
-
-
-def test_other_threads_are_not_noticed() -> None:
-    calls: list[nn.Module] = []
-    model = Nested()
-    with watching_modules(calls.append, calls.append):
-        thread = threading.Thread(target=model, args=(torch.zeros(1, 4),))
-        thread.start()
-        thread.join()
-    assert calls == []
 
 
 @pytest.mark.parametrize("how", ["whole", "in place", "a part"])
@@ -121,104 +269,3 @@ def test_a_compiled_model_is_compiled_once_for_each_grad_mode_and_without_a_warn
     assert counters["stats"]["unique_graphs"] == graphs
     assert losses[-1] < losses[0]
     assert model[1].num_batches_tracked.item() == 21
-
-
-def test_threads_that_overlap_leave_torch_as_it_was() -> None:
-    models = [mlp(seed=seed, norm=True) for seed in range(3)]
-
-    def train(model: nn.Module) -> None:
-        Training.of(gen_adamw, model).train(20)
-
-    threads = [threading.Thread(target=train, args=(model,)) for model in models]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert is_as_ever()
-    assert [model[1].num_batches_tracked.item() for model in models] == [20, 20, 20]
-
-
-def test_an_interrupt_while_functions_are_replaced_leaves_none_replaced() -> None:
-    class Owner:
-        first = second = staticmethod(len)
-
-    def interrupted(original: object) -> object:
-        raise KeyboardInterrupt
-
-    patch = _Patch((Owner, "first", lambda original: abs), (Owner, "second", interrupted))  # type: ignore[arg-type]
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            patch.hold()
-        assert Owner.first is Owner.second is len
-
-
-# --- backward passes -------------------------------------------------------------------------------------------------
-
-
-class Passes:
-    """Notes backward passes: what each differentiates, and whether the weight had a gradient before and after."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
-        self.seen: list[tuple[list[float], bool, bool]] = []
-
-    @contextmanager
-    def around(self, differentiated: list[torch.Tensor]) -> Iterator[None]:
-        before = self.weight.grad is not None
-        yield
-        self.seen.append(([each.item() for each in differentiated], before, self.weight.grad is not None))
-
-
-def test_backward_passes_are_entered_and_left_with_what_they_differentiate() -> None:
-    weight = torch.ones(2, requires_grad=True)
-    passes = Passes(weight)
-    with WatchingGradients(suppress=False), around_backward(passes.around):
-        weight.sum().backward()
-        torch.autograd.backward(weight * 3.0, torch.tensor([1.0, 2.0]))
-    weight.sum().backward()  # unseen
-    assert passes.seen == [([2.0], False, True), ([9.0], True, True)]
-
-
-def test_backward_passes_are_unseen_outside_of_a_closure_and_where_they_do_nothing() -> None:
-    weight = torch.ones(2, requires_grad=True)
-    passes = Passes(weight)
-    with around_backward(passes.around):
-        weight.sum().backward()
-        with WatchingGradients(suppress=True):
-            weight.sum().backward()
-    assert passes.seen == []
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_backward_passes_within_a_backward_pass_are_part_of_it(use_reentrant: bool) -> None:
-    weight = torch.ones(2, requires_grad=True)
-    passes = Passes(weight)
-    with WatchingGradients(suppress=False), around_backward(passes.around):
-        for _ in range(2):
-            block = torch.utils.checkpoint.checkpoint(torch.square, weight, use_reentrant=use_reentrant)
-            block.sum().backward()
-    assert [each for each, _, _ in passes.seen] == [[2.0], [2.0]]
-    assert torch.equal(weight.grad, torch.full((2,), 4.0))
-
-
-def test_an_error_in_a_backward_pass_leaves_the_next_one_noticed() -> None:
-    weight = torch.ones(2, requires_grad=True)
-    passes = Passes(weight)
-    with WatchingGradients(suppress=False), around_backward(passes.around):
-        loss = weight.sum()
-        loss.register_hook(lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            loss.backward()
-        weight.sum().backward()
-    assert [each for each, _, _ in passes.seen] == [[2.0]]
-
-
-def test_backward_passes_of_other_threads_are_not_noticed() -> None:
-    weight = torch.ones(2, requires_grad=True)
-    passes = Passes(weight)
-    with WatchingGradients(suppress=False), around_backward(passes.around):
-        thread = threading.Thread(target=lambda: weight.sum().backward())
-        thread.start()
-        thread.join()
-    assert passes.seen == []
-    assert weight.grad is not None

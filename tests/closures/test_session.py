@@ -1,22 +1,19 @@
-"""Calling a closure: what it returns, the first call, probes, and what surrounds them."""
+"""Calling a closure: the first call, probes, and what surrounds them."""
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import backward as imported_backward
 from torch.autograd import grad as imported_grad
 
-from gen_optim.closures.losses import check_loss, losses_to_floats, rounding_of
-from gen_optim.closures.session import Evaluator
+from gen_optim.closures.session import ClosureCaller
+from gen_optim.distributed import Ranks
 from tests.closures.probes import (
     INPUTS,
     Counting,
@@ -24,135 +21,22 @@ from tests.closures.probes import (
     Reassigning,
     assert_same_buffers,
     buffers_of,
+    call,
     call_and_probe,
     closure_of,
     draw,
     originals,
     parameters_of,
+    session_of,
     stream_states,
 )
 
-# --- what a closure returns ------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    "loss", [torch.tensor(1.5), torch.tensor([1.5]), torch.tensor([[1.5]]), torch.tensor(1.5, dtype=torch.bfloat16)]
-)
-def test_one_element_tensor_is_a_loss_as_it_is(loss: Tensor) -> None:
-    assert check_loss(loss, "closure") is loss
-
-
-@pytest.mark.parametrize("loss", [1.5, np.float32(1.5), np.float64(1.5)])
-def test_real_number_is_a_loss(loss: float) -> None:
-    checked = check_loss(loss, "closure")
-    assert type(checked) is float
-    assert checked == 1.5
-
-
-def test_whole_number_is_a_loss() -> None:
-    assert check_loss(2, "closure") == 2.0
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (None, ["closure", "returned None", "return loss"]),
-        ("1.0", ["closure", "type str"]),
-        ([1.0], ["closure", "type list"]),
-        ((torch.tensor(1.0), None), ["closure", "type tuple"]),
-        (1j, ["closure", "type complex"]),
-        (torch.ones(3), ["closure", "shape (3,)", "float32", ".mean()"]),
-        (torch.ones(0), ["closure", "shape (0,)", ".mean()"]),
-        (torch.tensor(1), ["closure", "int64", "floating-point"]),
-        (torch.tensor(1j), ["closure", "complex64", "floating-point"]),
-    ],
-)
-def test_what_is_no_loss_is_refused_with_what_came_and_what_to_do(value: object, words: list[str]) -> None:
-    with pytest.raises(TypeError) as caught:
-        check_loss(value, "closure")
-    assert all(word in str(caught.value) for word in words)
-
-
-def test_refusal_names_the_caller() -> None:
-    with pytest.raises(TypeError, match=r"^probe must return the loss"):
-        check_loss(None, "probe")
-
-
-def test_losses_of_every_kind_are_read_in_order() -> None:
-    losses: list[Tensor | float] = [
-        1,
-        torch.tensor(2.5, requires_grad=True),
-        3.5,
-        torch.tensor([4.5], dtype=torch.bfloat16),
-        torch.tensor([[math.inf]], dtype=torch.float64),
-    ]
-    assert losses_to_floats(losses) == [1.0, 2.5, 3.5, 4.5, math.inf]
-
-
-def test_reading_float64_losses_keeps_every_digit() -> None:
-    value = 1.0 + 2.0**-50
-    assert losses_to_floats([torch.tensor(value, dtype=torch.float64), torch.tensor(1.0)]) == [value, 1.0]
-
-
-def test_plain_numbers_are_read_without_any_tensor() -> None:
-    assert losses_to_floats([1.0, 2]) == [1.0, 2.0]
-    assert losses_to_floats([]) == []
-
-
-def test_rounding_is_that_of_the_coarsest_loss() -> None:
-    def epsilon(dtype: torch.dtype) -> float:
-        return torch.finfo(dtype).eps
-
-    double, half = torch.tensor(1.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.bfloat16)
-    assert rounding_of([double]) == epsilon(torch.float64)
-    assert rounding_of([double, 1.0]) == epsilon(torch.float32)
-    assert rounding_of([double, half]) == epsilon(torch.bfloat16) / 16
-    assert rounding_of([double], {torch.float16}) == epsilon(torch.float16) / 16
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("place", ["around", "in the closure", "in the model"])
-def test_a_session_notices_in_what_autocast_computes(dtype: torch.dtype, place: str) -> None:
-    model = nn.Linear(4, 1)
-    if place == "in the model":  # as Accelerate does it
-        model.forward = torch.autocast("cpu", dtype)(model.forward)  # type: ignore[method-assign]
-
-    def closure() -> Tensor:
-        with torch.autocast("cpu", dtype, enabled=place == "in the closure"):
-            return model(torch.ones(2, 4)).float().mean()
-
-    enter = torch.autocast.__enter__
-    for has_first_call in (True, False):
-        session = Evaluator().session(list(model.parameters()))
-        with torch.autocast("cpu", dtype, enabled=place == "around"):
-            if has_first_call and place != "around":
-                session.first(closure)
-            else:
-                with session.probing():
-                    session.probe(closure if place != "around" else lambda: 1.0, "probe")
-        assert session.computed_in == {dtype}
-    assert torch.autocast.__enter__ is enter
-
-
-def test_an_autocast_that_is_off_or_another_threads_is_not_noticed() -> None:
-    def autocast(enabled: bool) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            return 1.0
-
-    session = Evaluator().session([nn.Parameter(torch.ones(1))])
-    session.first(lambda: autocast(enabled=False))
-
-    def elsewhere() -> float:
-        thread = threading.Thread(target=autocast, args=[True])
-        thread.start()
-        thread.join()
-        return 1.0
-
-    session.first(elsewhere)
-    assert session.computed_in == set()
-    with torch.autocast("cpu", torch.bfloat16):
-        session.first(lambda: 1.0)
-    assert session.computed_in == {torch.bfloat16}
+def used() -> nn.Parameter:
+    """A parameter whose gradient the caller has computed, for closures that return plain numbers."""
+    parameter = nn.Parameter(torch.ones(()))
+    parameter.grad = torch.ones(())
+    return parameter
 
 
 # --- the first call --------------------------------------------------------------------------------------------------
@@ -166,54 +50,54 @@ def test_first_call_has_gradients_enabled_whatever_the_caller_has() -> None:
         return 1.0
 
     with torch.no_grad():
-        Evaluator.call(closure)
+        call(closure, [used()])
         assert not torch.is_grad_enabled()
-    assert seen == [True]
-
-
-def test_call_says_whether_the_closure_ran_backward() -> None:
-    weight = torch.ones(2, requires_grad=True)
-
-    def with_method() -> Tensor:
-        loss = weight.sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    def with_function() -> Tensor:
-        loss = weight.sum()
-        torch.autograd.backward(loss)
-        return loss
-
-    assert Evaluator.call(with_method)[1]
-    assert Evaluator.call(with_function)[1]
-    assert torch.equal(weight.grad, torch.full((2,), 2.0))  # type: ignore[arg-type]
-    assert not Evaluator.call(weight.sum)[1]
-
-
-def test_backward_outside_of_a_call_is_not_taken_for_the_closure() -> None:
-    Evaluator.call(closure_of(nn.Linear(3, 1)))
-    weight = torch.ones(2, requires_grad=True)
-    weight.sum().backward()  # type: ignore[no-untyped-call]
-    assert not Evaluator.call(lambda: 1.0)[1]
+        session_of(closure, [used()]).first(closure)
+        assert not torch.is_grad_enabled()
+    assert seen == [True, True]
 
 
 def test_call_refuses_what_is_no_loss() -> None:
     with pytest.raises(TypeError, match="closure must return the loss"):
-        Evaluator.call(lambda: None)
+        call(lambda: None)
+    with pytest.raises(TypeError, match="closure must return the loss"):
+        session_of(lambda: None, []).first(lambda: None)
+
+
+def test_nothing_of_torch_is_replaced_in_a_lazy_step() -> None:
+    model, before = nn.Linear(3, 1), originals()
+    seen = []
+
+    def closure() -> Tensor:
+        seen.append(originals())
+        return closure_of(model)()
+
+    for _ in range(2):
+        call(closure, parameters_of(model))
+        assert seen.pop() == before
+
+
+def test_the_first_call_and_probes_replace_what_is_documented_and_no_more() -> None:
+    model, before = nn.Linear(3, 1), originals()
+    differing = []
+
+    def closure() -> Tensor:
+        differing.append([one != other for one, other in zip(originals(), before, strict=True)])
+        return closure_of(model)()
+
+    call_and_probe(closure, parameters_of(model), probes=1)
+    kept = [False] * (len(before) - 4)
+    # torch.autograd's backward, not grad; autocast's __enter__; and the fast path of attention in probes.
+    assert differing == [[True, False, True, False, *kept], [True, False, True, True, *kept]]
 
 
 def test_probe_refuses_what_is_no_loss_and_names_the_caller() -> None:
-    evaluator = Evaluator()
-    with (
-        nullcontext(evaluator.session([])) as session,
-        session.probing(),
-        pytest.raises(TypeError, match=r"^probe must return"),
-    ):
-        session.probe(lambda: None, "probe")
+    session = session_of(lambda: None, [], name="probe")
+    with session.probing(), pytest.raises(TypeError, match=r"^probe must return"):
+        session.probe()
 
 
 def test_probed_loss_has_no_graph() -> None:
-    evaluator = Evaluator()
     weight = torch.ones(2, requires_grad=True)
 
     def penalised() -> Tensor:
@@ -221,8 +105,9 @@ def test_probed_loss_has_no_graph() -> None:
         return gradient.pow(2).sum()
 
     for closure in (weight.sum, penalised):
-        with nullcontext(evaluator.session([weight])) as session, session.probing():
-            loss = session.probe(closure, "closure")
+        session = session_of(closure, [weight])
+        with session.probing():
+            loss = session.probe()
         assert isinstance(loss, Tensor)
         assert not loss.requires_grad
 
@@ -263,30 +148,30 @@ def test_loss_that_differentiates_inside_is_probed(
 ) -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1))
     gradients = Gradients(parameters_of(model))
-    evaluator = Evaluator()
+    caller = ClosureCaller()
     with outer():
         for _ in range(2):
             losses = call_and_probe(
-                closure_of_model(model), gradients.tensors, evaluator=evaluator, after_first=gradients.remember
+                closure_of_model(model), gradients.tensors, caller=caller, after_first=gradients.remember
             )
             assert len(set(losses)) == 1
             gradients.assert_unchanged()
 
 
 def test_imported_backward_finds_gradients_absent_in_every_probe() -> None:
-    evaluator = Evaluator()
+    caller = ClosureCaller()
     model = nn.Linear(3, 1)
     seen: list[Tensor | None] = []
 
     def closure() -> Tensor:
-        if evaluator.is_probing:
+        if caller.is_probing:
             seen.extend(parameter.grad for parameter in model.parameters())
         loss: Tensor = model(INPUTS).pow(2).mean()
         imported_backward(loss)
         return loss
 
     gradients = Gradients(parameters_of(model))
-    call_and_probe(closure, gradients.tensors, evaluator=evaluator, after_first=gradients.remember, probes=3)
+    call_and_probe(closure, gradients.tensors, caller=caller, after_first=gradients.remember, probes=3)
     assert all(gradient is None for gradient in seen)
     gradients.assert_unchanged()
 
@@ -324,26 +209,69 @@ def test_loss_that_differentiates_inside_is_called_twice_in_its_first_probe_only
         calls += 1
         return closure()
 
-    evaluator = Evaluator()
-    call_and_probe(counted, parameters_of(model), evaluator=evaluator)
+    caller = ClosureCaller()
+    call_and_probe(counted, parameters_of(model), caller=caller)
     assert calls == 4
-    call_and_probe(counted, parameters_of(model), evaluator=evaluator)
+    call_and_probe(counted, parameters_of(model), caller=caller)
     assert calls == 7
 
 
-def test_errors_of_the_closure_are_raised_as_they_are() -> None:
+@pytest.mark.parametrize(
+    "error", [kind("mat1 and mat2 shapes cannot be multiplied") for kind in (RuntimeError, ValueError)]
+)
+def test_errors_of_the_closure_are_raised_as_they_are(error: Exception) -> None:
     calls = 0
 
     def closure() -> Tensor:
         nonlocal calls
         calls += 1
         if calls > 1:
-            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+            raise error
         return torch.tensor(1.0)
 
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        call_and_probe(closure, [])
-    assert calls == 2
+    with pytest.raises(type(error), match="mat1 and mat2") as caught:
+        call_and_probe(closure, [used()])
+    assert caught.value is error
+    assert calls == (3 if isinstance(error, RuntimeError) else 2)
+
+
+def test_the_error_without_a_graph_is_raised_if_the_one_with_a_graph_fails_too() -> None:
+    calls = 0
+
+    def closure() -> float:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise RuntimeError("the second call") if calls == 2 else KeyError("the third call")
+        return 1.0
+
+    caller = ClosureCaller()
+    with pytest.raises(RuntimeError, match="the second call"):
+        call_and_probe(closure, [used()], caller=caller)
+    assert caller.needs_graph is None
+
+
+@pytest.mark.parametrize("has_probed", [False, True])
+def test_a_rank_among_others_repeats_no_probe_once_one_has_needed_no_graph(has_probed: bool) -> None:
+    class Two(Ranks):
+        def __len__(self) -> int:
+            return 2
+
+    calls, caller = [], ClosureCaller()
+
+    def closure() -> float:
+        calls.append(torch.is_grad_enabled())
+        if len(calls) > has_probed:
+            raise RuntimeError("on purpose")
+        return 1.0
+
+    session = caller.session([{"params": []}], closure, "probe", Two(), tolerance=1.0)
+    with session.probing():
+        if has_probed:
+            session.probe()
+        with pytest.raises(RuntimeError, match="on purpose"):
+            session.probe()
+    assert calls == ([False, False] if has_probed else [False, True])
 
 
 # --- the surroundings ------------------------------------------------------------------------------------------------
@@ -359,7 +287,7 @@ def test_probes_run_without_a_graph_and_leave_grad_mode_alone(outer: Callable[[]
 
     with outer():
         before = torch.is_grad_enabled()
-        call_and_probe(closure, [])
+        call_and_probe(closure, [used()])
         assert torch.is_grad_enabled() == before
     assert modes == [True, False, False]
 
@@ -387,14 +315,13 @@ def test_what_follows_the_probes_inside_an_outer_autocast_sees_the_present_weigh
         model.weight.add_(10.0)
 
     with torch.autocast("cpu", torch.bfloat16):
-        evaluator = Evaluator()
-        with nullcontext(evaluator.session(parameters_of(model))) as session:
-            first = session.first(lambda: evaluator.call(closure_of(model))[0])
-            with session.probing():
-                move()
-                session.probe(closure_of(model), "closure")
-            with torch.no_grad():
-                model.weight.copy_(before)
+        session = session_of(closure_of(model), parameters_of(model))
+        first = session.first(closure_of(model))
+        with session.probing():
+            move()
+            session.probe()
+        with torch.no_grad():
+            model.weight.copy_(before)
         assert closure_of(model)().item() == first.item()  # type: ignore[union-attr]
 
 
@@ -419,17 +346,17 @@ def test_attention_takes_no_other_kernel_in_probes(enabled: bool) -> None:
 
 
 def test_is_probing_while_a_probe_runs_and_only_then() -> None:
-    evaluator = Evaluator()
+    caller = ClosureCaller()
     seen = []
 
     def closure() -> float:
-        seen.append(evaluator.is_probing)
+        seen.append(caller.is_probing)
         return 1.0
 
-    assert not evaluator.is_probing
-    call_and_probe(closure, [], evaluator=evaluator)
+    assert not caller.is_probing
+    call_and_probe(closure, [used()], caller=caller)
     assert seen == [False, True, True]
-    assert not evaluator.is_probing
+    assert not caller.is_probing
 
 
 def test_what_is_patched_is_as_before_afterwards() -> None:
@@ -451,7 +378,7 @@ def test_everything_is_put_back_when_a_call_raises(
     gradients = Gradients(tensors)
     streams: list[Any] = []
     buffers: dict[str, Tensor] = {}
-    evaluator = Evaluator()
+    caller = ClosureCaller([critic])
     calls = 0
 
     def remember() -> None:
@@ -476,7 +403,7 @@ def test_everything_is_put_back_when_a_call_raises(
     with outer():
         grad_mode = torch.is_grad_enabled()
         with pytest.raises(error, match="stop"):
-            call_and_probe(closure, parameters_of(model), evaluator=evaluator, after_first=remember)
+            call_and_probe(closure, parameters_of(model), caller=caller, after_first=remember)
         assert torch.is_grad_enabled() == grad_mode
     assert calls == failing_call
     gradients.assert_unchanged()
@@ -485,7 +412,7 @@ def test_everything_is_put_back_when_a_call_raises(
         assert_same_buffers(model, buffers)
     assert originals() == before
     assert torch.backends.mha.get_fastpath_enabled()
-    assert not evaluator.is_probing
+    assert not caller.is_probing
 
     weight = torch.ones((), requires_grad=True)
     (2 * weight).backward()  # type: ignore[no-untyped-call]
@@ -493,16 +420,128 @@ def test_everything_is_put_back_when_a_call_raises(
 
 
 def test_steps_after_a_failed_one_probe_as_usual() -> None:
-    evaluator, model = Evaluator(), nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
+    caller, model = ClosureCaller(), nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
 
     def failing() -> Tensor:
-        if evaluator.is_probing:
+        if caller.is_probing:
             raise ValueError("stop")
         return closure_of(model)()
 
     with pytest.raises(ValueError, match="stop"):
-        call_and_probe(failing, parameters_of(model), evaluator=evaluator)
-    assert len(set(call_and_probe(closure_of(model), parameters_of(model), evaluator=evaluator))) == 1
+        call_and_probe(failing, parameters_of(model), caller=caller)
+    assert len(set(call_and_probe(closure_of(model), parameters_of(model), caller=caller))) == 1
+
+
+# --- autocast ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("place", ["around", "in the closure", "in the model"])
+def test_a_session_notices_in_what_autocast_computes(dtype: torch.dtype, place: str) -> None:
+    model = nn.Linear(4, 1)
+    if place == "in the model":  # as Accelerate does it
+        model.forward = torch.autocast("cpu", dtype)(model.forward)  # type: ignore[method-assign]
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=place == "in the closure"):
+            return model(torch.ones(2, 4)).float().mean()
+
+    enter, probed = torch.autocast.__enter__, closure if place != "around" else lambda: 1.0
+    for has_first_call in (True, False):
+        session = session_of(probed, parameters_of(model), name="probe")
+        assert session.rounding([1.0]) == torch.finfo(torch.float32).eps
+        with torch.autocast("cpu", dtype, enabled=place == "around"):
+            if has_first_call and place != "around":
+                session.first(closure)
+            else:
+                with session.probing():
+                    session.probe()
+        assert session.rounding([1.0]) == torch.finfo(dtype).eps / 16.0
+    assert torch.autocast.__enter__ is enter
+
+
+def test_an_autocast_that_is_off_or_another_threads_is_not_noticed() -> None:
+    def autocast(enabled: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return weight.sum()
+
+    weight = nn.Parameter(torch.ones(1))
+    session = session_of(weight.sum, [weight])
+    session.first(lambda: autocast(enabled=False))
+
+    def elsewhere() -> Tensor:
+        thread = threading.Thread(target=autocast, args=[True])
+        thread.start()
+        thread.join()
+        return weight.sum()
+
+    session.first(elsewhere)
+    single, half = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.bfloat16))
+    assert session.rounding([1.0]) == single
+    with torch.autocast("cpu", torch.bfloat16):
+        session.first(weight.sum)
+    assert session.rounding([1.0]) == half / 16.0
+
+
+# --- random streams --------------------------------------------------------------------------------------------------
+
+
+def test_probes_see_the_dropout_masks_of_the_first_call() -> None:
+    model = nn.Sequential(nn.Linear(3, 32), nn.Dropout(0.5), nn.Linear(32, 1))
+    losses = call_and_probe(closure_of(model), parameters_of(model), probes=3)
+    assert len(set(losses)) == 1
+
+
+def test_every_step_has_dropout_masks_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(3, 32), nn.Dropout(0.5), nn.Linear(32, 1))
+    closure = closure_of(model)
+    first, second = (call_and_probe(closure, parameters_of(model))[0] for _ in range(2))
+    assert first != second
+
+
+def test_probes_draw_what_the_first_call_drew_from_every_global_stream() -> None:
+    draws = []
+
+    def closure() -> float:
+        draws.append(draw())
+        return 1.0
+
+    call_and_probe(closure, [used()], probes=3)
+    assert len(draws) == 4
+    assert len(set(draws)) == 1
+
+
+@pytest.mark.parametrize("probe_draws", [0, 1, 100])
+def test_random_streams_end_as_after_the_first_call(probe_draws: int) -> None:
+    caller = ClosureCaller()
+
+    def closure() -> float:
+        for _ in range(probe_draws if caller.is_probing else 2):
+            draw()
+        return 1.0
+
+    def remember() -> None:
+        expected.extend(stream_states())
+
+    expected: list[Any] = []
+    call_and_probe(closure, [used()], caller=caller, after_first=remember)
+    assert stream_states() == expected
+
+
+def test_random_streams_end_where_they_were_without_a_first_call() -> None:
+    before = stream_states()
+    draws = []
+
+    def closure() -> float:
+        draws.append(draw())
+        return 1.0
+
+    session = session_of(closure, [], name="probe")
+    with session.probing():
+        for _ in range(2):
+            session.probe()
+    assert draws[0] == draws[1]
+    assert stream_states() == before
 
 
 # --- calls with a graph ----------------------------------------------------------------------------------------------
@@ -510,15 +549,12 @@ def test_steps_after_a_failed_one_probe_as_usual() -> None:
 
 def differentiate(closure: Callable[[], Any], parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The gradients of a closure: of the first call, and of one more with a graph."""
-    evaluator = Evaluator()
-    with nullcontext(evaluator.session(parameters)) as session:
-        loss = session.first(lambda: evaluator.call(closure)[0])
-        expected = parameters[0].grad
-        if expected is None:
-            [expected] = torch.autograd.grad(loss, parameters[:1])  # type: ignore[arg-type]
-        expected = expected.clone()
-        with session.probing():
-            [gradient] = torch.autograd.grad(session.differentiable(closure, "closure"), parameters[:1])
+    session = session_of(closure, parameters)
+    session.first(closure)
+    assert parameters[0].grad is not None
+    expected = parameters[0].grad.clone()
+    with session.probing():
+        [gradient] = torch.autograd.grad(session.differentiable(), parameters[:1])
     return expected, gradient
 
 
@@ -564,10 +600,21 @@ def test_graph_of_weighted_backward_calls_is_weighted() -> None:
 
 
 def test_loss_without_any_graph_is_refused_with_what_to_do() -> None:
-    evaluator = Evaluator()
+    session = session_of(lambda: 1.0, [], name="probe")
     with (
-        nullcontext(evaluator.session([])) as session,
         session.probing(),
         pytest.raises(TypeError, match=r"probe must return a loss that has a graph.*mode='approximate'"),
     ):
-        session.differentiable(lambda: 1.0, "probe")
+        session.differentiable()
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_losses_alone_are_negated_under_maximize(maximize: bool) -> None:
+    groups = [{"params": [], "maximize": maximize}]
+    session = ClosureCaller().session(groups, lambda: 1.0, "closure", Ranks(), tolerance=4.0)
+    sign = -1.0 if maximize else 1.0
+    assert session.read([1.0, torch.tensor(2.0)], [3.0, torch.tensor(4.0)]) == ([sign, 2.0 * sign], [3.0, 4.0])
+    assert session.rounding([1.0]) == 4.0 * torch.finfo(torch.float32).eps

@@ -1,4 +1,4 @@
-"""Models of many kinds, and optimizers that are under way on them: the cases of what follows a direction."""
+"""Models of many kinds and optimizers after a few steps on them: the cases of the tests in this folder."""
 
 from __future__ import annotations
 

@@ -1,14 +1,10 @@
-"""The loss along a direction against closed forms and dense Hessians, and the direction of an optimizer."""
+"""The loss along a direction against closed forms, dense Hessians and finite differences."""
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +24,6 @@ from tests.oracles import (
     one_layer_optimum,
 )
 
-Method = Literal["forward_over_reverse", "graph_free"]
-METHODS: list[Method] = ["forward_over_reverse", "graph_free"]
 Losses = Callable[[dict[str, Tensor]], Tensor]
 
 
@@ -71,7 +65,6 @@ class OneLayer:
         return (predicted - self.targets).square().sum() / (2 * len(self.inputs))
 
 
-@pytest.mark.parametrize("method", METHODS)
 @given(
     count=st.integers(1, 5),
     features=st.integers(1, 6),
@@ -80,27 +73,26 @@ class OneLayer:
     seed=st.integers(0, 10_000),
 )
 def test_closed_form_of_a_one_layer_network(
-    method: Method, count: int, features: int, outputs: int, activation: str, seed: int
+    count: int, features: int, outputs: int, activation: str, seed: int
 ) -> None:
     layer = OneLayer(count, features, outputs, activation, seed)
     assume(layer.before.abs().min() > 1e-6)
     gradient = torch.cat([each.flatten() for each in layer.direction.values()])
     assume(gradient.norm() > 1e-3)
-    parabola = quadratic_model(layer.loss, layer.params, layer.direction, method=method)
+    parabola = quadratic_model(layer.loss, layer.params, layer.direction)
     assume(parabola.curvature > 1e-6)
     expected = one_layer_optimum(*layer.params.values(), layer.inputs, layer.targets, layer.slopes)
     assert parabola.optimal_lr == pytest.approx(expected, rel=1e-10)
     assert parabola.value == pytest.approx(layer.loss(layer.params).item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @given(features=st.integers(1, 8), outputs=st.integers(1, 5), seed=st.integers(0, 10_000))
-def test_closed_form_of_one_sample_and_relu(method: Method, features: int, outputs: int, seed: int) -> None:
+def test_closed_form_of_one_sample_and_relu(features: int, outputs: int, seed: int) -> None:
     layer = OneLayer(1, features, outputs, "relu", seed)
     assume(layer.before.abs().min() > 1e-6)
     assume(layer.before.max() > 0)
     x = layer.inputs[0]
-    parabola = quadratic_model(layer.loss, layer.params, layer.direction, method=method)
+    parabola = quadratic_model(layer.loss, layer.params, layer.direction)
     assert parabola.optimal_lr == pytest.approx(1 / (1 + float(x @ x)), rel=1e-10)
 
 
@@ -118,25 +110,23 @@ def test_model_predicts_the_loss_where_it_is_quadratic(seed: int) -> None:
 
 @pytest.mark.parametrize("optimizer", ["SGD", "momentum", "Nesterov", "Adam", "AdamW", "RMSprop", "Muon"])
 @pytest.mark.parametrize("name", MODELS)
-def test_both_methods_agree_with_the_dense_hessian(name: str, optimizer: str) -> None:
+def test_derivatives_agree_with_the_dense_hessian(name: str, optimizer: str) -> None:
     problem = Problem(name, ALL_OPTIMIZERS[optimizer])
     params, direction = detached(problem.model), problem.direction
     value, gradient, hessian = dense_derivatives(problem.loss, params)
     omega = torch.cat([direction[each].flatten() for each in params])
     expected = [value, (gradient @ omega).item(), (omega @ hessian @ omega).item()]
     scale = float(omega.norm() ** 2 * hessian.norm())
-    for method in METHODS:
-        found = numbers(derivatives_along(problem.loss, params, direction, method=method))
-        assert found == pytest.approx(expected, rel=1e-9, abs=1e-13 * scale)
+    found = numbers(derivatives_along(problem.loss, params, direction))
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-13 * scale)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", MODELS)
-def test_both_methods_agree_with_differences_of_the_loss(name: str, method: Method) -> None:
+def test_derivatives_agree_with_differences_of_the_loss(name: str) -> None:
     problem = Problem(name, OPTIMIZERS["SGD"])
     params = detached(problem.model)
     direction = {key: 0.3 * tensor for key, tensor in random_direction(params).items()}
-    found = numbers(derivatives_along(problem.loss, params, direction, method=method))
+    found = numbers(derivatives_along(problem.loss, params, direction))
     # Narrow for the ReLU, whose kink must not be crossed.
     width = 1e-4 if name == "LayerNorm" else 1e-2
     expected = derivatives_by_differences(problem.loss, params, direction, width)
@@ -238,98 +228,18 @@ def test_compiled(normed: nn.Module, backend: str) -> None:
     assert numbers(reference(params, direction)) == pytest.approx(numbers(derivatives_along(loss, params, direction)))
     losses = torch.compile(lambda p, d, r: loss_along(loss, p, d, r), backend=backend, fullgraph=True)
     torch.testing.assert_close(losses(params, direction, rates), loss_along(loss, params, direction, rates))
-    uncompiled = torch.compile(lambda p, d: derivatives_along(loss, p, d, method="graph_free"), backend=backend)
-    assert numbers(uncompiled(params, direction)) == pytest.approx(numbers(reference(params, direction)))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_compiled_model_inside_the_loss(normed: nn.Module, method: Method) -> None:
+def test_compiled_model_inside_the_loss(normed: nn.Module) -> None:
     params, x = detached(normed), randn(3)
     direction = random_direction(params)
     expected = numbers(derivatives_along(lambda p: sample_loss(normed, p, x), params, direction))
     compiled = torch.compile(normed, backend="eager")
     prefixed = [{f"_orig_mod.{name}": tensor for name, tensor in each.items()} for each in (params, direction)]
-    found = derivatives_along(lambda p: sample_loss(compiled, p, x), *prefixed, method=method)  # type: ignore[arg-type]
+    found = derivatives_along(lambda p: sample_loss(compiled, p, x), *prefixed)  # type: ignore[arg-type]
     assert numbers(found) == pytest.approx(expected, rel=1e-10)
     losses = loss_along(lambda p: sample_loss(compiled, p, x), *prefixed, [0.0, 0.1])  # type: ignore[arg-type]
     assert losses[0].item() == pytest.approx(expected[0])
-
-
-def test_graph_free_is_refused_inside_transforms() -> None:
-    params = {"x": randn(3)}
-    for transformed in (
-        lambda: vmap(lambda x: derivatives_along(lambda p: (p["x"] * x).sum(), params, params, method="graph_free"))(
-            randn(2)
-        ),
-        lambda: grad(lambda p: derivatives_along(lambda q: q["x"].sum(), p, params, method="graph_free").slope)(params),
-    ):
-        with pytest.raises(NotImplementedError, match="forward_over_reverse"):
-            transformed()
-
-
-def test_graph_free_builds_no_graph() -> None:
-    class Held(torch.autograd.graph.saved_tensors_hooks):
-        count = 0
-
-        def __init__(self) -> None:
-            super().__init__(self.pack, lambda tensor: tensor)
-
-        def pack(self, tensor: Tensor) -> Tensor:
-            Held.count += 1
-            return tensor
-
-    model = nn.Linear(3, 3).double()
-    params = dict(model.named_parameters())  # which require gradients
-    with Held():
-        found = derivatives_along(lambda p: sample_loss(model, p, randn(3)), params, params, method="graph_free")
-    assert Held.count == 0
-    assert not any(each.requires_grad for each in found)
-
-
-PEAK = """
-import sys
-import torch
-from torch import nn
-from gen_optim.functional.derivatives import derivatives_along
-
-def status(name):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(name))
-
-torch.set_num_threads(1)
-model = nn.Sequential(*[layer for _ in range(12) for layer in (nn.Linear(256, 256), nn.LayerNorm(256), nn.GELU())])
-params = {name: parameter.detach() for name, parameter in model.named_parameters()}
-direction = {name: 0.01 * torch.ones_like(parameter) for name, parameter in params.items()}
-
-def run(inputs):
-    loss = lambda p: torch.func.functional_call(model, p, (inputs,)).square().mean()
-    if sys.argv[1] == "forward":
-        with torch.no_grad():
-            loss(params)
-    else:
-        derivatives_along(loss, params, direction, method=sys.argv[1])
-
-run(torch.randn(1, 256))
-inputs = torch.randn(4096, 256)
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = status("VmRSS")
-run(inputs)
-print(status("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from Linux")
-def test_graph_free_takes_a_few_times_the_memory_of_a_forward_pass() -> None:
-    """Activations are 4 MiB each: a forward pass holds 2 to 3 of them, however many layers there are."""
-    peaks = {}
-    for method in ("forward", *METHODS):
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
-        command = [sys.executable, "-W", "ignore", "-c", PEAK, method]
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-        peaks[method] = float(output)
-    assert peaks["graph_free"] < 8 * peaks["forward"] + 8
-    assert peaks["graph_free"] < 0.2 * peaks["forward_over_reverse"]
 
 
 # --- the loss along a direction --------------------------------------------------------------------------------------
@@ -408,21 +318,19 @@ def test_parameters_without_direction_stay() -> None:
         return (p["x"] * p["y"] ** 2).sum()
 
     expected = derivatives_by_double_backward(loss, params, direction)
-    for method in METHODS:
-        assert numbers(derivatives_along(loss, params, direction, method=method)) == pytest.approx(expected)
-        none = derivatives_along(loss, params, {}, method=method)
-        assert numbers(none) == pytest.approx([expected[0], 0.0, 0.0])
+    assert numbers(derivatives_along(loss, params, direction)) == pytest.approx(expected)
+    none = derivatives_along(loss, params, {})
+    assert numbers(none) == pytest.approx([expected[0], 0.0, 0.0])
     assert loss_along(loss, params, direction, 1.0).item() == pytest.approx(
         float((params["x"] * (params["y"] - direction["y"]) ** 2).sum())
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_linear_and_constant_losses(method: Method) -> None:
+def test_linear_and_constant_losses() -> None:
     params = {"x": randn(3)}
-    linear = derivatives_along(lambda p: p["x"].sum(), params, params, method=method)
+    linear = derivatives_along(lambda p: p["x"].sum(), params, params)
     assert numbers(linear) == pytest.approx([params["x"].sum().item()] * 2 + [0.0])
-    constant = derivatives_along(lambda p: torch.tensor(2.0) + 0 * p["x"].detach().sum(), params, params, method=method)
+    constant = derivatives_along(lambda p: torch.tensor(2.0) + 0 * p["x"].detach().sum(), params, params)
     assert numbers(constant) == [2.0, 0.0, 0.0]
 
 
@@ -437,11 +345,6 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "chunk_size must be None or at least 1, got 0",
     ),
-    "method": (
-        lambda: derivatives_along(lambda p: p["x"].sum(), {"x": randn(3)}, {}, method="magic"),  # type: ignore[arg-type]
-        ValueError,
-        "got 'magic'",
-    ),
     "vector": (lambda: along({"x": randn(3)}, lambda p: p["x"]), TypeError, r"shape \(3,\).*Reduce it"),
     "integer": (lambda: along({"x": randn(3)}, lambda p: (p["x"] > 0).sum()), TypeError, "torch.int64"),
     "number": (lambda: along({"x": randn(3)}, lambda p: 1.0), TypeError, "must return a tensor, got float"),  # type: ignore[arg-type, return-value]
@@ -454,7 +357,6 @@ def along(direction: dict[str, Tensor], loss: Losses = lambda p: p["x"].sum()) -
     for call in (
         lambda: loss_along(loss, params, direction, 0.1),
         lambda: derivatives_along(loss, params, direction),
-        lambda: derivatives_along(loss, params, direction, method="graph_free"),
     ):
         with pytest.raises((TypeError, ValueError)) as caught:
             call()
@@ -480,9 +382,8 @@ def test_wrong_arguments_are_named(name: str) -> None:
 )
 def test_operation_without_derivative_is_named(named: str, loss: Losses) -> None:
     params = {"x": randn(3, 4)}
-    for method in METHODS:
-        with pytest.raises(NotImplementedError, match=f"{named}.*probes"):
-            derivatives_along(loss, params, params, method=method)
+    with pytest.raises(NotImplementedError, match=named):
+        derivatives_along(loss, params, params)
 
 
 @pytest.mark.parametrize(
@@ -500,8 +401,38 @@ def test_where_forward_mode_fails_reverse_mode_takes_its_place(loss: Losses) -> 
     assert [each.item() for each in found] == pytest.approx(expected, rel=1e-10)
 
 
-def test_errors_of_the_loss_itself_pass_unchanged() -> None:
-    params = {"x": randn(3)}
-    for method in METHODS:
-        with pytest.raises(RuntimeError, match="size of tensor a"):
-            derivatives_along(lambda p: (p["x"] + torch.ones(2)).sum(), params, params, method=method)
+def test_the_second_evaluation_uses_the_same_random_numbers() -> None:
+    params, seen = {"x": randn(3, 4)}, []
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        seen.append(torch.rand(()).item())
+        return functional.huber_loss(p["x"] * seen[-1], torch.zeros(3, 4, dtype=torch.float64))
+
+    state = torch.get_rng_state()
+    derivatives_along(loss, params, params)
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    torch.rand(())
+    assert torch.equal(after, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError, ValueError, KeyboardInterrupt])
+def test_errors_of_the_loss_itself_pass_unchanged(kind: type[BaseException]) -> None:
+    params, raised = {"x": randn(3)}, []
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        raised.append(kind("of the loss"))
+        raise raised[-1]
+
+    with pytest.raises(kind, match="of the loss") as caught:
+        derivatives_along(loss, params, params)
+    assert caught.value is raised[0]
+
+
+def test_loss_along_keeps_a_graph_only_if_it_is_asked_for() -> None:
+    params = {"x": randn(3).requires_grad_()}
+    assert loss_along(lambda p: p["x"].sum(), params, params, 0.1).requires_grad
+    with torch.no_grad():
+        assert not loss_along(lambda p: p["x"].sum(), params, params, 0.1).requires_grad

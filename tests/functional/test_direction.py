@@ -1,4 +1,4 @@
-"""The direction that an optimizer would take, next to the steps that it takes."""
+"""The direction of an optimizer against the steps that it takes."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gen_optim import GeNOptimizer, History, ProbeStatus
+from gen_optim import GeNOptimizer, History, ProbeStatus, RelaxedRule
 from gen_optim.integrations.micro_batches import unwrap
 from gen_optim.integrations.transformers import GeNTrainerMixin
 from gen_optim.tensors.dtensor import whole
 from tests import documentation
-from tests.training import accumulating, parameters_of, same
+from tests.training import accumulating, parameters_of, same, wrapped
 from tests.workers import Pool
 
 pytest.importorskip("transformers", reason="needs the extra transformers")
@@ -80,8 +80,12 @@ def trainer(folder: Path, model: nn.Module | None = None, *, options: Any = None
         train_dataset=progressions(),
         eval_dataset=progressions(16),
         optimizers=(given, None),
-        gen_options=options,
+        gen_options=gen_options(**options) if options else None,
     )
+
+
+def gen_options(burn_in: int = 50, period: int = 8, **options: Any) -> dict[str, Any]:
+    return {"rule": RelaxedRule(burn_in=burn_in, period=period), **options}
 
 
 class StreamAtStart(TrainerCallback):
@@ -123,7 +127,7 @@ def test_it_trains_as_a_hand_written_loop_does_bit_for_bit(tmp_path: Path, accum
 
     model = language_model()
     by_hand = trainer(tmp_path, model, gradient_accumulation_steps=accumulation)
-    optimizer = GeNOptimizer(Trainer.create_optimizer(by_hand), burn_in=4, period=4)
+    optimizer = wrapped(Trainer.create_optimizer(by_hand), burn_in=4, period=4)
     optimizer.register_probe_hook(twin := History())
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: step / 3 if step < 3 else (steps - step) / (steps - 3)
@@ -189,8 +193,8 @@ def test_every_probe_sees_all_micro_batches_of_its_step_and_no_other(tmp_path: P
     assert next(calls, None) is None
 
 
-@pytest.mark.parametrize(("burn_in", "is_pending"), [(50, True), (0, False)])
-def test_resuming_from_a_checkpoint_is_bit_for_bit(tmp_path: Path, burn_in: int, is_pending: bool) -> None:
+@pytest.mark.parametrize(("burn_in", "looks_back"), [(50, True), (0, False)])
+def test_resuming_from_a_checkpoint_is_bit_for_bit(tmp_path: Path, burn_in: int, looks_back: bool) -> None:
     arguments: dict[str, Any] = {
         "max_steps": 14,
         "save_strategy": "steps",
@@ -202,7 +206,8 @@ def test_resuming_from_a_checkpoint_is_bit_for_bit(tmp_path: Path, burn_in: int,
     whole = trainer(tmp_path / "whole", **arguments)
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-7"
-    assert ("gen_kept" in torch.load(checkpoint / "optimizer.pt", weights_only=True)) is is_pending
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert (state["param_groups"][0]["gen_start_lr"] > 0.0) is looks_back
     resumed = trainer(tmp_path / "resumed", **arguments)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 14
@@ -249,7 +254,7 @@ def test_float16_with_a_gradient_scaler_and_its_skipped_steps(tmp_path: Path) ->
     run.train()
     skipped = 24 - int(torch.tensor(run.accelerator.scaler.get_scale()).log2())
     assert skipped >= 2
-    assert unwrap(run.optimizer).param_groups[0]["gen_step"] == 50 - skipped
+    assert unwrap(run.optimizer).state_dict()["param_groups"][0]["gen_step"] == 50 - skipped
     assert mean(losses(run)[-5:]) < 0.8 * losses(run)[0]
 
 
@@ -277,7 +282,10 @@ def go_on_in_processes(kind: str, folder: str) -> dict[str, Any]:
             if kind == "fully_shard":
                 let_it_shard()
             run = GeNTrainer(
-                language_model(dropout=0.0), args, train_dataset=progressions(), gen_options={"burn_in": 4, "period": 4}
+                language_model(dropout=0.0),
+                args,
+                train_dataset=progressions(),
+                gen_options=gen_options(burn_in=4, period=4),
             )
             run.create_optimizer().register_probe_hook(history := History())
             histories.append(history)

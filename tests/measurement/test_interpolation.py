@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gen_optim.measurement.interpolation import Move
+from gen_optim.measurement.interpolation import Interpolation
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64]
 MULTIPLES = [-1.0, 1e-3, 0.3, 0.5, 0.75, 1.5, 40.0]
@@ -14,7 +14,7 @@ def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) ->
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def moved(dtype: torch.dtype = torch.float32, groups: int = 1) -> tuple[list[list[Tensor]], Move]:
+def moved(dtype: torch.dtype = torch.float32, groups: int = 1) -> tuple[list[list[Tensor]], Interpolation]:
     """Groups of two parameters each, that have gone from their first to their second values, and the move."""
     parameters: list[list[Tensor]] = [
         [
@@ -23,7 +23,7 @@ def moved(dtype: torch.dtype = torch.float32, groups: int = 1) -> tuple[list[lis
         ]
         for group in range(groups)
     ]
-    move = Move(parameters)
+    move = Interpolation(parameters)
     with torch.no_grad():
         for group in parameters:
             for parameter in group:
@@ -56,7 +56,7 @@ def test_written_point_is_the_lerp_bit_for_bit(dtype: torch.dtype, multiple: flo
 def test_multiples_0_and_1_are_both_ends_bit_for_bit(dtype: torch.dtype) -> None:
     weight = nn.Parameter(random_tensor(64, seed=0, dtype=dtype))
     before, after = weight.detach().clone(), random_tensor(64, seed=1, dtype=dtype) * 1e3
-    move = Move([[weight]])
+    move = Interpolation([[weight]])
     weight.data.copy_(after)
     move.arrive()
     for multiple, end in [(-1.0, None), (0.0, before), (1.0, after), (0.3, None), (1.0, after), (0.0, before)]:
@@ -67,7 +67,7 @@ def test_multiples_0_and_1_are_both_ends_bit_for_bit(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("end", [float("nan"), float("inf")])
 def test_multiple_0_forgets_a_step_that_is_not_finite(end: float) -> None:
     weight = torch.tensor([1.0, 2.0])
-    move = Move([[weight]])
+    move = Interpolation([[weight]])
     weight.fill_(end)
     move.arrive()
     move.write(0.5)
@@ -77,7 +77,7 @@ def test_multiple_0_forgets_a_step_that_is_not_finite(end: float) -> None:
 
 def test_ends_too_far_apart_to_subtract_are_both_exact() -> None:
     weight = torch.tensor([-3e38, 3e38])
-    move = Move([[weight]])
+    move = Interpolation([[weight]])
     weight.neg_()
     move.arrive()
     move.write(0.0)
@@ -115,7 +115,7 @@ def test_non_contiguous_parameters_are_written_in_place() -> None:
     storage = torch.arange(24.0).reshape(4, 6)
     column, transposed = storage[:, 0], storage[:, 2:].t()
     untouched = storage[:, 1].clone()
-    move = Move([[column, transposed]])
+    move = Interpolation([[column, transposed]])
     before = [column.clone(), transposed.clone()]
     column.sub_(1.0)
     transposed.mul_(0.5)
@@ -131,7 +131,7 @@ def test_non_contiguous_parameters_are_written_in_place() -> None:
 
 def test_channels_last_parameters_keep_their_layout() -> None:
     weight = random_tensor(2, 3, 4, 4, seed=0).to(memory_format=torch.channels_last)
-    move = Move([[weight]])
+    move = Interpolation([[weight]])
     before = weight.clone()
     weight.mul_(0.5)
     move.arrive()
@@ -143,7 +143,7 @@ def test_channels_last_parameters_keep_their_layout() -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (1,)])
 def test_parameters_of_any_size_are_written(shape: tuple[int, ...]) -> None:
     weight = torch.ones(shape)
-    move = Move([[weight]])
+    move = Interpolation([[weight]])
     weight.zero_()
     move.arrive()
     move.write(0.25)
@@ -222,7 +222,7 @@ def test_an_interrupted_write_is_no_longer_where_the_step_has_led(monkeypatch: p
 def test_parameters_stay_the_same_leaves_that_require_grad() -> None:
     weight = nn.Parameter(torch.ones(3))
     address = weight.data_ptr()
-    move = Move([[weight]])
+    move = Interpolation([[weight]])
     weight.data.mul_(0.5)
     move.arrive()
     for multiple in (-1.0, 0.0, 0.5, 1.0):
@@ -239,7 +239,7 @@ def test_moving_records_no_graph_and_leaves_gradients_alone() -> None:
     gradient = torch.ones(3)
     weight.grad = gradient
     with torch.enable_grad():
-        move = Move([[weight]])
+        move = Interpolation([[weight]])
         weight.data.mul_(0.5)
         move.arrive()
         move.write(0.5)
@@ -251,7 +251,7 @@ def test_moving_records_no_graph_and_leaves_gradients_alone() -> None:
 
 def test_a_graph_made_before_a_write_notices_it() -> None:
     weight = nn.Parameter(torch.ones(3))
-    move = Move([[weight]])
+    move = Interpolation([[weight]])
     weight.data.mul_(0.5)
     move.arrive()
     loss = (weight**2).sum()
@@ -262,7 +262,7 @@ def test_a_graph_made_before_a_write_notices_it() -> None:
 
 def test_copies_do_not_follow_the_parameters() -> None:
     weight = torch.ones(2)
-    move = Move([[weight]])
+    move = Interpolation([[weight]])
     weight.fill_(3.0)
     move.arrive()
     weight.fill_(99.0)
@@ -271,7 +271,7 @@ def test_copies_do_not_follow_the_parameters() -> None:
 
 
 def test_nothing_to_move_is_fine() -> None:
-    move = Move([[], []])
+    move = Interpolation([[], []])
     move.arrive()
     move.write(0.5)
     move.settle([0.1, 0.2])

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 
-from gen_optim.measurement.interpolation import Move
-from gen_optim.measurement.lookback import KeptPoint
-from tests.training import Training, gen_adamw, gen_sgd, mlp, parameters_of, same
+from gen_optim.measurement.interpolation import Interpolation
+from gen_optim.measurement.start_point import StartPoint
+from tests.training import Training, gen_adamw, gen_sgd, looks_back_next, mlp, parameters_of, same
 
 MODES = ["lookback", "approximate", "exact"]
 
@@ -43,26 +43,27 @@ def devices(tensors: list[Tensor]) -> set[str]:
 @pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("ending", ["leave", "stay"])
 @pytest.mark.parametrize("half_way", [True, False])
-def test_a_kept_point_is_where_it_was_asked_to_be(
+def test_a_start_point_is_where_it_was_asked_to_be(
     on_cuda: list[Tensor], on_host: bool, ending: str, half_way: bool
 ) -> None:
-    kept = KeptPoint(on_cuda, 0.1, on_host=on_host)
-    assert kept.is_of(on_cuda)
-    assert kept.rise().device.type == "cuda"
-    kept.visit()
+    start_point = StartPoint(on_cuda, 0.1, on_host=on_host)
+    assert start_point.is_of(on_cuda)
+    slope = start_point.end_slope()
+    assert slope is not None
+    assert slope.device.type == "cuda"
+    start_point.write(0.0)
     if half_way:
-        kept.visit_middle()
-    assert devices([*kept._copies, *kept._starts]) == {"cpu" if on_host else "cuda"}
-    getattr(kept, ending)()
-    loaded = KeptPoint.load(on_cuda, kept.state_dict(), on_host=not on_host)
-    assert loaded is not None
+        start_point.write(0.5)
+    assert devices([*start_point._copies, *start_point._starts]) == {"cpu" if on_host else "cuda"}
+    getattr(start_point, ending)()
+    loaded = StartPoint.load(start_point.tensors(), 0.1, 0, on_host=not on_host)
     assert devices(loaded._copies) == {"cuda" if on_host else "cpu"}
     assert devices(on_cuda) == {"cuda"}
 
 
 @pytest.mark.parametrize("on_host", [True, False])
 def test_a_move_is_where_it_was_asked_to_be(on_cuda: list[Tensor], on_host: bool) -> None:
-    move = Move([on_cuda[:1], on_cuda[1:]], on_host=on_host)
+    move = Interpolation([on_cuda[:1], on_cuda[1:]], on_host=on_host)
     move.arrive()
     for multiple in (0.0, -1.0, 0.5, 1.0):
         move.write(multiple)
@@ -113,7 +114,7 @@ def test_a_checkpoint_goes_on_to_the_bit_wherever_copies_are(loads_with: bool) -
 
     whole = make(True)
     whole.train(5)
-    assert whole.optimizer._kept is not None
+    assert looks_back_next(whole.optimizer)
     file = io.BytesIO()
     torch.save((whole.model.state_dict(), whole.optimizer.state_dict()), file)
     file.seek(0)
@@ -164,10 +165,10 @@ def test_copies_of_parameters_on_a_device_are_pinned_and_training_is_the_same(mo
         )
         training.inputs, training.targets = training.inputs.cuda(), training.targets.cuda()
         training.train(10)
-        kept = training.optimizer._kept
-        assert (kept is not None) == (mode == "lookback")
-        if kept is not None:
-            assert all(each.is_cuda != offload and each.is_pinned() == offload for each in kept._copies)
+        start_point = training.optimizer._context.start_point
+        assert (start_point is not None) == (mode == "lookback")
+        if start_point is not None:
+            assert all(each.is_cuda != offload and each.is_pinned() == offload for each in start_point._copies)
         found.append((training.optimizer.get_last_lr(), parameters_of(training.model)))
     assert found[0][0] == found[1][0]
     assert same(found[0][1], found[1][1])

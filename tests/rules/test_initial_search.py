@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gen_optim.rules.initial_search import search_start
+from gen_optim.rules.initial_search import search_initial_lr
 
 SCALES = [10.0**exponent for exponent in range(-9, 7)]
 MOST_EVALUATIONS = 44
@@ -28,7 +28,7 @@ class Counted:
 
 def assert_finds(optimum: float, function: Callable[[float], float], rounding: float = 1e-15) -> None:
     counted = Counted(function)
-    search = search_start(counted, function(0.0), rounding=rounding)
+    search = search_initial_lr(counted, function(0.0), rounding=rounding)
     assert search.lr is not None
     assert optimum / 2 <= search.lr <= 2 * optimum
     assert counted.calls <= MOST_EVALUATIONS
@@ -74,13 +74,13 @@ def test_start_finds_the_lowest_point_under_float32_noise(optimum: float) -> Non
         exact = 1.0 + min((lr / optimum - 1) ** 2, 1e30)
         return float(np.float32(exact * (1 + epsilon * source.uniform(-2.0, 2.0))))
 
-    search = search_start(loss, 2.0, rounding=8 * epsilon)
+    search = search_initial_lr(loss, 2.0, rounding=8 * epsilon)
     assert search.lr is not None
     assert optimum / 2 <= search.lr <= 2 * optimum
 
 
 def test_start_says_all_that_it_evaluated() -> None:
-    search = search_start(lambda lr: (lr - 0.01) ** 2, 1e-4, rounding=1e-12)
+    search = search_initial_lr(lambda lr: (lr - 0.01) ** 2, 1e-4, rounding=1e-12)
     assert search.losses == tuple((lr - 0.01) ** 2 for lr in search.learning_rates)
     assert len(set(search.learning_rates)) == len(search.learning_rates)
     assert search.lr in search.learning_rates
@@ -100,14 +100,14 @@ def test_start_says_all_that_it_evaluated() -> None:
 )
 def test_start_finds_nothing_where_nothing_descends(function: Callable[[float], float]) -> None:
     counted = Counted(function)
-    assert search_start(counted, 1.0, rounding=1e-6).lr is None
+    assert search_initial_lr(counted, 1.0, rounding=1e-6).lr is None
     assert counted.calls <= MOST_EVALUATIONS
 
 
 def test_start_does_not_look_below_the_rounding() -> None:
-    flat = search_start(lambda lr: 1.0, 1.0, rounding=1e-6)
+    flat = search_initial_lr(lambda lr: 1.0, 1.0, rounding=1e-6)
     assert min(flat.learning_rates) >= 0.25
-    steep = search_start(lambda lr: 1.0 - min(lr, 1e-3), 1.0, rounding=1e-6)
+    steep = search_initial_lr(lambda lr: 1.0 - min(lr, 1e-3), 1.0, rounding=1e-6)
     assert min(steep.learning_rates) >= 1e-8
 
 
@@ -115,13 +115,13 @@ def test_start_walks_over_a_loss_that_rises_at_first() -> None:
     def loss(lr: float) -> float:
         return 1.001 if 0.0 < lr < 1e-12 else 1.0 - math.sqrt(lr) + 5.0 * lr  # lowest at 0.01, linear nowhere
 
-    search = search_start(loss, 1.0, rounding=1e-6)
+    search = search_initial_lr(loss, 1.0, rounding=1e-6)
     assert search.lr is not None
     assert 0.005 <= search.lr <= 0.02
 
 
 def test_start_on_a_loss_that_falls_for_ever_ends_at_the_largest_learning_rates() -> None:
-    search = search_start(lambda lr: -lr, 0.0, rounding=1e-6)
+    search = search_initial_lr(lambda lr: -lr, 0.0, rounding=1e-6)
     assert search.lr is not None
     assert 1e8 < search.lr <= 2e9
 
@@ -130,7 +130,7 @@ def test_start_on_a_loss_that_falls_for_ever_ends_at_the_largest_learning_rates(
 def test_start_ends_after_few_evaluations_whatever_the_losses(losses: list[float], loss: float) -> None:
     values = iter(losses)
     counted = Counted(lambda lr: next(values))
-    search = search_start(counted, loss, rounding=1e-6)
+    search = search_initial_lr(counted, loss, rounding=1e-6)
     assert counted.calls == len(search.learning_rates) <= MOST_EVALUATIONS
     if search.lr is not None:
         found = search.losses[search.learning_rates.index(search.lr)]

@@ -5,14 +5,15 @@ import torch
 from torch import Tensor
 
 from gen_optim.tensors import foreach as module
-from gen_optim.tensors.foreach import copy, inner_product, lerp, pieces, summing_dtype
+from gen_optim.tensors.foreach import chunks, copy, inner_product, lerp
+from gen_optim.tensors.scalars import summing_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64]
 SHAPES = [(), (0,), (1,), (3, 2), (7,), (5, 4, 3), (40,), (9, 7)]
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SIZE", 16)
     monkeypatch.setattr(module, "_LEAST", 1)
     monkeypatch.setattr(module, "_SHARE", 1)
@@ -25,33 +26,33 @@ def tensors(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [*made, torch.randn(8, 9, generator=generator, dtype=dtype).t(), made[3].t()]
 
 
-def test_every_element_is_in_one_piece_and_pieces_are_views() -> None:
+def test_every_element_is_in_one_chunk_and_chunks_are_views() -> None:
     several = tensors(0)
     for each in several:
         each.zero_()
-    for (batch,) in pieces(several):
-        for piece in batch:
-            piece.add_(1.0)
+    for (batch,) in chunks(several):
+        for chunk in batch:
+            chunk.add_(1.0)
     several.pop()  # which shares its memory with another one
     assert all(torch.equal(each, torch.full_like(each, 2.0 if each.shape == (3, 2) else 1.0)) for each in several)
 
 
-def test_batches_are_no_larger_than_a_piece_and_of_one_dtype() -> None:
-    batches = [batch for (batch,) in pieces([*tensors(0), *tensors(0, torch.float64)])]
+def test_batches_are_no_larger_than_a_chunk_and_of_one_dtype() -> None:
+    batches = [batch for (batch,) in chunks([*tensors(0), *tensors(0, torch.float64)])]
     assert all(sum(each.numel() for each in batch) <= 16 for batch in batches)
     assert all(len({each.dtype for each in batch}) == 1 for batch in batches)
     assert max(map(len, batches)) > 2
 
 
 def test_large_tensors_come_alone_where_they_are_not_cut() -> None:
-    batches = [batch for (batch,) in pieces(tensors(0), cut=False)]
+    batches = [batch for (batch,) in chunks(tensors(0), cut=False)]
     assert [each.shape for batch in batches for each in batch] == [each.shape for each in tensors(0)]
     assert all(len(batch) == 1 for batch in batches if any(each.numel() > 16 for each in batch))
 
 
-def test_pieces_of_several_lists_correspond_whatever_their_strides() -> None:
+def test_chunks_of_several_lists_correspond_whatever_their_strides() -> None:
     left, right = tensors(0), [each.contiguous() for each in tensors(0)]
-    for mine, theirs in pieces(left, right):
+    for mine, theirs in chunks(left, right):
         assert all(map(torch.equal, mine, theirs))
 
 
@@ -99,6 +100,6 @@ def test_sums_are_in_double_precision_where_a_device_has_that() -> None:
     assert summing_dtype(torch.device("mps")) is torch.float32
 
 
-def test_nothing_has_no_pieces() -> None:
-    assert list(pieces([], [])) == []
+def test_nothing_has_no_chunks() -> None:
+    assert list(chunks([], [])) == []
     assert inner_product([], [], []) == 0.0

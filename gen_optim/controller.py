@@ -1,0 +1,183 @@
+"""A rule, its state, and the learning rates of the parameter groups that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from gen_optim.learning_rates import Group, LearningRates, check_lr
+from gen_optim.measurement import Measurement
+from gen_optim.rules import Decision, Rule, RuleState
+from gen_optim.warning import warn
+
+__all__ = ["PATIENCE", "Controller"]
+
+PATIENCE = 10
+"""How many times in a row something is missing or overridden before the user is warned."""
+
+_PREFIX = "gen_"
+"""Begins the keys under which the numbers of the state are in the first parameter group, for checkpoints."""
+
+
+class Controller:
+    """Chooses the learning rates of an optimizer's groups, and remembers what that takes.
+
+    The state is an object between steps. Its numbers enter the parameter groups when a checkpoint is made, and leave
+    them when one is loaded; the keys are there from the beginning, because flattened distributed checkpoints keep only
+    those that the groups have already.
+
+    Args:
+        base_optim: The optimizer whose groups they are.
+        rule: How learning rates are chosen.
+
+    Attributes:
+        rule: The rule.
+        state: What it remembers, after the last step.
+        rates: The learning rates of the groups.
+    """
+
+    def __init__(self, base_optim: Optimizer, rule: Rule) -> None:
+        self.rule = rule
+        self.state = rule.initial_state(0.0)
+        self.rates = LearningRates()
+        self._base_optim = base_optim
+        self._manual_steps, self._last_manual_step = 0, -1
+        self._seen: list[Any] = []
+        self.load()
+
+    @property
+    def groups(self) -> list[Group]:
+        """The parameter groups."""
+        return self._base_optim.param_groups
+
+    # --- before a step ------------------------------------------------------------------------------------------------
+
+    def recall(self) -> RuleState:
+        """Take in what schedulers and the user have written to the groups since the last step.
+
+        Returns:
+            The state, with the learning rate α that holds now.
+
+        Raises:
+            ValueError: If a learning rate is negative or not finite.
+        """
+        groups = self.groups
+        if not self.rates.is_unchanged(groups, self.state.lr):
+            lr = self.rates.update(groups, self.state.lr, self._base_optim.defaults.get("lr"))
+            if lr is not None:
+                self._warn_of_manual_values()
+                self.state = self.rule.set_lr(self.state, lr)
+        self._seen = self.rates.marks(groups)
+        return self.state
+
+    def recall_after_closure(self) -> RuleState:
+        """Take in what the closure has written to the groups; manual warm-ups do that."""
+        return self.state if self.rates.marks(self.groups) == self._seen else self.recall()
+
+    def join(self, group: Group, *, brings_lr: bool) -> None:
+        """Let a group that was added take part, at its own learning rate or at ratio 1."""
+        self.rates.join(group, self.state.lr, brings_lr=brings_lr)
+
+    # --- decisions ----------------------------------------------------------------------------------------------------
+
+    def decide(self, measurement: Measurement, factor: float) -> Decision:
+        """What the rule makes of a measurement under the scheduler's ``factor``; nothing is remembered yet."""
+        decision = self.rule.decide(
+            self.state,
+            measurement.found,
+            loss_start=measurement.loss_start,
+            loss_end=measurement.loss_end,
+            factor=factor,
+        )
+        return Decision(self.limit(decision.state), decision.status)
+
+    def limit(self, state: RuleState) -> RuleState:
+        """The state for the step that is about to be taken, if a scheduler's factor has changed since the last one."""
+        if self.rates.is_unchanged(self.groups, state.lr):
+            return state
+        return self.rule.before_step(state, self.rates.factor())
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    def step_base(self, lr: float) -> list[float]:
+        """Let the base optimizer take its step at α = ``lr``.
+
+        Returns:
+            Each group's learning rate in it.
+        """
+        groups = self.groups
+        if self.rates.is_unchanged(groups, lr):
+            self._base_optim.step()
+            return self.rates.shares(lr)
+        rates = self.rates.rates_in_force(lr)
+        with self.rates.in_force(rates):
+            self._base_optim.step()
+        return rates
+
+    def remember(self, state: RuleState, used: list[float]) -> None:
+        """Keep the state after a step, and the learning rate that each group used in it."""
+        self.state = state
+        self.rates.settle(state.lr, used)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write everything that has to be remembered to the parameter groups, as plain numbers."""
+        self.groups[0].update({_PREFIX + name: number for name, number in self.state.to_numbers().items()})
+        self.rates.save_to(self.groups)
+
+    def load(self) -> None:
+        """Read it back; what is missing, as in a checkpoint of the base optimizer alone, begins anew.
+
+        Raises:
+            ValueError: If a learning rate is negative or not finite.
+        """
+        groups = self.groups
+        names = self.rule.initial_state(0.0).to_numbers()
+        numbers = {name: groups[0][_PREFIX + name] for name in names if _PREFIX + name in groups[0]}
+        if "lr" in numbers and self.rates.load_from(groups):
+            self.state = self.rule.state_type.from_numbers(numbers)
+        else:
+            self.state = self.rule.initial_state(self.rates.begin(groups))
+        self.recall()
+        self.save()
+
+    def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Check the numbers in the groups of a checkpoint, before anything of it is loaded; they may be missing.
+
+        Raises:
+            ValueError: If one is of another type or out of range.
+        """
+        for index, group in enumerate(groups):
+            check_lr(index, group.get("lr"))
+        self.rates.check_numbers(groups)
+        for name, own in self.rule.initial_state(0.0).to_numbers().items():
+            key = _PREFIX + name
+            if key not in groups[0]:
+                continue
+            value = groups[0][key]
+            kinds = (int, float) if isinstance(own, float) else (type(own),)
+            is_valid = isinstance(value, kinds) and isinstance(value, bool) == isinstance(own, bool)
+            if name in ("lr", "step", "probes", "next_probe"):
+                is_valid = is_valid and 0 <= value < math.inf
+            if not is_valid:
+                expected = f"a {type(own).__name__}" + (" of at least 0" if name in ("lr", "step", "probes") else "")
+                raise ValueError(f"param_groups[0][{key!r}] of the state dict must be {expected}, got {value!r}")
+
+    # --- warnings -----------------------------------------------------------------------------------------------------
+
+    def _warn_of_manual_values(self) -> None:
+        step = self.state.step
+        if step == self._last_manual_step:
+            return
+        self._manual_steps = self._manual_steps + 1 if step == self._last_manual_step + 1 else 1
+        self._last_manual_step = step
+        if self._manual_steps == PATIENCE:
+            warn(
+                f"param_groups[...]['lr'] has been written before each of {PATIENCE} steps in a row, so that "
+                "GeNOptimizer's own learning rate is never used. Attach a scheduler instead, for example "
+                "torch.optim.lr_scheduler.LambdaLR: its factor multiplies what GeNOptimizer finds."
+            )

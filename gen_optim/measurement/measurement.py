@@ -1,0 +1,224 @@
+"""The loss along one step of the base optimizer, and what a mode makes of it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from gen_optim.closures.losses import Loss
+from gen_optim.closures.session import Session
+from gen_optim.rules import InitialSearch, Parabola
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Measurement", "Mode", "Path", "StepLoss"]
+
+
+class Path(Protocol):
+    """A step of which any multiple can be written to the parameters."""
+
+    def write(self, multiple: float) -> None:
+        """Put the parameters at a multiple of the step: 0 is where it began, 1 where it ends."""
+
+
+class StepLoss:
+    """The loss along one step of the base optimizer, as a function of the multiple of the step.
+
+    A mode evaluates it where it likes, at most once per point. Losses stay on their device until :meth:`read` averages
+    them over the processes that train the model together and turns them into numbers to be minimised.
+
+    Args:
+        path: The step.
+        lr: Its learning rate.
+        session: The calls of the closure.
+        losses: Losses that are known already, by multiple; None is ignored.
+        end_slope: The derivative of the loss along the whole step at its end; None if it is not known.
+        differentiated: Scalars whose sum the gradients at the end belong to, if ``end_slope`` is known.
+        valid: The multiple at which the first call of the step has succeeded.
+
+    Attributes:
+        failure: The first exception that a point of the step has raised; None if there was none.
+        path: The step.
+        lr: Its learning rate.
+        session: The calls of the closure.
+        losses: The losses evaluated so far, by multiple of the step.
+        end_slope: As above; of DTensors this rank's share, so that its mean over the ranks is the slope.
+        differentiated: As above.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        lr: float,
+        session: Session,
+        losses: Mapping[float, Loss | None],
+        *,
+        end_slope: Loss | None = None,
+        differentiated: Sequence[Tensor] = (),
+        valid: float = 0.0,
+    ) -> None:
+        self.path = path
+        self.lr = lr
+        self.session = session
+        self.losses = {multiple: loss for multiple, loss in losses.items() if loss is not None}
+        self.end_slope = end_slope
+        self.differentiated = differentiated
+        self.failure: Exception | None = None
+        self._valid = valid
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this process trains the model alone."""
+        return len(self.session.ranks) == 1
+
+    def evaluate(self, multiple: float) -> Loss:
+        """The loss at a multiple of the step, one forward pass unless it is known already.
+
+        An exception at a point other than ``valid`` counts as an infinite loss there, unless ``valid`` raises one too.
+
+        Returns:
+            A one-element tensor or a number; NaN if the evaluation failed in a process group, whose ranks all raise
+            at the next :meth:`read`.
+        """
+        if multiple not in self.losses:
+            self.losses[multiple] = self._evaluate(multiple)
+        return self.losses[multiple]
+
+    def _evaluate(self, multiple: float) -> Loss:
+        self.path.write(multiple)
+        if multiple == self._valid or not self.is_alone:  # other ranks cannot know that this one repeats a call
+            return self.session.probe()
+        try:
+            return self.session.probe()
+        except Exception as failure:  # noqa: BLE001 - raised below if it is not the point's
+            if self.failure is None:
+                self.path.write(self._valid)
+                try:
+                    self.session.probe()
+                except Exception:  # noqa: BLE001
+                    raise failure from None
+                self.failure = failure
+            return self.session.worst
+
+    def evaluate_with_graph(self, multiple: float) -> Tensor:
+        """The loss at a multiple of the step as a tensor that can be differentiated twice.
+
+        Raises:
+            TypeError: If the closure returns no tensor with a graph.
+        """
+        self.path.write(multiple)
+        loss = self.session.differentiable()
+        self.losses.setdefault(multiple, loss.detach())
+        return loss
+
+    def read(self, losses: Sequence[Loss], others: Sequence[Loss] = ()) -> tuple[list[float], list[float]]:
+        """Losses and derivatives of the loss as numbers to be minimised, averaged over the ranks by one all-reduce.
+
+        Args:
+            losses: What ``maximize=True`` negates.
+            others: Numbers that it does not.
+
+        Returns:
+            Both as numbers, the same on all ranks.
+        """
+        return self.session.read(losses, others)
+
+    def read_with_rounding(self, losses: Sequence[Loss]) -> tuple[tuple[float, ...], float]:
+        """Losses as numbers to be minimised, and their relative rounding error.
+
+        The error is averaged over the ranks, too: judgements depend on it, and a closure may return a tensor on one
+        rank and a plain number on another.
+        """
+        numbers, [rounding] = self.read(losses, [self.session.rounding(losses)])
+        return tuple(numbers), rounding
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The loss along one step, as a probe step saw it.
+
+    Attributes:
+        learning_rates: Where it was evaluated.
+        losses: The losses there.
+        found: The parabola through them, or the outcome of the search for an initial learning rate.
+        loss_start: The loss where the measured step began.
+        loss_end: The loss where the measured step ended; None if the step has not been taken yet.
+    """
+
+    learning_rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    found: Parabola | InitialSearch
+    loss_start: float
+    loss_end: float | None = None
+
+    @property
+    def parabola(self) -> Parabola:
+        """The parabola; NaN throughout if an initial learning rate was searched."""
+        return self.found if isinstance(self.found, Parabola) else Parabola(self.loss_start, math.nan, math.nan)
+
+    @property
+    def optimal_lr(self) -> float | None:
+        """The learning rate of the lowest loss; None if there is none."""
+        return self.found.optimal_lr if isinstance(self.found, Parabola) else self.found.lr
+
+
+class Mode(ABC):
+    """How slope and curvature of the loss along a step are measured.
+
+    A mode of your own implements :meth:`measure`, and says by ``looks_back`` whether it measures along the last step,
+    when the next closure has evaluated where that ended, or along the step that is about to be taken.
+
+    Args:
+        tolerance: Relative rounding error of a loss, in machine epsilons of its dtype (in sixteenths of those if the
+            loss, or what autocast computes it from, is of half precision). A slope or curvature that this alone can
+            produce counts as unknown.
+
+    Raises:
+        ValueError: If ``tolerance`` is no finite number of at least 0.
+
+    Example:
+        >>> from gen_optim import LookAhead, Measurement, Parabola
+        >>> class GradientOnly(LookAhead):  # a straight line through the losses at 0 and at the step
+        ...     def measure(self, loss):
+        ...         (start, end), _ = loss.read_with_rounding([loss.evaluate(0.0), loss.evaluate(1.0)])
+        ...         line = Parabola(start, slope=(start - end) / loss.lr, curvature=0.0)
+        ...         return Measurement((0.0, loss.lr), (start, end), line, start)
+
+    Attributes:
+        looks_back: Whether the last step is measured, and not the next one.
+        tolerance: The option of that name.
+    """
+
+    looks_back: ClassVar[bool] = False
+
+    def __init__(self, *, tolerance: float = 8.0) -> None:
+        given: Any = tolerance
+        if isinstance(given, bool) or not isinstance(given, Real) or not 0.0 <= float(given) < math.inf:
+            raise ValueError(f"tolerance must be a finite number of at least 0, got {tolerance!r}")
+        self.tolerance = float(tolerance)
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({options})"
+
+    @abstractmethod
+    def measure(self, loss: StepLoss) -> Measurement:
+        """Measure the loss along a step; called once per probe step.
+
+        Args:
+            loss: The loss along the step. Looking ahead, the parameters are at multiple 1 when this is called, and the
+                loss at 0 is known. Looking back, the loss at 1 is known unless a ``probe`` is given.
+        """
+
+    def check(self, parameters: Iterable[Tensor]) -> None:  # noqa: B027 - nothing to check in most modes
+        """Refuse parameters that cannot be measured in this mode; called when the optimizer is constructed."""
+
+    def around_calls(self) -> AbstractContextManager[None]:
+        """What is entered around all calls of the closure in a probe step, for example a choice of kernels."""
+        return nullcontext()

@@ -1,0 +1,250 @@
+"""The point where a step began, kept until the next step's closure has evaluated the point where it ended."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_optim.tensors.dtensor import is_dtensor, local, parts_of, placed_like
+from gen_optim.tensors.foreach import chunks, clone, copy, inner_product, lerp, near, write
+from gen_optim.tensors.interrupts import despite_interrupts
+
+__all__ = ["StartPoint"]
+
+
+class StartPoint:
+    """Where a step began. The parameters can be put there, or anywhere between there and the end of the step, and back.
+
+    At any time it holds one copy of the parameters, of the end of the step that they are not at; a second copy is made
+    only if a point between both ends is visited.
+
+    Args:
+        parameters: The parameters that move. Of a DTensor, each rank keeps its own part.
+        lr: The learning rate of the step, with the scheduler's factor.
+        last: The start point of the step before. If the parameters have just left it, its copies already hold their
+            present values, and are used again.
+        on_host: Whether the copies are in the host's memory.
+
+    Example:
+        >>> weight = torch.tensor([1.0])
+        >>> start = StartPoint([weight], lr=0.5)
+        >>> _ = weight.sub_(0.5)  # the base optimizer's step
+        >>> start.write(0.0)
+        >>> weight
+        tensor([1.])
+        >>> start.leave()
+        >>> weight
+        tensor([0.5000])
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, parameters: Sequence[Tensor], lr: float, *, last: StartPoint | None = None, on_host: bool = False
+    ) -> None:
+        self.lr = lr
+        self._parameters = parameters
+        self._on_host = on_host
+        self._is_visited = self._was_left = False
+        present = None if last is None else last.present_copies(parameters, on_host=on_host)
+        self._copies = self._copied() if present is None else present
+        # Chunks of parameters, with the copies that hold the end of the step while the parameters are at its start.
+        self._swapped: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._starts: list[Tensor] = []
+        self._marks: list[tuple[int, int]] | None = None
+        self._length: float | None = None
+        self._fingerprint_expected = 0
+
+    def present_copies(self, parameters: Sequence[Tensor], *, on_host: bool) -> list[Tensor] | None:
+        """The copies, if the parameters are the same and have just been put back to the values that the copies hold."""
+        is_same = len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
+        return self._copies if self._was_left and is_same and on_host == self._on_host else None
+
+    def _copied(self) -> list[Tensor]:
+        return [clone(each, on_host=self._on_host) for each in self._locals()]
+
+    def _locals(self) -> list[Tensor]:
+        return [local(each) for each in self._parameters]
+
+    # --- whether it is still valid ------------------------------------------------------------------------------------
+
+    def arrive(self, *, measures_length: bool = False) -> None:
+        """Note that the step has been taken. Whatever is written to the parameters from now on comes from elsewhere.
+
+        Args:
+            measures_length: Whether to allow writes that do not lengthen the step: a clamp, or a projection onto a
+                convex set that holds the start point. The step then ends where these leave the parameters.
+        """
+        self._marks = self._present_marks()
+        self._length = self._present_length() if measures_length else None
+
+    def is_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these parameters made the step, and nothing has written to them since.
+
+        A parameter that has moved counts even if it is frozen now: closures of networks that train in turn switch
+        ``requires_grad`` on and off between their steps. A parameter that has not moved does not count, whether it can
+        move now or not, because it has the same value at both ends of the step.
+        """
+        present = set(map(id, parameters))
+        if not present.issuperset(map(id, self._parameters)):
+            return False
+        return self.is_intact()
+
+    def is_intact(self) -> bool:
+        """Whether nothing has written to the parameters since their step."""
+        kind = _kind if self._on_host else _kind_and_device  # copies on the host serve any device
+        if list(map(kind, self._copies)) != list(map(kind, self._locals())):
+            return False
+        if self._fingerprint_expected:  # loaded or copied: tensor versions began again
+            if self._fingerprint_expected != self.fingerprint():
+                return False
+            self._fingerprint_expected = 0
+            self.arrive()
+        if self._marks is None or self._marks == self._present_marks():
+            return True
+        length = self._length and self._present_length()
+        return length is not None and self._length is not None and 0.0 < length <= 1.001 * self._length
+
+    @torch.no_grad()
+    def _present_length(self) -> float | None:
+        """The distance between both ends of the step; None for DTensors, of which each rank sees its own part."""
+        if any(map(is_dtensor, self._parameters)):
+            return None
+        squares = [
+            (end - start).abs().double().square().sum()
+            for ends, starts in chunks(self._locals(), self._copies)
+            for end, start in zip(ends, near(starts, ends[0].device), strict=True)
+        ]
+        return float(torch.stack([each.to(squares[0].device) for each in squares]).sum().sqrt()) if squares else None
+
+    def _present_marks(self) -> list[tuple[int, int]]:
+        """What changes if a parameter is written, or gets other memory (``p.data = ...``)."""
+        return [(each._version, each.data_ptr()) for each in self._locals()]
+
+    @torch.no_grad()
+    def fingerprint(self) -> int:
+        """A number that differs if a bit of either end of the step differs, with near certainty.
+
+        0, which stands for an unknown fingerprint, if parameters are DTensors: each rank would see its own part, and
+        the ranks might decide differently.
+        """
+        if not self._parameters or any(map(is_dtensor, self._parameters)):
+            return 0
+        # Sums of bits are exact in any order, and defined for numbers that are NaN.
+        sums = [_bits(each).sum(dtype=torch.int64) for each in (*self._parameters, *self._copies)]
+        numbers = torch.stack([each.to(sums[0].device) for each in sums]).tolist()
+        return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big") or 1
+
+    # --- moving -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def end_slope(self) -> Tensor | None:
+        """The slope of the loss at the end of the step, along the whole step: the gradients times the step.
+
+        None if a parameter has moved that has no gradient now: the slope is not known then. Of DTensors it is this
+        rank's share, as :func:`~gen_optim.tensors.dtensor.dot` returns it.
+        """
+        alike: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for parameter, end, start in zip(self._parameters, self._locals(), self._copies, strict=True):
+            gradient = parameter.grad
+            if gradient is not None and parameter.requires_grad:
+                parts = parts_of(gradient, parameter)
+                alike.setdefault(parts, []).append((_dense(local(gradient)), end, start))
+            elif not torch.equal(near([start], end.device)[0], end):
+                return None
+        shares = [parts * inner_product(*zip(*tensors, strict=True)) for parts, tensors in alike.items()]
+        return torch.stack([share.to(shares[0].device) for share in shares]).sum() if shares else torch.zeros(())
+
+    @torch.no_grad()
+    def write(self, multiple: float) -> None:
+        """Put the parameters at ``torch.lerp(start, end, multiple)``; 0 is the start of the step and 1 its end."""
+        if not self._is_visited:
+            if multiple == 1.0:
+                return
+            self._swap()
+        if multiple == 0.0 and not self._starts:
+            return
+        if not self._starts:
+            self._starts = self._copied()
+        lerp(self._locals(), self._starts, self._copies, multiple)
+
+    def _swap(self) -> None:
+        for index, (present, kept) in enumerate(chunks(self._locals(), self._copies)):
+            end = [each.clone() for each in present]
+            despite_interrupts(
+                partial(write, present, kept),
+                partial(write, kept, end),
+                partial(self._swapped.__setitem__, index, (present, kept)),
+            )
+        self._is_visited = True
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Put the parameters back to the end of the step."""
+        despite_interrupts(*(partial(write, *each) for each in self._swapped.values()))
+        self._swapped, self._starts, self._was_left = {}, [], self._is_visited
+
+    @torch.no_grad()
+    def stay(self) -> None:
+        """Put the parameters to the start of the step, for good."""
+        if self._starts:
+            despite_interrupts(partial(copy, self._locals(), self._starts))
+        else:
+            parts = enumerate(chunks(self._locals(), self._copies))
+            rest = [(present, kept) for index, (present, kept) in parts if index not in self._swapped]
+            despite_interrupts(*(partial(write, *each) for each in rest))
+        self._swapped, self._starts = {}, []
+
+    # --- copies, pickles and checkpoints ------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles keep; tensor versions begin again in them."""
+        return {**self.__dict__, "_marks": None, "_fingerprint_expected": self.fingerprint()}
+
+    def tensors(self) -> dict[Tensor, Tensor]:
+        """The start of the step by parameter, DTensors if the parameters are; the copies in use, not clones of them."""
+        return {
+            parameter: placed_like(start, parameter)
+            for parameter, start in zip(self._parameters, self._copies, strict=True)
+        }
+
+    @classmethod
+    @torch.no_grad()
+    def load(cls, starts: dict[Tensor, Tensor], lr: float, fingerprint: int, *, on_host: bool = False) -> StartPoint:
+        """The start point of a step whose other end is where the parameters are, or will be when the model is loaded.
+
+        Args:
+            starts: The start of the step by parameter.
+            lr: The learning rate of the step.
+            fingerprint: That of both ends, compared when the start point is used; 0 if it is unknown.
+            on_host: Whether the copies are in the host's memory.
+        """
+        point = cls([], lr, on_host=on_host)
+        point._parameters = list(starts)
+        point._copies = [
+            clone(local(start).to(local(parameter)), on_host=on_host) for parameter, start in starts.items()
+        ]
+        point._fingerprint_expected = fingerprint
+        return point
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _kind_and_device(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.reshape(-1).view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[real.itemsize])

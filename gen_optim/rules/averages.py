@@ -1,0 +1,226 @@
+"""Moving averages over probe steps, and what they estimate.
+
+A moving average with ``smoothing`` is the plain mean of its first ``1 / (1 − smoothing)`` values; from then on each
+value takes the weight ``1 − smoothing``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from gen_optim.rules.parabola import Parabola
+
+__all__ = ["LossAverages", "ParabolaAverages", "slope_with_trend"]
+
+_FORGETTING = 0.1
+"""Fraction of the distance by which the lowest mean loss moves up to the present one, in case the task has changed."""
+
+_CHANGE_WEIGHT = 0.3
+"""Least weight of a parabola in the average change of the loss, the unit in which others are averaged."""
+
+_MOST_CHANGES = 2.0
+"""Number of average changes as which a parabola counts at most: one step off a saddle would outweigh all others."""
+
+_NORMAL = 1.25
+"""Standard deviation of normal noise over its mean absolute deviation."""
+
+
+def _weight_of_next(count: int, smoothing: float) -> float:
+    return max(1.0 - smoothing, 1.0 / (count + 1))
+
+
+def _effective_count(count: int, smoothing: float) -> float:
+    """The number of values with equal weights whose mean varies as much as a moving average of ``count`` values."""
+    return min(count, (1.0 + smoothing) / (1.0 - smoothing))
+
+
+@dataclass(frozen=True)
+class LossAverages:
+    """Moving averages of the losses at the start of probe steps.
+
+    Attributes:
+        mean: Average of the losses.
+        deviation: Average of their absolute deviation from ``mean``.
+        count: Number of losses averaged.
+        lowest: Lowest ``mean`` so far; it rises slowly towards the present one.
+        step_mean: Average of the numbers of their steps.
+        step_variance: Variance of the numbers of their steps.
+        step_covariance: Covariance of the losses with the numbers of their steps.
+
+    Example:
+        >>> averages = LossAverages()
+        >>> for step in range(1, 6):
+        ...     averages = averages.with_loss(10.0 - 2.0 * step, step, smoothing=0.9)
+        >>> averages.mean, averages.trend
+        (4.0, -2.0)
+    """
+
+    mean: float = 0.0
+    deviation: float = 0.0
+    count: int = 0
+    lowest: float = 0.0
+    step_mean: float = 0.0
+    step_variance: float = 0.0
+    step_covariance: float = 0.0
+
+    def with_loss(self, loss: float, step: int, smoothing: float) -> LossAverages:
+        """The averages with one more finite loss, at the start of step number ``step``."""
+        weight = _weight_of_next(self.count, smoothing)
+        surprise = loss - self.mean if self.count else 0.0
+        mean = self.mean + weight * surprise if self.count else loss
+        lowest = self.lowest + _FORGETTING * max(mean - self.lowest, 0.0)
+        distance = step - self.step_mean
+        return LossAverages(
+            mean=mean,
+            deviation=self.deviation + weight * (abs(surprise) - self.deviation),
+            count=self.count + 1,
+            lowest=min(lowest, mean) if self.count else mean,
+            step_mean=self.step_mean + weight * distance,
+            step_variance=(1.0 - weight) * (self.step_variance + weight * distance**2),
+            step_covariance=(1.0 - weight) * (self.step_covariance + weight * distance * surprise),
+        )
+
+    @property
+    def trend(self) -> float:
+        """The change of the loss per step, by weighted least squares; ``step_variance`` must be positive."""
+        return self.step_covariance / self.step_variance
+
+    def trend_error(self, smoothing: float) -> float:
+        """The approximate standard error of :attr:`trend`."""
+        return _NORMAL * self.deviation / math.sqrt(_effective_count(self.count, smoothing) * self.step_variance)
+
+    def is_settled(self, smoothing: float) -> bool:
+        """Whether enough losses are averaged."""
+        return self.count >= 1.0 / (1.0 - smoothing)
+
+    def has_risen(self, deviations: float, smoothing: float) -> bool:
+        """Whether the settled mean lies above the lowest one by more than a number of mean absolute deviations."""
+        return self.is_settled(smoothing) and self.mean - self.lowest > deviations * self.deviation
+
+
+@dataclass(frozen=True)
+class ParabolaAverages:
+    """Moving averages of the parabolas along the steps.
+
+    A step at the learning rate α changes the loss by ``slope · α`` to first order and by ``curvature · α²`` to second
+    order. The sum of their absolute values is its change. Slopes and curvatures are averaged in units of the average
+    change, so that what was measured while losses were large does not outweigh everything later. The weight of earlier
+    ones falls as the learning rate grows, so that what was measured at tiny steps does not either.
+
+    Attributes:
+        slope: Average of slopes, in units of the change.
+        curvature: Average of curvatures, in units of the change.
+        change: Average change.
+        rise: Average of the absolute difference between the losses at the end and the start of a step.
+        first_order: Average fraction of the first order in the change, negative for ascending directions.
+        first_order_square: Average square of that fraction.
+        count: Number of parabolas averaged.
+        weight: Sum of their weights in ``slope`` and ``curvature``, in units of the weight of the last one.
+        lr: Learning rate of the last one's step, the scheduler's factor included.
+
+    Example:
+        >>> averages = ParabolaAverages()
+        >>> for slope in (1.0, 3.0):
+        ...     averages = averages.with_parabola(Parabola(0.0, slope, 2.0), lr=0.5, rise=0.0, smoothing=0.9)
+        >>> averages.count, averages.change
+        (2, 1.5)
+    """
+
+    slope: float = 0.0
+    curvature: float = 0.0
+    change: float = 0.0
+    rise: float = 0.0
+    first_order: float = 0.0
+    first_order_square: float = 0.0
+    count: int = 0
+    weight: float = 0.0
+    lr: float = 0.0
+
+    def with_parabola(self, parabola: Parabola, lr: float, rise: float, smoothing: float) -> ParabolaAverages:
+        """The averages with one more parabola; unchanged if its change is 0 or not finite.
+
+        Args:
+            parabola: A finite parabola.
+            lr: The learning rate of its step, the scheduler's factor included.
+            rise: The absolute difference between the losses at the end and the start of the step; 0 if unknown.
+            smoothing: The smoothing of the averages.
+        """
+        first, second = parabola.slope * lr, parabola.curvature * lr * lr
+        change = abs(first) + abs(second)
+        if not 0.0 < change < math.inf:
+            return self
+        weight = _weight_of_next(self.count, smoothing)
+        # A curvature measured along a shorter step is less certain, by the square of the ratio of lengths.
+        total = 1.0 + smoothing * self.weight * min(1.0, self.lr / lr) ** 2
+        # The unit comes from earlier parabolas: a unit that depends on this one would bias averages of noise.
+        unit = max(self.change or change, change / _MOST_CHANGES)
+
+        def average(mean: float, value: float, weight: float = weight) -> float:
+            return mean + weight * (value - mean)
+
+        return ParabolaAverages(
+            slope=average(self.slope, parabola.slope / unit, 1.0 / total),
+            curvature=average(self.curvature, parabola.curvature / unit, 1.0 / total),
+            change=average(self.change, change, max(weight, _CHANGE_WEIGHT)),
+            rise=average(self.rise, rise),
+            first_order=average(self.first_order, first / change),
+            first_order_square=average(self.first_order_square, (first / change) ** 2),
+            count=self.count + 1,
+            weight=total,
+            lr=lr,
+        )
+
+    def with_slope_at_most(self, slope: float) -> ParabolaAverages:
+        """The averages with a mean slope of at most ``slope``."""
+        return replace(self, slope=min(self.slope, slope))
+
+    def signal_fraction(self, smoothing: float) -> float:
+        """The fraction of signal in the slopes, in [0, 1]: 1 if they all agree, 0 if they are pure noise.
+
+        It is the square of the mean first-order fraction over its mean square. The squared mean of ``n`` values of pure
+        noise is an n-th of their mean square, which is subtracted.
+        """
+        count = _effective_count(self.count, smoothing)
+        if count <= 1 or not self.first_order_square:
+            return 0.0
+        share = self.first_order**2 / self.first_order_square
+        return max(0.0, (count * share - 1.0) / (count - 1.0))
+
+    def first_order_variance(self, smoothing: float) -> float:
+        """The variance of :attr:`first_order`."""
+        return (self.first_order_square - self.first_order**2) / _effective_count(self.count, smoothing)
+
+    def is_settled(self, smoothing: float) -> bool:
+        """Whether enough parabolas are averaged."""
+        return self.count >= 1.0 / (1.0 - smoothing)
+
+
+def slope_with_trend(parabolas: ParabolaAverages, losses: LossAverages, lr: float, smoothing: float) -> float:
+    """The mean slope, estimated from the parabolas and from the trend of the loss.
+
+    A step lowers the loss by ``slope · lr − curvature · lr² / 2`` on average, so the trend of the loss gives a second
+    estimate of the mean slope. Noise hides it much less than the slope along a single step, because the trend adds up
+    all steps. The two estimates are weighted by the inverses of their variances. The more the parabolas agree, the less
+    the trend counts.
+
+    Args:
+        parabolas: The averages of parabolas.
+        losses: The averages of losses.
+        lr: The learning rate of the steps, the scheduler's factor included.
+        smoothing: The smoothing of both averages.
+
+    Returns:
+        The slope in units of the average change; that of the parabolas if there are too few losses, or if the mean
+        curvature is not positive.
+    """
+    if not (losses.is_settled(smoothing) and min(parabolas.curvature, losses.step_variance) > 0.0):
+        return parabolas.slope
+    variance = parabolas.first_order_variance(smoothing)
+    if variance <= 0.0:
+        return parabolas.slope
+    error = losses.trend_error(smoothing)
+    achieved = -losses.trend / parabolas.change / lr + parabolas.curvature * lr / 2.0
+    signal = parabolas.signal_fraction(smoothing)
+    share = (1.0 - signal) * variance / (variance + (error / parabolas.change) ** 2)
+    return parabolas.slope + share * (achieved - parabolas.slope)

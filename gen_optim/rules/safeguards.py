@@ -1,0 +1,123 @@
+"""Safeguards of the relaxed rule: conditions under which it does not follow its averages."""
+
+from __future__ import annotations
+
+import math
+
+from gen_optim.rules.averages import LossAverages, ParabolaAverages
+from gen_optim.rules.parabola import Parabola
+from gen_optim.rules.state import ProbeStatus
+
+__all__ = ["first_safeguard", "has_exploded", "is_below_noise", "is_contradicted", "is_diverging"]
+
+_DIVERGING = 8.0
+"""A step diverges if the loss rises by this many times what it usually changes."""
+
+_FEWEST = 3
+"""Number of parabolas from which on a usual change is known."""
+
+_ROUNDING = 2.0**-20
+"""Fraction by which a loss may rise because it is rounded in single precision."""
+
+_CREDIBLE, _CONTRADICTED = 0.5, 1.3
+"""From this signal fraction on a single parabola counts against the averages, if they call for this many times the
+learning rate and it calls for less. An unstable direction grows by a power from step to step, and the averages see it
+too late."""
+
+
+def first_safeguard(
+    parabola: Parabola,
+    parabolas: ParabolaAverages,
+    losses: LossAverages,
+    *,
+    loss_start: float,
+    loss_end: float | None,
+    loss_initial: float,
+    explosion: float,
+    smoothing: float,
+) -> ProbeStatus | None:
+    """The status of the first safeguard that fires, in this order; None if none does.
+
+    - ``REVERTED``: the step diverged (:func:`is_diverging`);
+    - ``EXPLODED``: the loss exploded (:func:`has_exploded`);
+    - ``NON_FINITE_PROBE``: the parabola is not finite;
+    - ``BELOW_NOISE``: the parabola is no more than rounding (:func:`is_below_noise`).
+
+    Args:
+        parabola: The parabola along the measured step.
+        parabolas: The averages of earlier parabolas.
+        losses: The averages of earlier losses.
+        loss_start: The loss at the start of the step.
+        loss_end: The loss at its end; None if the step is not taken yet.
+        loss_initial: The loss where training began.
+        explosion: Number of mean absolute deviations above the mean loss from which on the loss has exploded.
+        smoothing: The smoothing of the averages.
+    """
+    safeguards = (
+        (
+            ProbeStatus.REVERTED,
+            loss_end is not None and is_diverging(parabolas, loss_start, loss_end, loss_initial=loss_initial),
+        ),
+        (
+            ProbeStatus.EXPLODED,
+            losses.is_settled(smoothing) and has_exploded(losses, loss_start, explosion, loss_initial=loss_initial),
+        ),
+        (ProbeStatus.NON_FINITE_PROBE, not parabola.is_finite),
+        (ProbeStatus.BELOW_NOISE, is_below_noise(parabola)),
+    )
+    return next((status for status, fires in safeguards if fires), None)
+
+
+def is_diverging(parabolas: ParabolaAverages, loss_start: float, loss_end: float, *, loss_initial: float) -> bool:
+    """Whether a step raised the loss so far that it must be reverted.
+
+    It did if the loss at its end is not finite, or if it is above ``loss_initial`` and the rise is far larger than
+    usual and than rounding.
+    """
+    if not math.isfinite(loss_end):
+        return True
+    rise = max(_DIVERGING * parabolas.rise, _ROUNDING * abs(loss_start))
+    return parabolas.count >= _FEWEST and loss_end > loss_initial and loss_end - loss_start > rise
+
+
+def has_exploded(losses: LossAverages, loss: float, explosion: float, *, loss_initial: float) -> bool:
+    """Whether a loss is above ``loss_initial``, and far above the mean loss.
+
+    Args:
+        losses: The averages of earlier losses.
+        loss: The loss.
+        explosion: Number of mean absolute deviations that are far.
+        loss_initial: The loss where training began.
+    """
+    # The result does not change if the loss is shifted or scaled, up to its rounding.
+    surprise = loss - losses.mean
+    usual = max(losses.deviation, _ROUNDING * abs(losses.mean))
+    return loss > loss_initial and surprise > explosion * usual
+
+
+def is_below_noise(parabola: Parabola) -> bool:
+    """Whether rounding alone can produce both slope and curvature of a parabola."""
+    return abs(parabola.slope) <= parabola.slope_noise and abs(parabola.curvature) <= parabola.curvature_noise
+
+
+def is_contradicted(
+    target: float,
+    own_target: float,
+    *,
+    lr_low: float,
+    lr_high: float,
+    signal_fraction: float,
+    is_near_unstable: bool,
+) -> bool:
+    """Whether the averages call for a larger learning rate, but the last parabola for a smaller one.
+
+    Args:
+        target: What the averages call for.
+        own_target: What the last parabola calls for; 0 and infinity do not contradict.
+        lr_low: The learning rate below which ``own_target`` is smaller.
+        lr_high: The learning rate above which ``target`` is larger.
+        signal_fraction: Fraction of signal in the slopes; in noise one parabola contradicts nothing.
+        is_near_unstable: Whether training was unstable not far above; then any larger ``target`` is contradicted.
+    """
+    margin = 1.0 if is_near_unstable else _CONTRADICTED
+    return signal_fraction > _CREDIBLE and 0.0 < own_target < lr_low and target > margin * lr_high

@@ -1,0 +1,262 @@
+"""A lazy step, a step that looks back, and a step that looks ahead.
+
+A lazy step is the base optimizer's step. The other two are probe steps: they call the closure, measure the loss along a
+step, let the controller decide, and put the parameters where the decision says. Whatever happens in between, an
+exception included, the step is finished: the base optimizer's moments have advanced, so the parameters must follow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import chain, compress
+from typing import Any, Literal, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gen_optim.closures.gradients import mark_used
+from gen_optim.closures.interception import postponed_step_hooks
+from gen_optim.closures.losses import Closure, Loss
+from gen_optim.closures.session import ClosureCaller, Session
+from gen_optim.controller import Controller
+from gen_optim.distributed import ranks_of
+from gen_optim.measurement import Mode, StepLoss
+from gen_optim.measurement.interpolation import Interpolation, movable
+from gen_optim.measurement.lookahead import measure_initial_search, searched_lr
+from gen_optim.measurement.start_point import StartPoint
+from gen_optim.records import ProbeRecord
+from gen_optim.rules import Parabola, RuleState
+from gen_optim.warning import warn
+
+__all__ = ["Probed", "StepContext", "StepResult", "lazy_step", "look_ahead_step", "look_back_step"]
+
+
+class Probed(NamedTuple):
+    """What a probe step evaluates again: the closure, or the probe that was given next to it or alone."""
+
+    call: Closure
+    name: Literal["closure", "probe"]
+
+
+class StepResult(NamedTuple):
+    """The loss where a step began, None if it was not evaluated, and the record of a probe step."""
+
+    loss: Loss | None
+    record: ProbeRecord | None = None
+
+
+@dataclass
+class StepContext:
+    """What the steps of one optimizer share.
+
+    Attributes:
+        base_optim: The optimizer that proposes directions.
+        controller: Chooses the learning rate.
+        mode: Measures slope and curvature.
+        caller: Calls closures.
+        offload_copies: Whether copies of the parameters are in the host's memory.
+        process_group: Over which processes losses are averaged, as the optimizer's option says.
+        start_point: Where the last step began, if the next one is going to look back at it.
+        has_warned: Whether a probe that failed has been reported.
+        allows_writes: Whether a step may end where something else has written after it, if that does not lengthen it.
+            True from the first such write on, since it costs a pass over the parameters.
+    """
+
+    base_optim: Optimizer
+    controller: Controller
+    mode: Mode
+    caller: ClosureCaller
+    offload_copies: bool = False
+    process_group: dist.ProcessGroup | Literal["local"] | None = None
+    start_point: StartPoint | None = None
+    has_warned: bool = False
+    allows_writes: bool = False
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups."""
+        return self.base_optim.param_groups
+
+    def unfrozen(self) -> list[list[Tensor]]:
+        """The parameters of each group whose learning rate is not 0."""
+        is_moving = [ratio > 0.0 for ratio in self.controller.rates.shares(1.0)]
+        return [group["params"] for group in compress(self.groups, is_moving)]
+
+    def moving(self) -> list[list[Tensor]]:
+        """The parameters that a step can change, of each group whose learning rate is not 0."""
+        return [movable(parameters) for parameters in self.unfrozen()]
+
+    def session(self, probed: Probed) -> Session:
+        """Begin the calls of a probe step."""
+        parameters: list[Tensor] = list(chain.from_iterable(group["params"] for group in self.groups))
+        ranks = ranks_of(
+            self.process_group,
+            parameters,
+            self.caller.owners(parameters),
+            warns=not self.controller.state.probes,
+        )
+        return self.caller.session(self.groups, *probed, ranks, tolerance=self.mode.tolerance)
+
+    def warn_of_failure(self, failure: Exception | None) -> None:
+        """Warn once of an exception at a point that only a probe has visited."""
+        if failure is not None and not self.has_warned:
+            self.has_warned = True
+            warn(
+                f"A probe of GeNOptimizer raised {type(failure).__name__}: {failure}. The loss counts as infinite "
+                "there. Later probes that fail are not reported."
+            )
+
+    def keep_start_point(self, lr: float, last: StartPoint | None) -> StartPoint | None:
+        """Keep where the parameters are now, before a step at α = ``lr``; None if that step does not move them."""
+        taken = lr * self.controller.rates.factor()
+        if not taken > 0.0:
+            return None
+        return StartPoint(list(chain(*self.moving())), taken, last=last, on_host=self.offload_copies)
+
+
+def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: bool = True) -> StepResult:
+    """The base optimizer's step at the last learning rate, and nothing else.
+
+    Args:
+        context: What the steps of the optimizer share.
+        closure: Called once, with gradients, if there is one.
+        keeps_start: Whether the next step may look back at this one.
+    """
+    loss = None if closure is None else context.caller.call(closure, context.groups)
+    state = context.controller.recall_after_closure()
+    _step_base(context, context.controller.rule.skip(state), keeps_start=keeps_start)
+    return StepResult(loss)
+
+
+def look_back_step(
+    context: StepContext, closure: Closure | None, probed: Probed, start_point: StartPoint
+) -> StepResult:
+    """Measure the loss along the last step on the new batch, decide, and let the base optimizer step.
+
+    Args:
+        context: What the steps of the optimizer share.
+        closure: Evaluates the loss, with gradients, at the end of the last step; None if the caller has done that.
+        probed: What is evaluated again.
+        start_point: Where the last step began.
+    """
+    controller = context.controller
+    session = context.session(probed)
+    loss = None if closure is None else session.first(closure)
+    state = controller.recall_after_closure()
+    context.start_point = None  # it serves once; but a closure that has failed may be called again
+    after, is_reverted = controller.rule.skip(state), False
+    try:
+        is_own = probed.call is closure
+        differentiated = session.differentiated() if is_own else None
+        end_slope = None if differentiated is None else start_point.end_slope()
+        with session.probing():
+            step_loss = StepLoss(
+                start_point,
+                start_point.lr,
+                session,
+                {1.0: loss if is_own else None},
+                end_slope=end_slope,
+                differentiated=differentiated or (),
+                valid=1.0,
+            )
+            measurement = context.mode.measure(step_loss)
+        factor = controller.rates.factor()
+        decision = controller.decide(measurement, factor)
+        after, is_reverted = decision.state, decision.is_reverted
+    finally:
+        if is_reverted:
+            start_point.stay()
+            session.revert_buffers()
+            _remember(context, after, controller.rates.rates_in_force(after.lr))
+        else:  # after an exception, too: the lazy step that it would have been without looking back
+            start_point.leave()
+            _step_base(context, after, start_point)
+    context.warn_of_failure(step_loss.failure)
+    record = ProbeRecord.of(state, measurement, decision, factor)
+    return StepResult(step_loss.losses[1.0] if loss is None else loss, record)
+
+
+def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probed, *, searches: bool) -> StepResult:
+    """Let the base optimizer propose a step, measure the loss along it, decide, and write the multiple that results.
+
+    Args:
+        context: What the steps of the optimizer share.
+        closure: Evaluates the loss, with gradients, where the step begins; None if the caller has done that.
+        probed: What is evaluated again.
+        searches: Whether to search along the step for an initial learning rate, in any mode.
+    """
+    controller = context.controller
+    session = context.session(probed)
+    with context.mode.around_calls():
+        loss = None if closure is None else session.first(closure)
+        state = controller.recall_after_closure()
+        loss_start = loss if probed.call is closure else None
+        lr = state.lr
+        if searches:
+            if loss_start is None:
+                with session.probing():
+                    loss_start = session.probe()
+            # If the loss is not finite, the step is the base optimizer's own, bit for bit.
+            [start], _ = session.read([loss_start])
+            lr = searched_lr(state.probes) if math.isfinite(start) else state.lr
+        factor = controller.rates.factor()
+        factors = list(compress(controller.rates.factors(), controller.rates.shares(state.lr)))
+        step = Interpolation(context.moving(), on_host=context.offload_copies)
+        after, is_proposed = controller.rule.skip(state), False
+        try:
+            in_force = controller.rates.in_force(controller.rates.shares(lr))
+            with in_force, postponed_step_hooks(context.base_optim) as call_step_hooks:
+                context.base_optim.step()
+            step.arrive()
+            is_proposed = True
+        except BaseException as error:
+            step.cancel()
+            if not session.ranks.keep(error):
+                raise
+            step.arrive()  # at its start: the other ranks count on this one for their probes
+
+        taken = after.lr
+        try:
+            with session.probing():
+                step_loss = StepLoss(step, lr, session, {0.0: loss_start})
+                measurement = measure_initial_search(step_loss) if searches else context.mode.measure(step_loss)
+            decision = controller.decide(measurement, factor)
+            after, taken = decision.state, decision.lr_taken
+        finally:
+            # After an exception this is the lazy step, to which the base optimizer's moments belong.
+            step.settle([taken * each / lr for each in factors])
+            rates = controller.rates.rates_in_force(taken)
+            if is_proposed and taken > 0.0:
+                with controller.rates.in_force(rates):
+                    call_step_hooks()
+            _remember(context, after, rates)
+    context.warn_of_failure(step_loss.failure)
+    if not (isinstance(measurement.found, Parabola) or measurement.found.is_bounded):
+        warn(
+            "The loss has no minimum along the first direction, or none that is closer than a step as long as the "
+            "parameters. GeNOptimizer begins with a short step, and lets it grow as the loss allows. If the loss is "
+            "unbounded, give lr_max."
+        )
+    record = ProbeRecord.of(state, measurement, decision, factor)
+    return StepResult(step_loss.losses[0.0] if loss is None else loss, record)
+
+
+def _step_base(
+    context: StepContext, state: RuleState, last: StartPoint | None = None, *, keeps_start: bool = True
+) -> None:
+    """Let the base optimizer step at the state's learning rate; keep where it began if the next step looks back."""
+    state = context.controller.limit(state)
+    looks_back = keeps_start and context.mode.looks_back and context.controller.rule.is_probe_due(state)
+    start_point = context.keep_start_point(state.lr, last) if looks_back else None
+    rates = context.controller.step_base(state.lr)
+    if start_point is not None:
+        start_point.arrive(measures_length=context.allows_writes)
+    context.start_point = start_point
+    _remember(context, state, rates)
+
+
+def _remember(context: StepContext, state: RuleState, used: list[float]) -> None:
+    mark_used(context.groups)
+    context.controller.remember(state, used)

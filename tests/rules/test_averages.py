@@ -1,0 +1,241 @@
+"""Moving averages of losses and parabolas, and what they estimate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gen_optim.rules import Parabola, averages
+from gen_optim.rules.averages import LossAverages, ParabolaAverages, slope_with_trend
+
+
+def of_losses(losses: list[float], steps: list[int] | None = None, smoothing: float = 0.9) -> LossAverages:
+    result = LossAverages()
+    for step, loss in zip(steps or range(1, len(losses) + 1), losses, strict=True):
+        result = result.with_loss(loss, step, smoothing)
+    return result
+
+
+def of_parabolas(parabolas: list[Parabola], lr: float = 1.0, rise: float = 0.0, smoothing: float = 0.9):
+    result = ParabolaAverages()
+    for parabola in parabolas:
+        result = result.with_parabola(parabola, lr, rise, smoothing)
+    return result
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_first_losses_are_averaged_with_equal_weights() -> None:
+    losses = [3.0, 1.0, 4.0, 1.0, 5.0]
+    assert of_losses(losses).mean == pytest.approx(np.mean(losses))
+    assert of_losses(losses).count == 5
+
+
+def test_later_losses_take_the_weight_that_smoothing_leaves() -> None:
+    before = of_losses([1.0] * 50)
+    after = before.with_loss(11.0, 51, 0.9)
+    assert after.mean == pytest.approx(2.0)
+    assert after.deviation == pytest.approx(0.9 * before.deviation + 0.1 * 10.0)
+
+
+def test_without_smoothing_the_last_loss_is_the_mean() -> None:
+    assert of_losses([5.0, 1.0, 7.0], smoothing=0.0).mean == 7.0
+
+
+def test_one_loss_deviates_from_nothing() -> None:
+    averages = of_losses([5.0])
+    assert (averages.mean, averages.deviation, averages.lowest) == (5.0, 0.0, 5.0)
+
+
+def test_the_trend_of_the_loss_is_that_of_weighted_least_squares() -> None:
+    source = np.random.default_rng(0)
+    steps = np.cumsum([1] * 30 + [8] * 30)
+    losses = 5.0 - 0.01 * steps + source.normal(0.0, 0.3, steps.size)
+    # The first ten count alike; from then on each takes a tenth of the weight of all before.
+    weights = 0.9 ** (steps.size - np.maximum(np.arange(1, steps.size + 1), 10))
+    expected, _ = np.polyfit(steps, losses, 1, w=np.sqrt(weights))
+    assert of_losses(losses.tolist(), steps.tolist()).trend == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("smoothing", [0.5, 0.9])
+def test_the_error_of_the_trend_is_about_its_standard_deviation_over_runs(smoothing: float) -> None:
+    source = np.random.default_rng(0)
+    runs = [of_losses(source.normal(1.0, 0.3, 100).tolist(), smoothing=smoothing) for _ in range(400)]
+    estimated = float(np.mean([run.trend_error(smoothing) for run in runs]))
+    assert 0.5 < estimated / float(np.std([run.trend for run in runs])) < 2.0
+
+
+def test_lowest_mean_loss_follows_down_at_once_and_up_slowly() -> None:
+    averages, lowest = LossAverages(), []
+    for step, loss in enumerate([5.0] * 20 + [1.0] * 20 + [3.0] * 400, 1):
+        averages = averages.with_loss(loss, step, smoothing=0.5)
+        lowest.append(averages.lowest)
+    assert lowest[:20] == [5.0] * 20
+    assert lowest[39] == pytest.approx(1.0, rel=1e-4)
+    assert lowest[45] < 2.0
+    assert lowest[-1] == pytest.approx(3.0, rel=1e-2)
+    assert averages.lowest <= averages.mean
+
+
+def test_losses_are_settled_from_the_count_on_that_smoothing_averages() -> None:
+    assert not LossAverages(count=9).is_settled(0.9)
+    assert LossAverages(count=11).is_settled(0.9)
+    assert not LossAverages(count=1).is_settled(0.5)
+    assert LossAverages(count=2).is_settled(0.5)
+    assert not LossAverages().is_settled(0.0)
+    assert LossAverages(count=1).is_settled(0.0)
+
+
+def test_a_mean_loss_has_risen_by_deviations_above_the_lowest_one() -> None:
+    risen = LossAverages(mean=1.2, lowest=1.0, deviation=0.1, count=100)
+    assert risen.has_risen(1.9, 0.9)
+    assert not risen.has_risen(2.1, 0.9)
+    assert not replace(risen, count=9).has_risen(1.9, 0.9)
+    assert not replace(risen, mean=1.0, deviation=0.0).has_risen(1.0, 0.9)
+
+
+@given(st.lists(st.floats(-100.0, 100.0), min_size=1, max_size=50), st.floats(1e-3, 1e3), st.floats(-100.0, 100.0))
+def test_averages_of_losses_shift_and_scale_with_the_loss(losses: list[float], factor: float, shift: float) -> None:
+    plain, other = of_losses(losses), of_losses([factor * (loss + shift) for loss in losses])
+    assert other.mean == pytest.approx(factor * (plain.mean + shift), rel=1e-9, abs=1e-9 * factor)
+    assert other.lowest == pytest.approx(factor * (plain.lowest + shift), rel=1e-9, abs=1e-9 * factor)
+    assert other.deviation == pytest.approx(factor * plain.deviation, rel=1e-6, abs=1e-9 * factor)
+    assert other.step_covariance == pytest.approx(factor * plain.step_covariance, rel=1e-6, abs=1e-6 * factor)
+    assert other.step_variance == plain.step_variance
+
+
+# --- parabolas -------------------------------------------------------------------------------------------------------
+
+
+def test_one_parabola_is_averaged_in_units_of_its_change() -> None:
+    result = of_parabolas([Parabola(1.0, slope=3.0, curvature=-4.0)], lr=0.5, rise=0.25)
+    assert result.change == 3.0 * 0.5 + 4.0 * 0.25
+    assert result.slope * result.change == pytest.approx(3.0)
+    assert result.curvature * result.change == pytest.approx(-4.0)
+    assert result.first_order == pytest.approx(1.5 / 2.5)
+    assert result.first_order_square == pytest.approx((1.5 / 2.5) ** 2)
+    assert (result.rise, result.count, result.weight, result.lr) == (0.25, 1, 1.0, 0.5)
+
+
+@pytest.mark.parametrize("parabola", [Parabola(1.0, 0.0, 0.0), Parabola(1.0, 1e308, 1e308), Parabola(1.0, 0.0, 5e-324)])
+def test_a_parabola_without_a_measurable_change_teaches_nothing(parabola: Parabola) -> None:
+    before = of_parabolas([Parabola(1.0, 1.0, 1.0)] * 3)
+    assert before.with_parabola(parabola, 0.1 if parabola.slope == 0.0 else 10.0, 0.0, 0.9) is before
+    assert before.with_parabola(Parabola(1.0, 1.0, 1.0), 0.0, 0.0, 0.9) is before
+
+
+def test_earlier_parabolas_count_less_the_more_the_learning_rate_has_grown() -> None:
+    before = of_parabolas([Parabola(1.0, 1.0, 1.0)] * 30)
+    same, ten_times, a_tenth = (before.with_parabola(Parabola(1.0, 1.0, 1.0), lr, 0.0, 0.9) for lr in (1.0, 10.0, 0.1))
+    assert same.weight == a_tenth.weight == 1.0 + 0.9 * before.weight
+    assert ten_times.weight == pytest.approx(1.0 + 0.9 * before.weight / 100.0)
+
+
+def test_a_parabola_counts_as_two_changes_at_most() -> None:
+    before = of_parabolas([Parabola(1.0, 1.0, 1.0)] * 30)
+    after = before.with_parabola(Parabola(1.0, 0.0, -1e6), 1.0, 0.0, 0.9)
+    last = after.curvature * after.weight - before.curvature * (after.weight - 1.0)
+    assert last == pytest.approx(-averages._MOST_CHANGES)
+
+
+def test_the_average_change_follows_faster_than_the_others() -> None:
+    before = of_parabolas([Parabola(1.0, 1.0, 0.0)] * 30)
+    after = before.with_parabola(Parabola(1.0, 2.0, 0.0), 1.0, 0.0, 0.9)
+    assert after.change == pytest.approx(1.0 + averages._CHANGE_WEIGHT)
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_mean_slope_over_mean_curvature_scales_as_one_over_the_unit_of_learning_rate(loss: float, unit: float) -> None:
+    source = np.random.default_rng(0)
+    pairs = source.normal(0.5, 1.0, (30, 2)).tolist()
+    plain = of_parabolas([Parabola(0.0, slope, curvature) for slope, curvature in pairs])
+    other = of_parabolas([Parabola(0.0, loss * a / unit, loss * b / unit**2) for a, b in pairs], lr=unit)
+    assert other.slope / other.curvature == pytest.approx(unit * plain.slope / plain.curvature, rel=1e-6)
+    assert other.signal_fraction(0.9) == pytest.approx(plain.signal_fraction(0.9))
+
+
+def test_a_limit_of_the_mean_slope_changes_nothing_else() -> None:
+    before = of_parabolas([Parabola(1.0, 1.0, 1.0)] * 3)
+    assert before.with_slope_at_most(before.slope + 1.0) == before
+    assert before.with_slope_at_most(0.1) == replace(before, slope=0.1)
+
+
+# --- signal fraction -------------------------------------------------------------------------------------------------
+
+
+def test_signal_fraction_is_one_if_all_slopes_agree_and_zero_if_they_cancel() -> None:
+    agreeing = of_parabolas([Parabola(1.0, 1.0, 1.0)] * 30)
+    assert agreeing.signal_fraction(0.9) == pytest.approx(1.0)
+    cancelling = of_parabolas([Parabola(1.0, (-1.0) ** index, 1.0) for index in range(30)])
+    assert cancelling.signal_fraction(0.9) == 0.0
+
+
+def test_signal_fraction_of_one_slope_is_zero() -> None:
+    assert ParabolaAverages().signal_fraction(0.9) == 0.0
+    assert of_parabolas([Parabola(1.0, 1.0, 1.0)]).signal_fraction(0.9) == 0.0
+    assert of_parabolas([Parabola(1.0, 1.0, 1.0)] * 30, smoothing=0.0).signal_fraction(0.0) == 0.0
+
+
+def test_signal_fraction_of_pure_noise_is_small_on_average() -> None:
+    source = np.random.default_rng(0)
+    fractions = []
+    for _ in range(200):
+        noise = [Parabola(1.0, slope, 1.0) for slope in source.normal(0.0, 1.0, 40).tolist()]
+        fractions.append(of_parabolas(noise).signal_fraction(0.9))
+    assert all(0.0 <= each <= 1.0 for each in fractions)
+    assert np.mean(fractions) < 0.1
+
+
+def test_variance_of_the_first_order_is_that_over_runs() -> None:
+    source = np.random.default_rng(0)
+    runs = [
+        of_parabolas([Parabola(1.0, slope, 1.0) for slope in source.normal(0.0, 1.0, 80).tolist()]) for _ in range(400)
+    ]
+    estimated = float(np.mean([run.first_order_variance(0.9) for run in runs]))
+    assert estimated == pytest.approx(float(np.var([run.first_order for run in runs])), rel=0.2)
+
+
+# --- slope from the trend --------------------------------------------------------------------------------------------
+
+NOISY = ParabolaAverages(
+    slope=0.0, curvature=0.02, change=1.0, first_order=0.0, first_order_square=0.5, count=1000, weight=10.0, lr=1.0
+)
+FALLING = LossAverages(count=1000, step_variance=100.0, step_covariance=-1.0, deviation=1e-6)  # by 0.01 per step
+
+
+@pytest.mark.parametrize("lr", [0.1, 1.0, 10.0])
+def test_in_noise_a_well_known_trend_gives_the_slope(lr: float) -> None:
+    slope = slope_with_trend(NOISY, FALLING, lr, 0.9)
+    assert slope * lr - NOISY.curvature * lr**2 / 2.0 == pytest.approx(0.01, rel=1e-6)
+
+
+def test_a_trend_that_is_badly_known_does_not_count() -> None:
+    assert slope_with_trend(NOISY, replace(FALLING, deviation=1e6), 1.0, 0.9) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_slopes_that_agree_leave_no_weight_to_the_trend() -> None:
+    agreeing = replace(NOISY, slope=0.3, first_order=math.sqrt(0.5) * (1.0 - 1e-9))
+    assert slope_with_trend(agreeing, FALLING, 1.0, 0.9) == pytest.approx(0.3, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("parabolas", "losses"),
+    [
+        (NOISY, replace(FALLING, count=9)),
+        (NOISY, replace(FALLING, step_variance=0.0)),
+        (replace(NOISY, curvature=0.0), FALLING),
+        (replace(NOISY, curvature=-1.0), FALLING),
+        (replace(NOISY, first_order_square=0.0), FALLING),
+    ],
+)
+def test_without_what_the_trend_needs_the_slope_is_that_of_the_parabolas(
+    parabolas: ParabolaAverages, losses: LossAverages
+) -> None:
+    parabolas = replace(parabolas, slope=0.125)
+    assert slope_with_trend(parabolas, losses, 1.0, 0.9) == 0.125

@@ -1,0 +1,137 @@
+"""Each safeguard of the relaxed rule, and their order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gen_optim.rules import Parabola, ProbeStatus, safeguards
+from gen_optim.rules.averages import LossAverages, ParabolaAverages
+from gen_optim.rules.safeguards import first_safeguard, has_exploded, is_below_noise, is_contradicted, is_diverging
+from tests.rules.cases import CONVEX, NOT_FINITE
+
+USUAL = ParabolaAverages(rise=0.1, count=100)
+CALM = LossAverages(mean=1.0, deviation=0.1, count=100, lowest=1.0)
+FLAT = Parabola(1.0, 0.5, 0.5, slope_noise=1.0, curvature_noise=1.0)
+
+
+# --- diverging step --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_end", [math.nan, math.inf, -math.inf])
+def test_a_step_to_a_loss_that_is_not_finite_diverges(loss_end: float) -> None:
+    assert is_diverging(ParabolaAverages(), 1.0, loss_end, loss_initial=10.0)
+
+
+def test_a_step_diverges_that_raises_the_loss_by_far_more_than_usual() -> None:
+    usual = safeguards._DIVERGING * USUAL.rise
+    assert not is_diverging(USUAL, 1.0, 1.0 + 0.99 * usual, loss_initial=1.0)
+    assert is_diverging(USUAL, 1.0, 1.0 + 1.01 * usual, loss_initial=1.0)
+
+
+def test_a_step_to_below_where_training_began_does_not_diverge() -> None:
+    assert not is_diverging(USUAL, 1.0, 49.0, loss_initial=50.0)
+    assert is_diverging(USUAL, 1.0, 51.0, loss_initial=50.0)
+
+
+def test_after_few_parabolas_no_rise_is_unusual() -> None:
+    assert not is_diverging(replace(USUAL, count=safeguards._FEWEST - 1), 1.0, 100.0, loss_initial=1.0)
+    assert is_diverging(replace(USUAL, count=safeguards._FEWEST), 1.0, 100.0, loss_initial=1.0)
+
+
+def test_a_rise_within_rounding_does_not_diverge() -> None:
+    silent = replace(USUAL, rise=0.0)
+    assert not is_diverging(silent, 1.0, 1.0 + 2.0**-22, loss_initial=0.0)
+    assert is_diverging(silent, 1.0, 1.0 + 2.0**-18, loss_initial=0.0)
+
+
+# --- explosion -------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_explodes_by_deviations_above_the_mean() -> None:
+    assert not has_exploded(CALM, 1.9, 10.0, loss_initial=1.0)
+    assert has_exploded(CALM, 2.1, 10.0, loss_initial=1.0)
+    assert not has_exploded(CALM, 1e30, math.inf, loss_initial=1.0)
+
+
+def test_a_loss_below_where_training_began_does_not_explode() -> None:
+    assert not has_exploded(CALM, 4.9, 10.0, loss_initial=5.0)
+    assert has_exploded(CALM, 5.1, 10.0, loss_initial=5.0)
+
+
+def test_a_rise_within_rounding_does_not_explode() -> None:
+    constant = replace(CALM, deviation=0.0)
+    assert not has_exploded(constant, 1.0 + 9 * 2.0**-20, 10.0, loss_initial=0.0)
+    assert has_exploded(constant, 1.0 + 11 * 2.0**-20, 10.0, loss_initial=0.0)
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slope", "curvature", "expected"),
+    [(0.9, 0.9, True), (-1.0, 1.0, True), (1.1, 0.9, False), (0.9, -1.1, False), (math.nan, 0.0, False)],
+)
+def test_a_parabola_is_noise_if_rounding_explains_slope_and_curvature(
+    slope: float, curvature: float, expected: bool
+) -> None:
+    assert is_below_noise(replace(FLAT, slope=slope, curvature=curvature)) is expected
+
+
+# --- contradiction ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"signal_fraction": 0.5}, False),
+        ({"own_target": 0.51}, False),  # it does not call for less
+        ({"own_target": 0.0}, False),
+        ({"own_target": math.inf}, False),
+        ({"target": 1.29}, False),  # the averages do not call for much more
+        ({"target": 1.29, "is_near_unstable": True}, True),
+        ({"target": 0.99, "is_near_unstable": True}, False),
+        ({"target": math.inf}, True),
+    ],
+)
+def test_a_parabola_contradicts_averages_that_call_for_more(changes: dict[str, Any], expected: bool) -> None:
+    case: dict[str, Any] = {
+        "target": 1.31,
+        "own_target": 0.49,
+        "lr_low": 0.5,
+        "lr_high": 1.0,
+        "signal_fraction": 0.6,
+        "is_near_unstable": False,
+    }
+    assert is_contradicted(**{**case, **changes}) is expected
+
+
+# --- the order -------------------------------------------------------------------------------------------------------
+
+
+def fired(parabola: Parabola, loss_start: float = 1.0, loss_end: float | None = None, **changes: Any) -> Any:
+    options: dict[str, Any] = {"loss_initial": 1.0, "explosion": 10.0, "smoothing": 0.9}
+    losses = changes.pop("losses", CALM)
+    return first_safeguard(parabola, USUAL, losses, loss_start=loss_start, loss_end=loss_end, **{**options, **changes})
+
+
+def test_the_first_safeguard_that_fires_gives_the_status() -> None:
+    assert fired(NOT_FINITE, loss_start=100.0, loss_end=200.0) is ProbeStatus.REVERTED
+    assert fired(NOT_FINITE, loss_start=100.0, loss_end=100.0) is ProbeStatus.EXPLODED
+    assert fired(NOT_FINITE, loss_end=1.0) is ProbeStatus.NON_FINITE_PROBE
+    assert fired(FLAT, loss_end=1.0) is ProbeStatus.BELOW_NOISE
+    assert fired(CONVEX, loss_end=1.0) is None
+
+
+def test_a_step_that_is_not_taken_yet_cannot_diverge() -> None:
+    assert fired(CONVEX, loss_end=None) is None
+    assert fired(CONVEX, loss_end=math.nan) is ProbeStatus.REVERTED
+
+
+def test_few_losses_cannot_explode() -> None:
+    assert fired(CONVEX, loss_start=100.0, losses=replace(CALM, count=9)) is None
+    assert fired(CONVEX, loss_start=100.0, losses=replace(CALM, count=11)) is ProbeStatus.EXPLODED

@@ -1,0 +1,170 @@
+"""A controller: manual values and schedulers are taken in, a rule decides, and everything goes through checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LinearLR
+
+from gen_optim import Decision, Measurement, Parabola, ProbeStatus, Rule, RuleState
+from gen_optim.controller import PATIENCE, Controller
+
+
+@dataclass(frozen=True)
+class CountingState(RuleState):
+    decisions: int = 0
+    was_low: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(Rule):
+    """Moves to the lowest point, and counts."""
+
+    state_type: ClassVar[type[RuleState]] = CountingState
+
+    def decide(self, state: Any, found: Any, **given: Any) -> Decision:
+        state = replace(state, decisions=state.decisions + 1, was_low=given["factor"] < 1.0)
+        return Decision(self.after_probe(state, found.optimal_lr), ProbeStatus.FITTED)
+
+
+def base(**options: Any) -> SGD:
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    return SGD([{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.4}], **{"lr": 0.2, **options})
+
+
+def step(controller: Controller, optimizer: Optimizer, optimal_lr: float | None = None) -> list[float]:
+    """A step as the optimizer takes it, with a parabola of that lowest point if it is a probe step."""
+    state = controller.recall()
+    after = controller.rule.skip(state)
+    if optimal_lr is not None:
+        found = Parabola(1.0, optimal_lr, 1.0)
+        after = controller.decide(Measurement((0.0,), (1.0,), found, 1.0), controller.rates.factor()).state
+    used = controller.step_base(after.lr)
+    controller.remember(after, used)
+    return used
+
+
+def test_groups_keep_their_ratios() -> None:
+    optimizer = base()
+    controller = Controller(optimizer, Counting())
+    assert controller.state.lr == 0.2
+    assert step(controller, optimizer, 0.05) == [0.05, 0.1]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.1]
+    assert step(controller, optimizer) == [0.05, 0.1]
+
+
+def test_a_manual_value_becomes_the_learning_rate_and_clears_what_the_rule_has_averaged() -> None:
+    optimizer = base()
+    controller = Controller(optimizer, Counting())
+    step(controller, optimizer, 0.05)
+    optimizer.param_groups[0]["lr"] = 0.3
+    state = controller.recall()
+    assert (state.lr, state.step, state.decisions) == (0.3, 1, 0)  # type: ignore[attr-defined]
+
+
+def test_what_a_closure_writes_is_taken_in_after_it() -> None:
+    optimizer = base()
+    controller = Controller(optimizer, Counting())
+    before = controller.recall()
+    assert controller.recall_after_closure() is before
+    optimizer.param_groups[0]["lr"] = 0.7
+    assert controller.recall_after_closure().lr == 0.7
+
+
+def test_a_schedulers_factor_multiplies_what_the_rule_chooses() -> None:
+    optimizer = base()
+    controller = Controller(optimizer, Counting())
+    scheduler = LinearLR(optimizer, 0.5, 1.0, total_iters=4)
+    assert step(controller, optimizer, 0.1) == pytest.approx([0.05, 0.1])
+    assert controller.state.was_low  # type: ignore[attr-defined]
+    scheduler.step()
+    assert step(controller, optimizer) == pytest.approx([0.0625, 0.125])
+    assert controller.state.lr == 0.1
+
+
+def test_the_base_optimizer_steps_once_at_the_rates_in_force() -> None:
+    optimizer = base()
+    controller = Controller(optimizer, Counting())
+    seen: list[list[float]] = []
+    optimizer.register_step_post_hook(lambda each, *_: seen.append([group["lr"] for group in each.param_groups]))
+    step(controller, optimizer, 0.05)
+    assert seen == [[0.05, 0.1]]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_the_rules_own_state_go_through_the_groups() -> None:
+    optimizer = base()
+    controller = Controller(optimizer, Counting())
+    keys = set(optimizer.param_groups[0])
+    step(controller, optimizer, 0.05), step(controller, optimizer, 0.03)
+    assert optimizer.param_groups[0]["gen_decisions"] == 0  # between steps the state is an object
+    controller.save()
+    assert set(optimizer.param_groups[0]) == keys
+    other = base()
+    for own, saved in zip(other.param_groups, optimizer.param_groups, strict=True):
+        own.update({key: value for key, value in saved.items() if key != "params"})
+    loaded = Controller(other, Counting())
+    assert loaded.state == controller.state
+    assert loaded.rates.last_lr(other.param_groups) == [0.03, 0.06]
+
+
+def test_groups_of_a_bare_optimizer_begin_anew() -> None:
+    optimizer = base()
+    controller = Controller(optimizer, Counting())
+    step(controller, optimizer, 0.05)
+    for group in optimizer.param_groups:
+        for key in [key for key in group if key.startswith("gen_")]:
+            del group[key]
+    controller.load()
+    assert (controller.state.lr, controller.state.step) == (0.05, 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("gen_lr", -1.0),
+        ("gen_lr", math.nan),
+        ("gen_lr", math.inf),
+        ("gen_lr", "0.1"),
+        ("gen_lr", True),
+        ("gen_step", -1),
+        ("gen_step", 1.5),
+        ("gen_decisions", 0.5),
+        ("gen_was_low", 1),
+        ("gen_ratio", math.inf),
+        ("gen_ratio", -1.0),
+    ],
+)
+def test_impossible_numbers_are_refused_by_name(key: str, value: Any) -> None:
+    optimizer = base()
+    controller = Controller(optimizer, Counting())
+    groups = [dict(group) for group in optimizer.param_groups]
+    controller.check(groups)
+    groups[0][key] = value
+    with pytest.raises(ValueError, match=rf"{key}.* of the state dict must be .*, got"):
+        controller.check(groups)
+
+
+# --- warnings --------------------------------------------------------------------------------------------------------
+
+
+def test_manual_values_before_each_step_are_warned_of_once() -> None:
+    optimizer = base()
+    controller = Controller(optimizer, Counting())
+    for number in range(PATIENCE - 1):
+        optimizer.param_groups[0]["lr"] = 0.1 + 0.01 * number
+        step(controller, optimizer)
+    optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.warns(UserWarning, match=f"before each of {PATIENCE} steps in a row"):
+        controller.recall()
+    controller.remember(controller.rule.skip(controller.state), controller.step_base(0.5))
+    optimizer.param_groups[0]["lr"] = 0.6
+    controller.recall()
