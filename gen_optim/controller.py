@@ -11,12 +11,9 @@ from torch.optim import Optimizer
 from gen_optim.learning_rates import Group, LearningRates, check_lr
 from gen_optim.measurement import Measurement
 from gen_optim.rules import Decision, Rule, RuleState
-from gen_optim.warning import warn
+from gen_optim.warning import PATIENCE, warn
 
-__all__ = ["PATIENCE", "Controller"]
-
-PATIENCE = 10
-"""How many times in a row something is missing or overridden before the user is warned."""
+__all__ = ["Controller"]
 
 _PREFIX = "gen_"
 """Begins the keys under which the numbers of the state are in the first parameter group, for checkpoints."""

@@ -19,14 +19,14 @@ from gen_optim.closures.losses import Closure, Loss, check_callable
 from gen_optim.closures.modules import check_modules
 from gen_optim.closures.session import ClosureCaller
 from gen_optim.compatibility import check_groups, check_wrappable
-from gen_optim.controller import PATIENCE, Controller
+from gen_optim.controller import Controller
 from gen_optim.distributed import ranks_of
 from gen_optim.measurement import Mode, make_mode
 from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
 from gen_optim.rules import ProbeStatus, Rule, RuleState, make_rule
 from gen_optim.steps import Probed, StepContext, StepResult, lazy_step, look_ahead_step, look_back_step
-from gen_optim.warning import warn
+from gen_optim.warning import PATIENCE, warn
 from gen_optim.wrapper import OptimizerWrapper
 
 __all__ = ["GeNOptimizer"]

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["warn"]
+__all__ = ["PATIENCE", "warn"]
+
+PATIENCE = 10
+"""How many times in a row something is missing or overridden before the user is warned."""
 
 _INTERNAL = tuple(str(Path(file).resolve().parent) + os.sep for file in (__file__, torch.__file__))
 

@@ -60,7 +60,9 @@ class GradientWatch:
         >>> groups = [{"params": [weight]}]
         >>> with GradientWatch(groups) as watch:
         ...     loss = weight.sum()  # a closure that does not call backward()
-        >>> watch.complete(loss)
+        >>> watch.find(loss)
+        <Source.NONE: 'none'>
+        >>> watch.differentiate(loss)
         True
         >>> weight.grad
         tensor([1., 1.])
@@ -118,22 +120,22 @@ class GradientWatch:
             return Source.CLOSURE if is_written else Source.CALLER
         return Source.NONE
 
-    def complete(self, loss: Loss) -> bool:
-        """Differentiate ``loss`` if there are no gradients to use.
+    def differentiate(self, loss: Loss) -> bool:
+        """Compute the gradients of ``loss``, for a closure that has provided none.
+
+        Args:
+            loss: The return value of the closure: a tensor that has a graph.
 
         Returns:
-            Whether ``loss`` has been differentiated.
+            Whether there are parameters that it could be differentiated by.
 
         Raises:
-            TypeError: If there are no gradients to use, and the loss has no graph.
+            TypeError: If the loss is a plain number.
         """
-        if self.find(loss) is not Source.NONE:
-            return False
-        if not (isinstance(loss, Tensor) and loss.requires_grad):
+        if not isinstance(loss, Tensor):
             raise TypeError(
                 "closure must either call backward() or return a loss that has a graph, but it did not call "
-                "backward(), no gradients were computed since the last step, and it returned "
-                f"{'a tensor that does not require grad' if isinstance(loss, Tensor) else 'a plain number'}. "
+                "backward(), no gradients were computed since the last step, and it returned a plain number. "
                 "Return the tensor itself, neither .item() nor .detach()."
             )
         trained = [parameter for group in self._groups for parameter in group["params"] if parameter.requires_grad]

@@ -25,14 +25,11 @@ from gen_optim.closures.modules import ParallelModules, owners_of, parameters_of
 from gen_optim.distributed import Ranks
 from gen_optim.tensors.dtensor import whole
 from gen_optim.tensors.rng import RandomStreams, random_devices
-from gen_optim.warning import warn
+from gen_optim.warning import PATIENCE, warn
 
 __all__ = ["ClosureCaller", "Session"]
 
 Group = dict[str, Any]
-
-_PATIENCE = 10
-"""Number of steps without gradients after which the user is warned."""
 
 
 class ClosureCaller:
@@ -127,13 +124,13 @@ class ClosureCaller:
             if not math.isfinite(whole(loss.detach()).item()):
                 return False
             self._differentiates[code] = True
-        return watch.complete(loss)
+        return watch.differentiate(loss)
 
     def _warn_of_missing_gradients(self) -> None:
         self._missing_gradients += 1
-        if self._missing_gradients == _PATIENCE:
+        if self._missing_gradients == PATIENCE:
             warn(
-                f"{_PATIENCE} steps had no gradients: the closure neither called backward() nor returned a loss that "
+                f"{PATIENCE} steps had no gradients: the closure neither called backward() nor returned a loss that "
                 "has a graph. Return the tensor itself, neither .item() nor .detach()."
             )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import backward as imported_backward
 from torch.autograd.graph import get_gradient_edge
 
-from gen_optim.closures.gradients import GradientWatch, mark_used
+from gen_optim.closures.gradients import GradientWatch, Source, mark_used
 from gen_optim.closures.losses import Loss
 from gen_optim.closures.session import ClosureCaller
 from tests.closures.probes import (
@@ -247,10 +247,7 @@ def is_fresh(groups: list[dict[str, Any]]) -> bool:
     """Whether the gradients, of ones, are used by a closure that only returns a number."""
     with GradientWatch(groups) as watch:
         pass
-    try:
-        return not watch.complete(1.0)
-    except TypeError:
-        return False
+    return watch.find(1.0) is not Source.NONE
 
 
 def test_parameters_without_gradients_and_frozen_ones_are_passed_over() -> None:
@@ -302,7 +299,8 @@ def test_gradients_of_every_parameter_are_computed_together() -> None:
     mark_used(groups)
     with GradientWatch(groups) as watch:
         loss = (first * FRESH + second * FRESH).sum()
-    assert watch.complete(loss)
+    assert watch.find(loss) is Source.NONE
+    assert watch.differentiate(loss)
     for weight in (first, second):
         assert weight.grad is not None
         assert torch.equal(weight.grad, FRESH)
@@ -524,7 +522,7 @@ def test_gradients_that_are_set_without_a_hook_are_told_by_their_version() -> No
     with GradientWatch(groups) as watch:
         loss = weight.sum()
         weight.grad.add_(1.0)
-    assert not watch.complete(loss)
+    assert watch.find(loss) is Source.CLOSURE
     assert torch.equal(weight.grad, torch.full((2,), 2.0))
 
 
