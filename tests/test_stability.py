@@ -52,4 +52,4 @@ def test_a_valley_without_noise_is_descended_without_blowing_up(
     seen = {record.status for record in history}
     assert ProbeStatus.UNSTABLE in seen  # it has been at the edge
     assert not seen & {ProbeStatus.REVERTED, ProbeStatus.EXPLODED}
-    assert len(history) <= 50 + STEPS / 4
+    assert len(history) <= 50 + STEPS / 3

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from gen_optim.rules.parabola import Parabola
 
-__all__ = ["LossAverages", "ParabolaAverages", "slope_with_trend"]
+__all__ = ["LossAverages", "ParabolaAverages"]
 
 _FORGETTING = 0.1
 """Fraction of the distance by which the lowest mean loss moves up to the present one, in case the task has changed."""
@@ -21,9 +21,6 @@ _CHANGE_WEIGHT = 0.3
 
 _MOST_CHANGES = 2.0
 """Number of average changes as which a parabola counts at most: one step off a saddle would outweigh all others."""
-
-_NORMAL = 1.25
-"""Standard deviation of normal noise over its mean absolute deviation."""
 
 
 def _weight_of_next(count: int, smoothing: float) -> float:
@@ -44,51 +41,32 @@ class LossAverages:
         deviation: Average of their absolute deviation from ``mean``.
         count: Number of losses averaged.
         lowest: Lowest ``mean`` so far; it rises slowly towards the present one.
-        step_mean: Average of the numbers of their steps.
-        step_variance: Variance of the numbers of their steps.
-        step_covariance: Covariance of the losses with the numbers of their steps.
 
     Example:
         >>> averages = LossAverages()
-        >>> for step in range(1, 6):
-        ...     averages = averages.with_loss(10.0 - 2.0 * step, step, smoothing=0.9)
-        >>> averages.mean, averages.trend
-        (4.0, -2.0)
+        >>> for loss in (3.0, 2.0, 4.0):
+        ...     averages = averages.with_loss(loss, smoothing=0.9)
+        >>> averages.mean, averages.lowest
+        (3.0, 2.55)
     """
 
     mean: float = 0.0
     deviation: float = 0.0
     count: int = 0
     lowest: float = 0.0
-    step_mean: float = 0.0
-    step_variance: float = 0.0
-    step_covariance: float = 0.0
 
-    def with_loss(self, loss: float, step: int, smoothing: float) -> LossAverages:
-        """The averages with one more finite loss, at the start of step number ``step``."""
+    def with_loss(self, loss: float, smoothing: float) -> LossAverages:
+        """The averages with one more finite loss."""
         weight = _weight_of_next(self.count, smoothing)
         surprise = loss - self.mean if self.count else 0.0
         mean = self.mean + weight * surprise if self.count else loss
         lowest = self.lowest + _FORGETTING * max(mean - self.lowest, 0.0)
-        distance = step - self.step_mean
         return LossAverages(
             mean=mean,
             deviation=self.deviation + weight * (abs(surprise) - self.deviation),
             count=self.count + 1,
             lowest=min(lowest, mean) if self.count else mean,
-            step_mean=self.step_mean + weight * distance,
-            step_variance=(1.0 - weight) * (self.step_variance + weight * distance**2),
-            step_covariance=(1.0 - weight) * (self.step_covariance + weight * distance * surprise),
         )
-
-    @property
-    def trend(self) -> float:
-        """The change of the loss per step, by weighted least squares; ``step_variance`` must be positive."""
-        return self.step_covariance / self.step_variance
-
-    def trend_error(self, smoothing: float) -> float:
-        """The approximate standard error of :attr:`trend`."""
-        return _NORMAL * self.deviation / math.sqrt(_effective_count(self.count, smoothing) * self.step_variance)
 
     def is_settled(self, smoothing: float) -> bool:
         """Whether enough losses are averaged."""
@@ -187,40 +165,6 @@ class ParabolaAverages:
         share = self.first_order**2 / self.first_order_square
         return max(0.0, (count * share - 1.0) / (count - 1.0))
 
-    def first_order_variance(self, smoothing: float) -> float:
-        """The variance of :attr:`first_order`."""
-        return (self.first_order_square - self.first_order**2) / _effective_count(self.count, smoothing)
-
     def is_settled(self, smoothing: float) -> bool:
         """Whether enough parabolas are averaged."""
         return self.count >= 1.0 / (1.0 - smoothing)
-
-
-def slope_with_trend(parabolas: ParabolaAverages, losses: LossAverages, lr: float, smoothing: float) -> float:
-    """The mean slope, estimated from the parabolas and from the trend of the loss.
-
-    A step lowers the loss by ``slope · lr − curvature · lr² / 2`` on average, so the trend of the loss gives a second
-    estimate of the mean slope. Noise hides it much less than the slope along a single step, because the trend adds up
-    all steps. The two estimates are weighted by the inverses of their variances. The more the parabolas agree, the less
-    the trend counts.
-
-    Args:
-        parabolas: The averages of parabolas.
-        losses: The averages of losses.
-        lr: The learning rate of the steps, the scheduler's factor included.
-        smoothing: The smoothing of both averages.
-
-    Returns:
-        The slope in units of the average change; that of the parabolas if there are too few losses, or if the mean
-        curvature is not positive.
-    """
-    if not (losses.is_settled(smoothing) and min(parabolas.curvature, losses.step_variance) > 0.0):
-        return parabolas.slope
-    variance = parabolas.first_order_variance(smoothing)
-    if variance <= 0.0:
-        return parabolas.slope
-    error = losses.trend_error(smoothing)
-    achieved = -losses.trend / parabolas.change / lr + parabolas.curvature * lr / 2.0
-    signal = parabolas.signal_fraction(smoothing)
-    share = (1.0 - signal) * variance / (variance + (error / parabolas.change) ** 2)
-    return parabolas.slope + share * (achieved - parabolas.slope)

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from random import Random
 from typing import Any, ClassVar, TypeVar
 
 from gen_optim.rules.initial_search import InitialSearch
@@ -32,7 +33,7 @@ class Rule(ABC):
     The loss is what is minimized: under ``maximize=True``, the negative of what the closure returns.
 
     Args:
-        period: Number of steps from one probe step to the next.
+        period: Mean number of steps from one probe step to the next.
         lr_min: Lower limit of the learning rate.
         lr_max: Upper limit of the learning rate.
 
@@ -137,14 +138,19 @@ class Rule(ABC):
         Args:
             state: The state before the step, its other fields already updated.
             lr: The learning rate chosen; limited to [``lr_min``, ``lr_max``].
-            steps_to_next: Number of steps to the next probe step; ``period`` by default.
+            steps_to_next: Number of steps to the next probe step. By default it varies by a quarter around ``period``,
+                the same on all ranks and after a resume: a loop that takes things in turn must not be measured on one
+                of them for ever.
         """
+        if steps_to_next is None:
+            spread = min(self.period - 1, max(1, self.period // 4))
+            steps_to_next = Random(state.step).randint(self.period - spread, self.period + spread)
         return replace(
             state,
             lr=min(max(lr, self.lr_min, _SMALLEST), self.lr_max, _LARGEST),
             step=state.step + 1,
             probes=state.probes + 1,
-            next_probe=state.step + 1 + (self.period if steps_to_next is None else steps_to_next),
+            next_probe=state.step + 1 + steps_to_next,
         )
 
     @abstractmethod

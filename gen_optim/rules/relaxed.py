@@ -1,11 +1,12 @@
-"""The default rule: a multiple of mean slope / mean curvature.
+"""The default rule: find the scale of the learning rate, then hold it.
 
 The learning rate slope / curvature is the best for one step, and too small for a whole run. When training no longer
 makes progress at α, the expected change of the loss, −slope · α + curvature · α² / 2, is zero, so slope / curvature is
 α / 2. At half the learning rate the noise is smaller, slope / curvature halves again, and so on (the short-horizon bias
-of Wu et al., 2018). A multiple κ of it with 1 < κ < 2 keeps the learning rate while steps descend on average, and
-lowers it when they stop (relaxed steepest descent: Raydan and Svaiter, 2002; the edge of stability: Roulet et al.,
-arXiv:2407.06183). This requires slope and curvature of another batch than that of the gradient.
+of Wu et al., 2018). Any fixed multiple of slope / curvature below 2 ends there too, only later. So the rule follows the
+parabolas while the learning rate grows into its range, and as long as their slopes agree; in noise it holds.
+
+Slope and curvature must be of another batch than that of the gradient.
 """
 
 from __future__ import annotations
@@ -14,26 +15,36 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from gen_optim.rules.averages import LossAverages, ParabolaAverages, slope_with_trend
+from gen_optim.rules.averages import LossAverages, ParabolaAverages
 from gen_optim.rules.base import Rule
 from gen_optim.rules.initial_search import InitialSearch
-from gen_optim.rules.limits import CAREFUL_GROWTH, fall_limit, growth_limit, limited_lr
 from gen_optim.rules.parabola import Parabola
 from gen_optim.rules.safeguards import first_safeguard, is_contradicted
 from gen_optim.rules.state import Decision, ProbeStatus, RuleState
 
 __all__ = ["RelaxedRule", "RelaxedState"]
 
+_GROWTH, _FALL = 1.1, 0.8
+"""Largest changes of the learning rate in a probe step of the burn-in: training must show what the last one did."""
+
+_LATER_GROWTH, _LATER_FALL, _CAREFUL_GROWTH = 1.05, 0.95, 1.02
+"""Largest changes after the burn-in, and the largest growth near where training was unstable. With momentum 0.9, a
+learning rate 10 % above the edge of stability multiplies what is unstable by a hundred within eight steps, one 5 %
+above by 23, one 2 % above by six: that is seen in time."""
+
+_AGREE = 0.5
+"""Signal fraction from which on slopes agree."""
+
 _NEAR = 0.5
 """Fraction of the learning rate at which training was unstable, from which on growth is careful."""
 
-_CERTAIN, _FAR = 0.9, 4.0
-"""Above this signal fraction, and this many times below the target, growth is careful but happens at every step: only
-the time in which instability shows limits it."""
+_CERTAIN = 0.9
+"""Signal fraction from which on growth is careful but happens at every step: only the time in which instability shows
+limits it."""
 
-_RISEN = 0.5
-"""Growth ends if the mean loss is above its lowest value by this many mean absolute deviations of the losses (a mean of
-them varies by about a third of one), and the learning rate falls from twice that on."""
+_RISEN = 1.0
+"""The learning rate falls if the mean loss is above its lowest value by this many mean absolute deviations of the
+losses, twice that after the burn-in. A mean of them varies by about a third of one."""
 
 _STATUSES = {0.0: ProbeStatus.NO_MINIMUM, math.inf: ProbeStatus.CONCAVE}
 """The statuses of these targets."""
@@ -60,10 +71,10 @@ class RelaxedState(RuleState):
         loss_initial: The loss where training began.
         loss: Averages of the losses at the start of probe steps.
         parabola: Averages of the parabolas.
-        factor: The scheduler's factor at the last of those parabolas.
         lr_unstable: The learning rate at which training was last unstable; 0 if it never was.
         lr_initial: The learning rate at which training began.
         lr_borne: The largest learning rate of a step, with its factor, that training was seen to bear.
+        factor: The scheduler's factor at the last parabola.
         factor_last: The scheduler's factor in the last step.
     """
 
@@ -71,40 +82,36 @@ class RelaxedState(RuleState):
     loss_initial: float = 0.0
     loss: LossAverages = field(default_factory=LossAverages)
     parabola: ParabolaAverages = field(default_factory=ParabolaAverages)
-    factor: float = 1.0
     lr_unstable: float = 0.0
     lr_initial: float = 0.0
     lr_borne: float = 0.0
+    factor: float = 1.0
     factor_last: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RelaxedRule(Rule):
-    """Moves the learning rate towards κ · mean slope / mean curvature, from an initial value found by a search.
+    """Finds the scale of the learning rate from parabolas, and then holds it.
 
     In the order in which a training run meets it:
 
     - **Initial search.** Training begins at ``start_fraction`` of the best learning rate along the first direction. The
       first gradient has an untypically large slope, and no momentum is built up yet.
-    - **Burn-in.** The first ``burn_in`` steps are all probe steps.
+    - **Burn-in.** The first ``burn_in`` steps are all probe steps. The learning rate follows κ · mean slope / mean
+      curvature, by at most 10 % up and 20 % down at each. κ = 2 − the signal fraction, the part of the slopes that is
+      not noise: without noise that is the minimum of the parabola; in pure noise it is the learning rate at which steps
+      no longer descend, since what noise adds to the curvature averages out over a run.
+    - **Hold.** After it the learning rate stays as it is while slopes are mostly noise. Under a scheduler its factor
+      does the annealing. Without one the learning rate falls like t^(−1/4), which keeps the noise that an average of
+      the weights has to remove in proportion to the progress that is left.
+    - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step, or by 2 %
+      at every step if there is next to no noise; without a scheduler, what they call for is annealed too. It falls if
+      a step no longer descends. If the averages call for more, but the last step was too long by its own parabola, it
+      falls too: a direction has become unstable that the averages do not show yet. Near there it grows by 2 %.
+    - **Rise.** If the mean loss has risen far above its lowest value, the learning rate falls.
     - **Safeguards** (:mod:`gen_optim.rules.safeguards`). A step that raised the loss far above its start, on the same
-      batch, is reverted. After that, and after a loss that exploded or is not finite at a probe, the learning rate is
-      cut by ``max_change``. A parabola that is no more than rounding changes nothing.
-    - **Averages** (:mod:`gen_optim.rules.averages`). Slopes and curvatures are averaged in units of the average change
-      of the loss, with less weight the more the learning rate has grown since. The signal fraction is the part of the
-      slopes that is not noise.
-    - **Target.** κ · mean slope / mean curvature. Under a scheduler, the mean slope of noisy parabolas is estimated
-      from the trend of the loss too, or chance would anneal the learning rate. If the averages call for more but the
-      last step was too long by its own parabola, the learning rate falls: a direction has become unstable that the
-      averages do not show yet.
-    - **Limits** (:mod:`gen_optim.rules.limits`). The learning rate changes by at most 10 % per probe step. It grows
-      faster if slopes agree. In pure noise it falls further than it grows at first, which anneals it. It does not grow
-      if the mean loss has risen, and falls if that has risen far. Near a learning rate that was unstable it grows by
-      2 %. If slopes agree and the target is far above, it grows by 2 % at every step.
-    - **Dead band.** A scheduler with factor f and this rule must not both anneal the same noise. In pure noise the
-      learning rate grows only if the target is above α, and falls only if it is below the step taken, α · f. Without
-      noise there is nothing to anneal, and the target is followed from both sides. Under a scheduler the learning rate
-      does not fall while the mean loss is at its lowest.
+      batch, is reverted. After that, and after a probe that is not finite, the learning rate is cut by ``max_change``.
+      A parabola that is no more than rounding changes nothing.
 
     Args:
         period: Number of steps from one probe step to the next, after the burn-in.
@@ -114,9 +121,8 @@ class RelaxedRule(Rule):
         max_change: Factor by which safeguards cut the learning rate, above 1.
         start_fraction: Fraction of the learning rate found by the search at which training begins, in (0, 1].
         burn_in: Number of probe steps at the beginning that follow each other at every step.
-        relaxation: κ, in [1, 2).
-        explosion: Number of mean absolute deviations above the mean loss, and above the loss where training began,
-            from which on the loss has exploded; ``inf`` disables this safeguard.
+        relaxation: κ above which a step is too long if slopes agree, in [1, 2].
+        annealing: Exponent p of the fall t^(−p) without a scheduler, in [0, 1].
 
     Raises:
         ValueError: If an option is out of range.
@@ -134,16 +140,11 @@ class RelaxedRule(Rule):
     start_fraction: float = 0.03
     burn_in: int = 50
     relaxation: float = 1.8
-    explosion: float = 10.0
+    annealing: float = 0.25
 
     state_type: ClassVar[type[RuleState]] = RelaxedState
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            ValueError: If an option is out of range.
-        """
         super().__post_init__()
         self.check_option("smoothing", "in [0, 1)", lambda value: 0 <= value < 1)
         self.check_option("max_change", "a finite number above 1", lambda value: 1 < value < math.inf)
@@ -151,8 +152,8 @@ class RelaxedRule(Rule):
         self.check_option(
             "burn_in", "a whole number of at least 0", lambda value: isinstance(value, int) and value >= 0
         )
-        self.check_option("relaxation", "in [1, 2)", lambda value: 1 <= value < 2)
-        self.check_option("explosion", "above 0", lambda value: value > 0)
+        self.check_option("relaxation", "in [1, 2]", lambda value: 1 <= value <= 2)
+        self.check_option("annealing", "in [0, 1]", lambda value: 0 <= value <= 1)
 
     def needs_search(self, state: RelaxedState) -> bool:
         """Whether the next probe step searches for an initial learning rate: until one was found."""
@@ -210,7 +211,6 @@ class RelaxedRule(Rule):
             loss_start=loss_start,
             loss_end=loss_end,
             loss_initial=state.loss_initial,
-            explosion=self.explosion,
             smoothing=self.smoothing,
         )
         if fired is ProbeStatus.BELOW_NOISE:
@@ -219,61 +219,53 @@ class RelaxedRule(Rule):
             return self._cut(state, loss_start, fired)
 
         rise = 0.0 if loss_end is None else abs(loss_end - loss_start)
-        parabolas = state.parabola.with_parabola(found, state.lr * factor, rise, self.smoothing)
-        state = replace(state, parabola=parabolas)
+        taken = state.lr * factor
+        state = replace(state, parabola=state.parabola.with_parabola(found, taken, rise, self.smoothing))
         lr, status = self._next_lr(state, found, factor)
         if status is ProbeStatus.UNSTABLE:
             state = replace(state, lr_unstable=state.lr, lr_borne=min(state.lr_borne, lr * factor))
         else:
-            state = replace(state, lr_borne=max(state.lr_borne, state.lr * factor))
+            state = replace(state, lr_borne=max(state.lr_borne, taken))
         return self._decided(replace(state, factor=factor), lr, loss_start, status)
 
     def _next_lr(self, state: RelaxedState, last: Parabola, factor: float) -> tuple[float, ProbeStatus]:
         """The learning rate that the averages and the last parabola in them call for, and why."""
         if factor == 0.0:  # no step, and nothing to compare with
             return state.lr, ProbeStatus.FITTED
-        losses, parabolas, lr = state.loss, state.parabola, state.lr
-        signal = parabolas.signal_fraction(self.smoothing)
-        # The dead band: from the step taken to α in pure noise; it vanishes without noise, and without a scheduler.
-        low, high = lr * factor, lr * factor**signal
-
-        # The target. Without a scheduler, the noise in the slopes anneals the learning rate.
-        slope = slope_with_trend(parabolas, losses, low, self.smoothing) if factor < 1.0 else parabolas.slope
-        target = self._target(slope, parabolas.curvature)
+        lr, parabolas = state.lr, state.parabola
+        taken, signal = lr * factor, parabolas.signal_fraction(self.smoothing)
+        target = _target(2.0 - signal, parabolas.slope, parabolas.curvature)
         status = _STATUSES.get(target, ProbeStatus.FITTED)
-        is_burning_in = state.probes < self.burn_in
-        # The signal fraction of a few parabolas is chance.
-        is_signal_known = not is_burning_in and parabolas.is_settled(self.smoothing)
+        if state.probes < self.burn_in:
+            if state.loss.has_risen(_RISEN, self.smoothing):
+                target = 0.0
+            return lr * min(max(target / taken, _FALL), _GROWTH), status
+        if state.loss.has_risen(2.0 * _RISEN, self.smoothing):
+            return lr * _LATER_FALL, status
+        annealing = self._annealing(state.step, state.step + self.period, factor)
+        if not (parabolas.is_settled(self.smoothing) and signal > _AGREE):
+            return lr * annealing, status
+
         is_near_unstable = 0.0 < _NEAR * state.lr_unstable < lr
-        fall = fall_limit(signal, parabolas.count)
-        own = self._target(last.slope, last.curvature)
-        if is_signal_known and is_contradicted(
-            target, own, lr_low=low, lr_high=high, signal_fraction=signal, is_near_unstable=is_near_unstable
-        ):
-            return lr * max(fall, own / low), ProbeStatus.UNSTABLE
+        own = _target(self.relaxation, last.slope, last.curvature)
+        if is_contradicted(target, own, taken, is_near_unstable=is_near_unstable):
+            return lr * max(_FALL, own / taken), ProbeStatus.UNSTABLE
+        target *= self._annealing(self.burn_in, state.step, factor)
+        if target > taken:
+            growth = _LATER_GROWTH
+            if is_near_unstable:
+                growth = _CAREFUL_GROWTH
+            elif signal > _CERTAIN:
+                growth, status = _CAREFUL_GROWTH, ProbeStatus.GROWING
+            # The limit is that of the step, α · factor: what the scheduler took off since does not count.
+            growth *= max(1.0, state.factor / factor)
+            return lr * min(growth, target / taken), status
+        longest = _target(self.relaxation, parabolas.slope, parabolas.curvature)
+        return lr * min(max(_LATER_FALL, longest / taken), annealing), status
 
-        # The limits of growth and fall.
-        growth = growth_limit(signal, is_burning_in=is_burning_in)
-        if losses.has_risen(_RISEN, self.smoothing):
-            growth = 1.0
-        elif is_near_unstable:
-            growth = min(growth, CAREFUL_GROWTH)
-        elif is_signal_known and signal > _CERTAIN and target > _FAR * high:
-            growth, status = CAREFUL_GROWTH, ProbeStatus.GROWING
-        if losses.has_risen(2.0 * _RISEN, self.smoothing):
-            target = 0.0
-        # Without noise the limit is that of the step, lr · factor: what the scheduler took off since does not count.
-        growth *= max(1.0, state.factor / factor) ** signal
-        # The scheduler lowers the step anyway, so the learning rate need not fall while the mean loss is at its lowest.
-        if factor < 1.0 and losses.is_settled(self.smoothing) and losses.mean <= losses.lowest:
-            fall = 1.0
-        return limited_lr(lr, target, low=low, high=high, growth=growth, fall=fall), status
-
-    def _target(self, slope: float, curvature: float) -> float:
-        """κ · slope / curvature; 0 for an ascending direction, infinity for a descending one without a minimum."""
-        if slope <= 0.0:
-            return 0.0
-        return self.relaxation * slope / curvature if curvature > 0.0 else math.inf
+    def _annealing(self, begin: int, end: int, factor: float) -> float:
+        """The fall of the learning rate from one step to another: t^(−p) without a scheduler, else none."""
+        return (max(begin, 1) / max(end, 1)) ** self.annealing if factor == 1.0 else 1.0
 
     def _start(self, state: RelaxedState, search: InitialSearch, loss: float) -> Decision:
         """Begin training at a fraction of the learning rate that the search found, if it found one."""
@@ -293,7 +285,7 @@ class RelaxedRule(Rule):
         end_slope = parabola.slope - parabola.curvature * state.lr * factor
         if not (is_taken and end_slope > 0.0):
             return self._decided(state, state.lr, loss, ProbeStatus.BELOW_NOISE)
-        growth = growth_limit(1.0, is_burning_in=state.probes < self.burn_in)
+        growth = _GROWTH if state.probes < self.burn_in else _LATER_GROWTH
         return self._decided(state, state.lr * growth, loss, ProbeStatus.CONCAVE)
 
     def _cut(self, state: RelaxedState, loss: float, status: ProbeStatus) -> Decision:
@@ -310,6 +302,13 @@ class RelaxedRule(Rule):
 
     def _decided(self, state: RelaxedState, lr: float, loss: float, status: ProbeStatus) -> Decision:
         """The decision for a learning rate, with the loss at the start of the step averaged."""
-        state = replace(state, loss=state.loss.with_loss(loss, state.step + 1, self.smoothing))
+        state = replace(state, loss=state.loss.with_loss(loss, self.smoothing))
         is_urgent = status in _URGENT or state.probes + 1 < self.burn_in
-        return Decision(self.after_probe(state, lr, steps_to_next=1 if is_urgent else self.period), status)
+        return Decision(self.after_probe(state, lr, steps_to_next=1 if is_urgent else None), status)
+
+
+def _target(kappa: float, slope: float, curvature: float) -> float:
+    """κ · slope / curvature; 0 for an ascending direction, infinity for a descending one without a minimum."""
+    if slope <= 0.0:
+        return 0.0
+    return kappa * slope / curvature if curvature > 0.0 else math.inf

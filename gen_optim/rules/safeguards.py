@@ -13,16 +13,17 @@ __all__ = ["first_safeguard", "has_exploded", "is_below_noise", "is_contradicted
 _DIVERGING = 8.0
 """A step diverges if the loss rises by this many times what it usually changes."""
 
+_EXPLOSION = 10.0
+"""A loss has exploded if it is this many mean absolute deviations above the mean loss."""
+
 _FEWEST = 3
 """Number of parabolas from which on a usual change is known."""
 
 _ROUNDING = 2.0**-20
 """Fraction by which a loss may rise because it is rounded in single precision."""
 
-_CREDIBLE, _CONTRADICTED = 0.5, 1.3
-"""From this signal fraction on a single parabola counts against the averages, if they call for this many times the
-learning rate and it calls for less. An unstable direction grows by a power from step to step, and the averages see it
-too late."""
+_CONTRADICTED = 1.3
+"""A single parabola that calls for a shorter step counts against averages that call for this many times the step."""
 
 
 def first_safeguard(
@@ -33,7 +34,6 @@ def first_safeguard(
     loss_start: float,
     loss_end: float | None,
     loss_initial: float,
-    explosion: float,
     smoothing: float,
 ) -> ProbeStatus | None:
     """The status of the first safeguard that fires, in this order; None if none does.
@@ -50,7 +50,6 @@ def first_safeguard(
         loss_start: The loss at the start of the step.
         loss_end: The loss at its end; None if the step is not taken yet.
         loss_initial: The loss where training began.
-        explosion: Number of mean absolute deviations above the mean loss from which on the loss has exploded.
         smoothing: The smoothing of the averages.
     """
     safeguards = (
@@ -58,10 +57,7 @@ def first_safeguard(
             ProbeStatus.REVERTED,
             loss_end is not None and is_diverging(parabolas, loss_start, loss_end, loss_initial=loss_initial),
         ),
-        (
-            ProbeStatus.EXPLODED,
-            losses.is_settled(smoothing) and has_exploded(losses, loss_start, explosion, loss_initial=loss_initial),
-        ),
+        (ProbeStatus.EXPLODED, losses.is_settled(smoothing) and has_exploded(losses, loss_start, loss_initial)),
         (ProbeStatus.NON_FINITE_PROBE, not parabola.is_finite),
         (ProbeStatus.BELOW_NOISE, is_below_noise(parabola)),
     )
@@ -80,19 +76,13 @@ def is_diverging(parabolas: ParabolaAverages, loss_start: float, loss_end: float
     return parabolas.count >= _FEWEST and loss_end > loss_initial and loss_end - loss_start > rise
 
 
-def has_exploded(losses: LossAverages, loss: float, explosion: float, *, loss_initial: float) -> bool:
+def has_exploded(losses: LossAverages, loss: float, loss_initial: float) -> bool:
     """Whether a loss is above ``loss_initial``, and far above the mean loss.
 
-    Args:
-        losses: The averages of earlier losses.
-        loss: The loss.
-        explosion: Number of mean absolute deviations that are far.
-        loss_initial: The loss where training began.
+    The result does not change if the loss is shifted or scaled, up to its rounding.
     """
-    # The result does not change if the loss is shifted or scaled, up to its rounding.
-    surprise = loss - losses.mean
     usual = max(losses.deviation, _ROUNDING * abs(losses.mean))
-    return loss > loss_initial and surprise > explosion * usual
+    return loss > loss_initial and loss - losses.mean > _EXPLOSION * usual
 
 
 def is_below_noise(parabola: Parabola) -> bool:
@@ -100,24 +90,17 @@ def is_below_noise(parabola: Parabola) -> bool:
     return abs(parabola.slope) <= parabola.slope_noise and abs(parabola.curvature) <= parabola.curvature_noise
 
 
-def is_contradicted(
-    target: float,
-    own_target: float,
-    *,
-    lr_low: float,
-    lr_high: float,
-    signal_fraction: float,
-    is_near_unstable: bool,
-) -> bool:
-    """Whether the averages call for a larger learning rate, but the last parabola for a smaller one.
+def is_contradicted(target: float, own_target: float, taken: float, *, is_near_unstable: bool) -> bool:
+    """Whether the averages call for a longer step than the one taken, but the last parabola for a shorter one.
+
+    An unstable direction grows by a power from step to step, and the averages show it too late. In noise a single
+    parabola contradicts nothing.
 
     Args:
-        target: What the averages call for.
-        own_target: What the last parabola calls for; 0 and infinity do not contradict.
-        lr_low: The learning rate below which ``own_target`` is smaller.
-        lr_high: The learning rate above which ``target`` is larger.
-        signal_fraction: Fraction of signal in the slopes; in noise one parabola contradicts nothing.
+        target: The learning rate that the averages call for.
+        own_target: What the last parabola calls for; 0 does not contradict.
+        taken: The learning rate of the last step, the scheduler's factor included.
         is_near_unstable: Whether training was unstable not far above; then any larger ``target`` is contradicted.
     """
     margin = 1.0 if is_near_unstable else _CONTRADICTED
-    return signal_fraction > _CREDIBLE and 0.0 < own_target < lr_low and target > margin * lr_high
+    return 0.0 < own_target < taken and target > margin * taken

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gen_optim.rules import Parabola, averages
-from gen_optim.rules.averages import LossAverages, ParabolaAverages, slope_with_trend
+from gen_optim.rules.averages import LossAverages, ParabolaAverages
 
 
-def of_losses(losses: list[float], steps: list[int] | None = None, smoothing: float = 0.9) -> LossAverages:
+def of_losses(losses: list[float], smoothing: float = 0.9) -> LossAverages:
     result = LossAverages()
-    for step, loss in zip(steps or range(1, len(losses) + 1), losses, strict=True):
-        result = result.with_loss(loss, step, smoothing)
+    for loss in losses:
+        result = result.with_loss(loss, smoothing)
     return result
 
 
@@ -39,7 +38,7 @@ def test_first_losses_are_averaged_with_equal_weights() -> None:
 
 def test_later_losses_take_the_weight_that_smoothing_leaves() -> None:
     before = of_losses([1.0] * 50)
-    after = before.with_loss(11.0, 51, 0.9)
+    after = before.with_loss(11.0, 0.9)
     assert after.mean == pytest.approx(2.0)
     assert after.deviation == pytest.approx(0.9 * before.deviation + 0.1 * 10.0)
 
@@ -53,28 +52,10 @@ def test_one_loss_deviates_from_nothing() -> None:
     assert (averages.mean, averages.deviation, averages.lowest) == (5.0, 0.0, 5.0)
 
 
-def test_the_trend_of_the_loss_is_that_of_weighted_least_squares() -> None:
-    source = np.random.default_rng(0)
-    steps = np.cumsum([1] * 30 + [8] * 30)
-    losses = 5.0 - 0.01 * steps + source.normal(0.0, 0.3, steps.size)
-    # The first ten count alike; from then on each takes a tenth of the weight of all before.
-    weights = 0.9 ** (steps.size - np.maximum(np.arange(1, steps.size + 1), 10))
-    expected, _ = np.polyfit(steps, losses, 1, w=np.sqrt(weights))
-    assert of_losses(losses.tolist(), steps.tolist()).trend == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("smoothing", [0.5, 0.9])
-def test_the_error_of_the_trend_is_about_its_standard_deviation_over_runs(smoothing: float) -> None:
-    source = np.random.default_rng(0)
-    runs = [of_losses(source.normal(1.0, 0.3, 100).tolist(), smoothing=smoothing) for _ in range(400)]
-    estimated = float(np.mean([run.trend_error(smoothing) for run in runs]))
-    assert 0.5 < estimated / float(np.std([run.trend for run in runs])) < 2.0
-
-
 def test_lowest_mean_loss_follows_down_at_once_and_up_slowly() -> None:
     averages, lowest = LossAverages(), []
-    for step, loss in enumerate([5.0] * 20 + [1.0] * 20 + [3.0] * 400, 1):
-        averages = averages.with_loss(loss, step, smoothing=0.5)
+    for loss in [5.0] * 20 + [1.0] * 20 + [3.0] * 400:
+        averages = averages.with_loss(loss, smoothing=0.5)
         lowest.append(averages.lowest)
     assert lowest[:20] == [5.0] * 20
     assert lowest[39] == pytest.approx(1.0, rel=1e-4)
@@ -106,8 +87,6 @@ def test_averages_of_losses_shift_and_scale_with_the_loss(losses: list[float], f
     assert other.mean == pytest.approx(factor * (plain.mean + shift), rel=1e-9, abs=1e-9 * factor)
     assert other.lowest == pytest.approx(factor * (plain.lowest + shift), rel=1e-9, abs=1e-9 * factor)
     assert other.deviation == pytest.approx(factor * plain.deviation, rel=1e-6, abs=1e-9 * factor)
-    assert other.step_covariance == pytest.approx(factor * plain.step_covariance, rel=1e-6, abs=1e-6 * factor)
-    assert other.step_variance == plain.step_variance
 
 
 # --- parabolas -------------------------------------------------------------------------------------------------------
@@ -190,52 +169,3 @@ def test_signal_fraction_of_pure_noise_is_small_on_average() -> None:
         fractions.append(of_parabolas(noise).signal_fraction(0.9))
     assert all(0.0 <= each <= 1.0 for each in fractions)
     assert np.mean(fractions) < 0.1
-
-
-def test_variance_of_the_first_order_is_that_over_runs() -> None:
-    source = np.random.default_rng(0)
-    runs = [
-        of_parabolas([Parabola(1.0, slope, 1.0) for slope in source.normal(0.0, 1.0, 80).tolist()]) for _ in range(400)
-    ]
-    estimated = float(np.mean([run.first_order_variance(0.9) for run in runs]))
-    assert estimated == pytest.approx(float(np.var([run.first_order for run in runs])), rel=0.2)
-
-
-# --- slope from the trend --------------------------------------------------------------------------------------------
-
-NOISY = ParabolaAverages(
-    slope=0.0, curvature=0.02, change=1.0, first_order=0.0, first_order_square=0.5, count=1000, weight=10.0, lr=1.0
-)
-FALLING = LossAverages(count=1000, step_variance=100.0, step_covariance=-1.0, deviation=1e-6)  # by 0.01 per step
-
-
-@pytest.mark.parametrize("lr", [0.1, 1.0, 10.0])
-def test_in_noise_a_well_known_trend_gives_the_slope(lr: float) -> None:
-    slope = slope_with_trend(NOISY, FALLING, lr, 0.9)
-    assert slope * lr - NOISY.curvature * lr**2 / 2.0 == pytest.approx(0.01, rel=1e-6)
-
-
-def test_a_trend_that_is_badly_known_does_not_count() -> None:
-    assert slope_with_trend(NOISY, replace(FALLING, deviation=1e6), 1.0, 0.9) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_slopes_that_agree_leave_no_weight_to_the_trend() -> None:
-    agreeing = replace(NOISY, slope=0.3, first_order=math.sqrt(0.5) * (1.0 - 1e-9))
-    assert slope_with_trend(agreeing, FALLING, 1.0, 0.9) == pytest.approx(0.3, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("parabolas", "losses"),
-    [
-        (NOISY, replace(FALLING, count=9)),
-        (NOISY, replace(FALLING, step_variance=0.0)),
-        (replace(NOISY, curvature=0.0), FALLING),
-        (replace(NOISY, curvature=-1.0), FALLING),
-        (replace(NOISY, first_order_square=0.0), FALLING),
-    ],
-)
-def test_without_what_the_trend_needs_the_slope_is_that_of_the_parabolas(
-    parabolas: ParabolaAverages, losses: LossAverages
-) -> None:
-    parabolas = replace(parabolas, slope=0.125)
-    assert slope_with_trend(parabolas, losses, 1.0, 0.9) == 0.125

@@ -30,7 +30,14 @@ from gen_optim.rules import (
     make_rule,
 )
 from gen_optim.rules.relaxed import RelaxedState
-from tests.rules.cases import CONVEX, NOT_FINITE, Found, settled, train_on_quadratic
+from tests.rules.cases import (
+    CONVEX,
+    NOT_FINITE,
+    Found,
+    probed_steps,
+    settled,
+    train_on_quadratic,
+)
 
 
 @dataclass(frozen=True)
@@ -116,12 +123,12 @@ RELAXED_MISTAKES = [
     ("burn_in", -1),
     ("burn_in", 0.5),
     ("burn_in", None),
-    ("explosion", 0.0),
-    ("explosion", -1.0),
-    ("explosion", math.nan),
-    ("explosion", None),
+    ("annealing", -0.1),
+    ("annealing", 1.1),
+    ("annealing", math.nan),
+    ("annealing", None),
     ("relaxation", 0.99),
-    ("relaxation", 2.0),
+    ("relaxation", 2.01),
     ("relaxation", math.nan),
     ("relaxation", None),
 ]
@@ -156,7 +163,9 @@ def test_mistaken_option_of_the_relaxed_rule_is_named(option: str, value: object
         {"lr_min": 0.1, "lr_max": 0.1},
         {"burn_in": 0},
         {"start_fraction": 1.0},
-        {"explosion": math.inf},
+        {"relaxation": 2.0},
+        {"annealing": 0.0},
+        {"annealing": 1.0},
         {"relaxation": 1.0},
     ],
 )
@@ -283,11 +292,25 @@ def test_a_manual_value_clears_averages_and_keeps_the_start_of_the_relaxed_rule(
 def test_after_a_probe_the_counts_advance_and_the_learning_rate_is_within_its_limits() -> None:
     rule = PublishedRule(period=4, lr_min=0.1, lr_max=10.0)
     state = RuleState(lr=1.0, step=7, probes=2, next_probe=8)
-    assert rule.after_probe(state, 2.0) == RuleState(lr=2.0, step=8, probes=3, next_probe=12)
-    assert rule.after_probe(state, 2.0, steps_to_next=1).next_probe == 9
+    assert rule.after_probe(state, 2.0, steps_to_next=1) == RuleState(lr=2.0, step=8, probes=3, next_probe=9)
     assert [rule.after_probe(state, lr).lr for lr in (-1.0, 0.0, 1e9)] == [0.1, 0.1, 10.0]
     unlimited = PublishedRule()
     assert [unlimited.after_probe(state, lr).lr for lr in (0.0, math.inf)] == [1e-36, 1e36]
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 8, 16])
+def test_probes_come_once_in_a_period_on_average_by_nearly_the_same_number_of_steps(period: int) -> None:
+    gaps = np.diff(probed_steps(PublishedRule(period=period), 4000))
+    assert gaps.mean() == pytest.approx(period, rel=0.03)
+    spread = min(period - 1, max(1, period // 4))
+    assert set(gaps.tolist()) == set(range(period - spread, period + spread + 1))
+
+
+@pytest.mark.parametrize("rhythm", range(2, 17))
+def test_probes_fall_on_every_phase_of_a_loop_that_takes_things_in_turn(rhythm: int) -> None:
+    probed = np.array(probed_steps(PublishedRule(period=8), 8000))
+    counts = np.bincount(probed % rhythm, minlength=rhythm)
+    assert counts.min() > 0.5 * len(probed) / rhythm
 
 
 @rules

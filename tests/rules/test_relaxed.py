@@ -1,4 +1,4 @@
-"""The relaxed rule as a whole: start, burn-in, parabolas, schedulers, reverted steps, explosions, long runs."""
+"""The relaxed rule as a whole: start, burn-in, hold, schedulers, reverted steps, explosions, long runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gen_optim.rules import Decision, InitialSearch, Parabola, ProbeStatus, RelaxedRule, limits, relaxed, safeguards
+from gen_optim.rules import Decision, InitialSearch, Parabola, ProbeStatus, RelaxedRule, relaxed, safeguards
 from gen_optim.rules.relaxed import RelaxedState
 from tests.rules.cases import (
     CONCAVE,
@@ -65,55 +65,55 @@ def test_failed_start_is_tried_at_every_step_however_short_the_burn_in(burn_in: 
         state = rule.decide(state, InitialSearch(None, (), ()), loss_start=2.5).state
 
 
-@pytest.mark.parametrize(
-    ("burn_in", "expected"),
-    [(0, [1, 5, 9, 13]), (1, [1, 5, 9, 13]), (2, [1, 2, 6, 10, 14]), (3, [1, 2, 3, 7, 11, 15])],
-)
-def test_burn_in_probes_at_every_step_and_then_every_period(burn_in: int, expected: list[int]) -> None:
-    assert probed_steps(RelaxedRule(burn_in=burn_in, period=4), 16) == expected
+@pytest.mark.parametrize("burn_in", [0, 1, 3, 50])
+def test_burn_in_probes_at_every_step_and_then_once_in_a_period_on_average(burn_in: int) -> None:
+    rule = RelaxedRule(burn_in=burn_in, period=8)
+    probed = probed_steps(rule, 60)
+    first = max(burn_in, 1)
+    assert probed[:first] == list(range(1, first + 1))
+    assert set(np.diff(probed[first - 1 :]).tolist()) <= {6, 7, 8, 9, 10}
 
 
 # --- one parabola ----------------------------------------------------------------------------------------------------
 
 
-def is_growth_within_bounds(before: float, after: float) -> bool:
-    return before / limits._CHANGE * (1 - 1e-12) <= after <= before * limits._CHANGE * (1 + 1e-12)
+BURNING_IN = replace(STARTED_LONG_AGO, probes=1)
 
 
 @pytest.mark.parametrize(
-    ("parabola", "status", "direction"),
+    ("parabola", "status", "lr"),
     [
-        (Parabola(1.0, 30.0, 2.0), ProbeStatus.FITTED, 1),
-        (Parabola(1.0, 0.3, 2.0), ProbeStatus.FITTED, -1),
-        (CONCAVE, ProbeStatus.CONCAVE, 1),
-        (Parabola(1.0, 3.0, 0.0), ProbeStatus.CONCAVE, 1),
-        (ASCENDING, ProbeStatus.NO_MINIMUM, -1),
-        (Parabola(1.0, -3.0, -2.0), ProbeStatus.NO_MINIMUM, -1),
-        (Parabola(1.0, 0.0, -2.0), ProbeStatus.NO_MINIMUM, -1),
+        (Parabola(1.0, 30.0, 2.0), ProbeStatus.FITTED, relaxed._GROWTH),
+        (Parabola(1.0, 1.01, 2.0), ProbeStatus.FITTED, 1.01),  # one slope has no signal: κ = 2
+        (Parabola(1.0, 0.9, 2.0), ProbeStatus.FITTED, 0.9),
+        (Parabola(1.0, 0.3, 2.0), ProbeStatus.FITTED, relaxed._FALL),
+        (CONCAVE, ProbeStatus.CONCAVE, relaxed._GROWTH),
+        (Parabola(1.0, 3.0, 0.0), ProbeStatus.CONCAVE, relaxed._GROWTH),
+        (ASCENDING, ProbeStatus.NO_MINIMUM, relaxed._FALL),
+        (Parabola(1.0, -3.0, -2.0), ProbeStatus.NO_MINIMUM, relaxed._FALL),
+        (Parabola(1.0, 0.0, -2.0), ProbeStatus.NO_MINIMUM, relaxed._FALL),
     ],
 )
-def test_learning_rate_moves_towards_the_target_by_a_bounded_factor(
-    parabola: Parabola, status: ProbeStatus, direction: int
+def test_in_the_burn_in_the_learning_rate_moves_towards_the_target_by_a_bounded_factor(
+    parabola: Parabola, status: ProbeStatus, lr: float
 ) -> None:
-    decision = RelaxedRule().decide(STARTED_LONG_AGO, parabola, loss_start=1.0)
+    decision = RelaxedRule().decide(BURNING_IN, parabola, loss_start=1.0)
     assert decision.status is status
-    assert direction * math.log(decision.state.lr) > 0
-    assert is_growth_within_bounds(1.0, decision.state.lr)
+    assert decision.state.lr == pytest.approx(lr)
 
 
-def test_growth_is_faster_during_the_burn_in() -> None:
-    young = replace(STARTED_LONG_AGO, probes=1)
-    rule = RelaxedRule()
-    in_burn_in, later = (rule.decide(state, CONCAVE, loss_start=1.0).state.lr for state in (young, STARTED_LONG_AGO))
-    assert in_burn_in > later > 1.0
+@pytest.mark.parametrize("parabola", [Parabola(1.0, 30.0, 2.0), Parabola(1.0, 0.3, 2.0), CONCAVE, ASCENDING])
+@pytest.mark.parametrize("factor", [0.9, 0.5])
+def test_after_the_burn_in_a_single_parabola_moves_nothing_under_a_scheduler(parabola: Parabola, factor: float) -> None:
+    assert RelaxedRule().decide(STARTED_LONG_AGO, parabola, loss_start=1.0, factor=factor).state.lr == 1.0
 
 
 def test_what_was_measured_at_a_far_smaller_learning_rate_is_soon_forgotten() -> None:
     """Curvatures of early training differ by decades from later ones; at their face value they would count for long."""
-    rule, state = RelaxedRule(), replace(STARTED_LONG_AGO, lr=1e-3, probes=1)
+    rule, state = RelaxedRule(), replace(BURNING_IN, lr=1e-3)
     for curvature in [-1.0] * 25 + [1.0] * 12:  # in units of the step
         state = rule.decide(state, Parabola(1.0, 0.6 / state.lr, curvature / state.lr**2), loss_start=1.0).state
-    assert 0.3 < state.parabola.slope / state.parabola.curvature / state.lr < 1.0
+    assert 0.3 < state.parabola.slope / state.parabola.curvature / state.lr < 1.1
     grown = rule.decide(replace(state, lr=10.0 * state.lr), CONVEX, loss_start=1.0).state
     shrunk = rule.decide(replace(state, lr=0.1 * state.lr), CONVEX, loss_start=1.0).state
     assert grown.parabola.weight < 1.2
@@ -132,8 +132,8 @@ def test_growth_on_concave_descent_never_stalls_and_ends_at_lr_max() -> None:
     rule = RelaxedRule(lr_max=0.25)
     seen: list[tuple[float, Found]] = [(1.0, CONCAVE)] * 1000
     learning_rates = [each.state.lr for each in decide_all(rule, replace(STARTED_LONG_AGO, lr=1e-6), seen)]
-    slowest = limits.CAREFUL_GROWTH  # without noise, at every step
-    assert len([each for each in learning_rates if each < 0.25]) <= 2 + math.log(0.25e6) / math.log(slowest)
+    slowest = relaxed._CAREFUL_GROWTH  # without noise, at every step
+    assert len([each for each in learning_rates if each < 0.25]) <= 20 + math.log(0.25e6) / math.log(slowest)
     assert learning_rates[-1] == 0.25
 
 
@@ -189,8 +189,8 @@ def test_cut_or_grown_for_ever_the_learning_rate_stays_a_number_that_moves() -> 
 
 def test_learning_rate_stays_within_its_limits() -> None:
     rule = RelaxedRule(lr_min=0.99, lr_max=1.01, start_fraction=1.0)
-    assert rule.decide(STARTED_LONG_AGO, Parabola(1.0, 100.0, 1.0), loss_start=1.0).state.lr == 1.01
-    assert rule.decide(STARTED_LONG_AGO, Parabola(1.0, 0.001, 1.0), loss_start=1.0).state.lr == 0.99
+    assert rule.decide(BURNING_IN, Parabola(1.0, 100.0, 1.0), loss_start=1.0).state.lr == 1.01
+    assert rule.decide(BURNING_IN, Parabola(1.0, 0.001, 1.0), loss_start=1.0).state.lr == 0.99
     assert rule.decide(STARTED_LONG_AGO, NOT_FINITE, loss_start=1.0).state.lr == 0.99
     assert rule.decide(settled(rule), CONVEX, loss_start=100.0).state.lr == 0.99
     assert rule.decide(RelaxedState(lr=1.0), InitialSearch(1e6, (), ()), loss_start=1.0).state.lr == 1.01
@@ -204,21 +204,39 @@ def signal_fraction(rule: RelaxedRule, state: RelaxedState) -> float:
 # --- where it leads --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lr", [1e-4, 1e-2, 0.9, 30.0])
+def without_noise(rule: RelaxedRule, lr: float, factor: float = 1.0, probes: int = 1000) -> float:
+    """The learning rate of a step, its factor included, after the same parabola at every probe step."""
+    state = replace(STARTED_LONG_AGO, lr=lr / factor)
+    for _ in range(probes):
+        state = rule.decide(state, Parabola(1.0, 1.0, 3.0), loss_start=1.0, factor=factor).state
+    assert signal_fraction(rule, state) > 0.999
+    return state.lr * factor
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-2, 0.2])
+@pytest.mark.parametrize("factor", [0.9, 0.5, 1e-3])
+def test_without_noise_the_step_grows_to_the_minimum_of_the_parabola(lr: float, factor: float) -> None:
+    assert 1.0 / 3.0 <= without_noise(RelaxedRule(), lr, factor) * (1.0 + 1e-4) < 1.1 / 3.0
+
+
+@pytest.mark.parametrize("lr", [0.9, 30.0])
 @pytest.mark.parametrize("relaxation", [1.2, 1.5, 1.8])
-def test_without_noise_it_converges_to_kappa_times_the_optimum_from_both_sides(lr: float, relaxation: float) -> None:
-    rule = RelaxedRule(relaxation=relaxation)
-    # The same parabola at every probe step: slopes agree.
-    state = decide_all(rule, replace(STARTED_LONG_AGO, lr=lr), [(1.0, Parabola(1.0, 1.0, 3.0))] * 1000)[-1].state
-    assert signal_fraction(rule, state) == pytest.approx(1.0)
-    assert state.lr == pytest.approx(relaxation / 3.0, rel=1e-3)
+def test_without_noise_it_falls_to_kappa_times_the_minimum(lr: float, relaxation: float) -> None:
+    assert without_noise(RelaxedRule(relaxation=relaxation), lr, 0.5) == pytest.approx(relaxation / 3.0, rel=1e-3)
 
 
-def test_from_its_start_it_finds_kappa_times_the_optimum_of_a_quadratic() -> None:
-    rule = RelaxedRule(period=1, relaxation=1.5)
+def test_without_a_scheduler_what_slopes_call_for_is_annealed() -> None:
+    rule = RelaxedRule(burn_in=50, annealing=0.25)
+    annealed = (50 / (STARTED_LONG_AGO.step + 1000)) ** 0.25 / 3.0
+    for lr in (1e-4, 0.01):
+        assert without_noise(rule, lr) == pytest.approx(annealed, rel=0.1)
+    assert without_noise(RelaxedRule(annealing=0.0), 0.01) == pytest.approx(1.0 / 3.0, rel=0.1)
+
+
+def test_from_its_start_it_finds_the_range_of_a_quadratic() -> None:
     for lr in (1e-8, 10.0):
-        _, learning_rates = train_on_quadratic(rule, steps=200, lr=lr)
-        assert learning_rates[-1] == pytest.approx(1.5 / 3.0, rel=1e-3)
+        _, learning_rates = train_on_quadratic(RelaxedRule(period=1), steps=200, lr=lr)
+        assert 0.7 / 3.0 < learning_rates[-1] < 1.8 / 3.0  # 200 steps anneal by 0.7
 
 
 def noisy_slopes(mean: float, noise: float, count: int, seed: int = 0) -> list[tuple[float, Found]]:
@@ -229,11 +247,34 @@ def noisy_slopes(mean: float, noise: float, count: int, seed: int = 0) -> list[t
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_in_pure_noise_the_learning_rate_falls(seed: int) -> None:
-    decisions = decide_all(RelaxedRule(), STARTED_LONG_AGO, noisy_slopes(0.0, 1.0, 400, seed))
-    assert decisions[-1].state.lr < 0.1
-    fractions = [signal_fraction(RelaxedRule(), each.state) for each in decisions[20:]]
-    assert sum(fractions) / len(fractions) < 0.15
+@pytest.mark.parametrize("mean", [-0.1, 0.0, 0.1])
+def test_in_noise_the_learning_rate_is_held_under_a_scheduler(mean: float, seed: int) -> None:
+    rule, state = RelaxedRule(), replace(STARTED_LONG_AGO, probes=50)
+    for loss, found in noisy_slopes(mean, 2.0, 2500, seed):
+        state = rule.decide(state, found, loss_start=loss, factor=0.5).state
+    assert 0.5 < state.lr < 1.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_in_noise_without_a_scheduler_the_learning_rate_falls_like_a_power_of_the_steps(seed: int) -> None:
+    rule, state = RelaxedRule(annealing=0.25), replace(STARTED_LONG_AGO, step=50, probes=50, next_probe=51)
+    noise = iter(noisy_slopes(0.0, 1.0, 2500, seed))
+    for _ in range(8000):
+        if rule.is_probe_due(state):
+            loss, found = next(noise)
+            state = rule.decide(state, found, loss_start=loss).state
+        else:
+            state = rule.skip(state)
+    assert state.lr == pytest.approx((50 / 8050) ** 0.25, rel=0.5)
+
+
+def test_kappa_in_the_burn_in_is_two_in_noise_and_one_without() -> None:
+    rule = RelaxedRule()
+    for signal, kappa in ((1.0, 1.0), (0.5, 1.5), (0.0, 2.0)):
+        state = replace(agreeing(1.0, signal), probes=1)
+        lr, _ = rule._next_lr(state, CONVEX, 1.0)
+        assert lr == pytest.approx(1.0, rel=0.05)
+        assert state.parabola.slope == pytest.approx(1.0 / kappa)
 
 
 def test_signal_fraction_is_the_share_of_what_slopes_have_in_common() -> None:
@@ -249,46 +290,6 @@ def test_signal_fraction_is_the_share_of_what_slopes_have_in_common() -> None:
     assert means[-1] > 0.9
     assert signal_fraction(rule, RelaxedState(lr=1.0)) == 0.0
     assert signal_fraction(RelaxedRule(smoothing=0.0), found[-1].state) == 0.0  # one slope agrees with nothing
-
-
-def under_noise(descent: float, seed: int, factor: float) -> float:
-    """The learning rate after 400 steps, from 1, where each step lowers the loss by ``descent``.
-
-    Along each the second order costs 0.01, slopes vary by 0.2 around what makes up for both, and losses by 0.05.
-    """
-    rule, source, state = RelaxedRule(), np.random.default_rng(seed), STARTED_LONG_AGO
-    for step in range(400):
-        if rule.is_probe_due(state):
-            first, loss = descent + 0.01 + 0.2 * source.normal(), 5.0 - descent * step + 0.05 * source.normal()
-            taken = state.lr * factor
-            parabola = Parabola(loss, first / taken, 0.02 / taken**2)
-            state = rule.decide(state, parabola, loss_start=loss, factor=factor).state
-        else:
-            state = rule.skip(state)
-    return state.lr
-
-
-def test_under_noise_and_a_scheduler_the_losses_tell_what_slopes_do_not() -> None:
-    # By its slopes alone, each of which varies by ten times the mean, no run would be told from the others.
-    descending, standing, ascending = (
-        [under_noise(descent, seed, 0.9) for seed in range(8)] for descent in (0.01, 0.0, -0.01)
-    )
-    assert min(descending) > 3.0 * max(standing) > 3.0 * max(ascending)
-    assert math.prod(descending) > 1.0
-
-
-def test_without_a_scheduler_chance_anneals_the_learning_rate_though_the_loss_falls() -> None:
-    assert math.prod(under_noise(0.01, seed, 1.0) for seed in range(8)) < 0.5**8
-
-
-@pytest.mark.parametrize("factor", [1.0, 0.5])
-@pytest.mark.parametrize("trend", [-0.5, -0.1, 0.0])
-def test_where_parabolas_agree_the_losses_do_not_count(trend: float, factor: float) -> None:
-    state = STARTED_LONG_AGO
-    for step in range(300):
-        loss = 5.0 + trend * step + 0.01 * (-1) ** step
-        state = RelaxedRule().decide(state, Parabola(1.0, 1.0, 3.0), loss_start=loss, factor=factor).state
-    assert state.lr * factor == pytest.approx(0.6, rel=1e-3)
 
 
 finite = st.floats(-1e12, 1e12)
@@ -406,62 +407,29 @@ def test_another_unit_of_learning_rate_gives_the_same_learning_rates_in_it(seed:
 # --- under a scheduler -----------------------------------------------------------------------------------------------
 
 
-def in_noise(mean: float, curvature: float) -> RelaxedState:
-    """A state in which slopes are known to be nothing but noise, around a mean."""
-    return changed(
+def agreeing(target: float, signal: float = 1.0, **changes: float) -> RelaxedState:
+    """A state at α = 1 whose averages call for ``target``, about as sure as the ``signal`` fraction says."""
+    state = changed(
         STARTED_LONG_AGO,
-        parabola_slope=mean,
-        parabola_curvature=curvature,
+        parabola_slope=target / (2.0 - signal),
+        parabola_curvature=1.0,
         parabola_change=1.0,
-        parabola_first_order=0.0,
+        parabola_first_order=math.sqrt(signal),
         parabola_first_order_square=1.0,
         parabola_count=1000,
+        parabola_weight=10.0,
+        parabola_lr=1.0,
     )
-
-
-@pytest.mark.parametrize("factor", [0.5, 0.1, 1e-3])
-def test_in_noise_a_target_between_the_step_taken_and_alpha_keeps_the_learning_rate(factor: float) -> None:
-    rule = RelaxedRule()
-    kappa = rule.relaxation
-    for target in (factor * 1.01, math.sqrt(factor), 0.99):
-        state = in_noise(target / kappa, 1.0)
-        assert rule._next_lr(state, CONVEX, factor)[0] == 1.0
-        if target < 0.9:
-            assert rule._next_lr(state, CONVEX, 1.0)[0] < 1.0  # without a scheduler it would fall
-    assert rule._next_lr(in_noise(0.9 * factor / kappa, 1.0), CONVEX, factor)[0] < 1.0
-    assert rule._next_lr(in_noise(1.1 / kappa, 1.0), CONVEX, factor)[0] > 1.0
-
-
-@pytest.mark.parametrize("factor", [0.5, 0.1, 1e-3])
-def test_without_noise_the_target_is_followed_from_both_sides_under_a_scheduler(factor: float) -> None:
-    rule = RelaxedRule(relaxation=1.5)
-    for lr in (0.01 / factor, 10.0 / factor):
-        state = replace(STARTED_LONG_AGO, lr=lr)
-        for _ in range(400):  # the loss has been lower before, by less than losses vary
-            state = changed(state, loss_mean=1.0, loss_lowest=0.99, loss_deviation=0.1, loss_count=100)
-            state = rule.decide(state, Parabola(1.0, 1.0, 3.0), loss_start=1.0, factor=factor).state
-        assert state.lr * factor == pytest.approx(1.5 / 3.0, rel=1e-3)
-
-
-def test_under_a_scheduler_the_learning_rate_does_not_fall_while_the_loss_gets_lower_than_ever() -> None:
-    rule = RelaxedRule()
-    improving = changed(
-        STARTED_LONG_AGO, lr=100.0, loss_mean=1.0, loss_lowest=1.0, loss_deviation=0.1, loss_count=100, factor=0.5
-    )
-    assert rule.decide(improving, Parabola(1.0, 1.0, 3.0), loss_start=1.0, factor=0.5).state.lr == 100.0
-    assert rule.decide(improving, Parabola(1.0, 1.0, 3.0), loss_start=1.0).state.lr < 100.0
-    lower_before = changed(improving, loss_lowest=0.99)
-    assert rule.decide(lower_before, Parabola(1.0, 1.0, 3.0), loss_start=1.0, factor=0.5).state.lr < 100.0
+    return changed(state, **changes)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.1])
 def test_what_a_scheduler_takes_off_is_made_up_for_at_once_without_noise_but_not_in_noise(factor: float) -> None:
     rule = RelaxedRule()
-    agreeing = decide_all(rule, STARTED_LONG_AGO, [(1.0, Parabola(1.0, 1.0, 3.0))] * 1000)[-1].state
-    decision = rule.decide(agreeing, Parabola(1.0, 1.0, 3.0), loss_start=1.0, factor=factor)
-    assert 0.6 * agreeing.lr < decision.state.lr * factor <= agreeing.lr * (1.0 + 1e-9)
+    decision = rule.decide(agreeing(2.1), Parabola(1.0, 2.1, 1.0), loss_start=1.0, factor=factor)
+    assert 1.0 < decision.state.lr * factor < 1.1
     assert decision.state.factor == factor
-    assert rule._next_lr(in_noise(1e3, 1.0), CONVEX, factor)[0] == rule._next_lr(in_noise(1e3, 1.0), CONVEX, 1.0)[0]
+    assert rule._next_lr(agreeing(1e3, signal=0.4), CONVEX, factor)[0] == 1.0
 
 
 def test_a_factor_of_zero_asks_for_nothing() -> None:
@@ -538,32 +506,16 @@ def test_after_a_cut_the_averages_do_not_call_for_the_old_learning_rate(status: 
     assert rule.relaxation * after.parabola.slope / after.parabola.curvature <= after.lr * (1 + 1e-12)
 
 
-def agreeing(target: float, signal: float = 1.0, **changes: float) -> RelaxedState:
-    """A state at α = 1 whose averages call for ``target``, about as sure as the ``signal`` fraction says."""
-    state = changed(
-        STARTED_LONG_AGO,
-        parabola_slope=target / RelaxedRule().relaxation,
-        parabola_curvature=1.0,
-        parabola_change=1.0,
-        parabola_first_order=math.sqrt(signal),
-        parabola_first_order_square=1.0,
-        parabola_count=1000,
-        parabola_weight=10.0,
-        parabola_lr=1.0,
-    )
-    return changed(state, **changes)
-
-
 LONG = Parabola(value=1.0, slope=1.0, curvature=2.0)  # lowest at a half of α
 
 
 @pytest.mark.parametrize(
     ("state", "burn_in"),
     [
-        (agreeing(3.9), 50),  # not so far
+        (agreeing(0.98), 50),  # not so far
         (agreeing(100.0, signal=0.8), 50),
         (agreeing(100.0, lr_unstable=1.9), 50),
-        (agreeing(100.0, loss_mean=1.06, loss_lowest=1.0, loss_deviation=0.1, loss_count=100), 50),  # it rises
+        (agreeing(100.0, loss_mean=1.3, loss_lowest=1.0, loss_deviation=0.1, loss_count=100), 50),  # it rises
         (agreeing(100.0), 1000),  # probed at every step already, and grows faster
     ],
 )
@@ -571,17 +523,17 @@ def test_what_is_far_out_without_noise_is_approached_with_a_probe_at_every_step(
     state: RelaxedState, burn_in: int
 ) -> None:
     rule = RelaxedRule(burn_in=burn_in)
-    lr, status = RelaxedRule()._next_lr(agreeing(4.1), CONVEX, 1.0)
-    assert (lr, status) == (limits.CAREFUL_GROWTH, ProbeStatus.GROWING)
+    lr, status = RelaxedRule()._next_lr(agreeing(2.1, factor=0.99), CONVEX, 0.99)
+    assert (lr, status) == (relaxed._CAREFUL_GROWTH, ProbeStatus.GROWING)
     assert ProbeStatus.GROWING in relaxed._URGENT
-    assert rule._next_lr(state, CONVEX, 1.0)[1] is ProbeStatus.FITTED
+    assert rule._next_lr(state, CONVEX, 0.99)[1] is ProbeStatus.FITTED
 
 
 def test_a_parabola_that_contradicts_the_averages_lowers_the_learning_rate_and_asks_for_another() -> None:
     rule = RelaxedRule()
     decision = rule.decide(agreeing(100.0), LONG, loss_start=1.0)
     assert decision.status is ProbeStatus.UNSTABLE
-    assert 0.9 < decision.state.lr < 0.95
+    assert decision.state.lr == relaxed._LATER_FALL
     assert decision.state.lr_unstable == 1.0
     assert rule.is_probe_due(decision.state)
 
@@ -599,13 +551,13 @@ def test_a_parabola_that_contradicts_the_averages_lowers_the_learning_rate_and_a
 def test_other_parabolas_do_not_contradict_the_averages(state: RelaxedState, parabola: Parabola) -> None:
     lr, status = RelaxedRule()._next_lr(state, parabola, 1.0)
     assert status is not ProbeStatus.UNSTABLE
-    assert lr > 1.0
+    assert lr >= relaxed._FALL
 
 
 def test_near_where_it_was_unstable_any_contradiction_counts() -> None:
     lr, status = RelaxedRule()._next_lr(agreeing(1.2, lr_unstable=1.9), LONG, 1.0)
     assert status is ProbeStatus.UNSTABLE
-    assert lr == pytest.approx(1.0 / limits._CHANGE)
+    assert lr == pytest.approx(relaxed._LATER_FALL)
 
 
 def test_what_is_unstable_is_lowered_under_a_scheduler_too_though_the_loss_gets_lower_than_ever() -> None:
@@ -617,21 +569,21 @@ def test_what_is_unstable_is_lowered_under_a_scheduler_too_though_the_loss_gets_
 
 def test_near_where_it_was_unstable_the_learning_rate_grows_carefully() -> None:
     rule = RelaxedRule()
-    steep = agreeing(3.0)
+    steep = agreeing(3.0, signal=0.8)
     free, _ = rule._next_lr(steep, CONVEX, 1.0)
     near, _ = rule._next_lr(replace(steep, lr_unstable=1.5), CONVEX, 1.0)
     far, _ = rule._next_lr(replace(steep, lr_unstable=100.0), CONVEX, 1.0)
-    assert near == pytest.approx(limits.CAREFUL_GROWTH)
-    assert free == far > near
+    assert near == pytest.approx(relaxed._CAREFUL_GROWTH)
+    assert free == far == pytest.approx(relaxed._LATER_GROWTH)
     down, _ = rule._next_lr(changed(steep, parabola_slope=0.1, lr_unstable=1.5), CONVEX, 1.0)
-    assert down == pytest.approx(1.0 / limits._CHANGE)  # falling is free
+    assert down == pytest.approx(relaxed._LATER_FALL)
 
 
 # --- explosions ------------------------------------------------------------------------------------------------------
 
 
 def test_explosion_cuts_the_learning_rate_and_probes_again_at_the_next_step() -> None:
-    rule = RelaxedRule(explosion=10.0, max_change=2.0)
+    rule = RelaxedRule(max_change=2.0)
     decision = rule.decide(settled(rule, loss=1.0, deviation=0.1), CONVEX, loss_start=2.1)
     assert decision.status is ProbeStatus.EXPLODED
     assert decision.state.lr == 0.5
@@ -640,7 +592,7 @@ def test_explosion_cuts_the_learning_rate_and_probes_again_at_the_next_step() ->
 
 
 def test_loss_just_within_the_limit_has_not_exploded() -> None:
-    rule = RelaxedRule(explosion=10.0)
+    rule = RelaxedRule()
     assert rule.decide(settled(rule, loss=1.0, deviation=0.1), CONVEX, loss_start=1.9).status is ProbeStatus.FITTED
 
 
@@ -662,11 +614,6 @@ def test_few_losses_cannot_explode() -> None:
     assert rule.decide(young, CONVEX, loss_start=100.0).status is ProbeStatus.FITTED
 
 
-def test_explosion_can_be_turned_off() -> None:
-    rule = RelaxedRule(explosion=math.inf)
-    assert rule.decide(settled(rule), CONVEX, loss_start=1e30).status is ProbeStatus.FITTED
-
-
 @pytest.mark.parametrize("level", [3.0, 100.0, 1e6])
 def test_loss_that_stays_at_a_higher_level_is_cut_once(level: float) -> None:
     rule = RelaxedRule()
@@ -675,7 +622,7 @@ def test_loss_that_stays_at_a_higher_level_is_cut_once(level: float) -> None:
     decisions = decide_all(rule, replace(STARTED_LONG_AGO, loss_initial=1.0), before + after)
     exploded = [index for index, decision in enumerate(decisions) if decision.status is ProbeStatus.EXPLODED]
     assert exploded == [50]
-    assert decisions[-1].state.lr == pytest.approx(rule.relaxation * 1.5, rel=0.01)  # back at the target
+    assert 0.5 < decisions[-1].state.lr < 1.5  # back in the range that the parabolas call for
 
 
 def test_second_explosion_is_noticed_when_the_first_is_digested() -> None:
@@ -688,9 +635,8 @@ def test_second_explosion_is_noticed_when_the_first_is_digested() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize("explosion", [1.0, 3.0, 10.0])
-def test_cuts_end_however_sensitive_the_rule(smoothing: float, explosion: float) -> None:
-    rule = RelaxedRule(smoothing=smoothing, explosion=explosion)
+def test_cuts_end_once_the_loss_stays_where_it_is(smoothing: float) -> None:
+    rule = RelaxedRule(smoothing=smoothing)
     before: list[tuple[float, Found]] = [(loss, CONVEX) for loss in islice(noisy_losses(1.0, 0.1), 300)]
     decisions = decide_all(rule, replace(STARTED_LONG_AGO, loss_initial=1.0), [*before, *[(1000.0, CONVEX)] * 1000])
     assert decisions[300].status is ProbeStatus.EXPLODED
@@ -700,16 +646,33 @@ def test_cuts_end_however_sensitive_the_rule(smoothing: float, explosion: float)
 # --- the long run ----------------------------------------------------------------------------------------------------
 
 
-def test_growth_ends_where_the_mean_loss_rises_and_further_up_the_learning_rate_falls() -> None:
-    rule = RelaxedRule()
-    state = changed(
-        settled(rule, loss=1.0, deviation=0.1), loss_initial=10.0, parabola_slope=100.0, parabola_curvature=1.0
+@pytest.mark.parametrize(("probes", "fall"), [(1, relaxed._FALL), (500, relaxed._LATER_FALL)])
+def test_the_learning_rate_falls_while_the_mean_loss_is_far_above_its_lowest(probes: int, fall: float) -> None:
+    limit = relaxed._RISEN * (1.0 if probes == 1 else 2.0)
+    state = agreeing(100.0, probes=probes, loss_lowest=1.0, loss_deviation=0.1, loss_count=100)
+    below, above = (
+        RelaxedRule()._next_lr(changed(state, loss_mean=1.0 + risen * limit * 0.1), CONVEX, 1.0)[0]
+        for risen in (0.9, 1.1)
     )
-    growing, held, falling = (
-        rule._next_lr(changed(state, loss_mean=1.0 + risen * 0.1), CONVEX, 1.0)[0]
-        for risen in (0.9 * relaxed._RISEN, 1.1 * relaxed._RISEN, 2.1 * relaxed._RISEN)
-    )
-    assert growing > held == 1.0 > falling
+    assert below > 1.0 > above
+    assert above == pytest.approx(fall)
+
+
+def test_a_flat_loss_of_any_length_leaves_a_learning_rate_that_grows_again() -> None:
+    """A plateau of 20,000 steps, then slopes that agree."""
+    rule, source = RelaxedRule(), np.random.default_rng(0)
+    state = replace(STARTED_LONG_AGO, step=50, probes=50, next_probe=51, lr=0.01)
+    for _ in range(20_000):
+        if rule.is_probe_due(state):
+            noise, loss = source.normal(0.0, 1.0), 1.0 + 0.1 * source.normal()
+            state = rule.decide(state, Parabola(loss, noise, 1.0), loss_start=loss).state
+        else:
+            state = rule.skip(state)
+    assert 0.5 * 0.01 * (50 / 20_000) ** 0.25 < state.lr <= 0.01
+    plateau = state.lr
+    for step in range(400):
+        state = rule.decide(state, Parabola(1.0, 1.0, 1.0), loss_start=1.0 - 0.001 * step).state
+    assert state.lr > 10.0 * plateau
 
 
 @pytest.mark.parametrize("seed", range(2))

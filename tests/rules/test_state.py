@@ -29,9 +29,6 @@ states = st.builds(
         deviation=positive,
         count=counts,
         lowest=signed,
-        step_mean=positive,
-        step_variance=positive,
-        step_covariance=signed,
     ),
     parabola=st.builds(
         ParabolaAverages,
