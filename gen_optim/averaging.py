@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -17,14 +17,11 @@ from torch.optim.swa_utils import update_bn
 from gen_optim.closures.buffers import Buffers
 from gen_optim.closures.modules import owners_of, release
 from gen_optim.tensors.dtensor import is_dtensor, local
-from gen_optim.tensors.foreach import chunks, clone, copy, near, write
-from gen_optim.tensors.interrupts import despite_interrupts, exchanging
+from gen_optim.tensors.foreach import chunks, copy, near, room_for, write
+from gen_optim.tensors.interrupts import despite_interrupts, exchange
+from gen_optim.tensors.scalars import to_floats
 
 __all__ = ["AveragedWeights", "multi_power_average", "power_average", "refreshed_batch_norm"]
-
-Pair = tuple[Tensor, Tensor]
-"""A parameter and its average."""
-Chunks = list[Tensor]
 
 _AVERAGE = "gen_average"
 """The entry of a parameter's state for its average."""
@@ -45,13 +42,12 @@ class AveragedWeights:
     so that the k-th parameters weigh :math:`(k^p - (k - 1)^p) / n^p` in it. With p = 16 the window is about the last
     sixteenth of the run, whenever the run ends.
 
-    Each parameter that is trained has one average of its shape and memory layout: in float32 for half precision, in
-    the parameter's dtype otherwise. Of a DTensor each rank averages its part, without communication.
+    Averages are in float32 for half precision, in the parameter's dtype otherwise. Of a DTensor each rank averages its
+    part. A parameter with ``requires_grad=False`` gets none. A parameter that is added later, or that changes its shape
+    or placement, begins at its present value with the common count. An average that is not finite begins again.
 
-    **Where the average is kept.** The average of a parameter ``p`` is ``optimizer.state[p]["gen_average"]``, beside the
-    optimizer's own state, and the number of steps is ``optimizer.param_groups[0]["gen_average_steps"]``. So every kind
-    of checkpoint, copy and pickle has them, those of ``torch.distributed.checkpoint`` included, flattened or not: they
-    keep nothing else than state per parameter and numbers per group, and load only names that the live optimizer has.
+    The average of a parameter ``p`` is ``optimizer.state[p]["gen_average"]``, and the number of steps is
+    ``optimizer.param_groups[0]["gen_average_steps"]``, so that every kind of checkpoint, copy and pickle has them.
     Two rules make that safe:
 
     - Optimizers initialize the state of a parameter when it is empty. An average is added only after the optimizer has
@@ -60,16 +56,10 @@ class AveragedWeights:
       bfloat16 parameter. :meth:`take_from` takes the averages out before the optimizer loads, and :meth:`load` puts
       them in afterwards. If the optimizer is loaded without these two, the average continues from the rounded values.
 
-    **Which parameters.** A parameter with ``requires_grad=False`` has no average. A parameter that is frozen later
-    keeps its average, and updates go on. A parameter that is added later, or whose shape or placement has changed,
-    begins at its present value with the common count. One that changes its device or dtype takes its average along. If
-    the average is not finite, because the parameters were not, it begins again at the present value; this is looked
-    for at every sixteenth update and at each swap.
-
     Args:
         optimizer: The optimizer whose parameters are averaged. Its groups and state are read at each call.
         every: Steps per update.
-        exponent: The exponent p. The window is about the last 1/p of the run.
+        exponent: The exponent p.
         on_host: Whether averages are in the host's memory, pinned for CUDA, instead of on the parameter's device.
             Averages of DTensors are always on their device.
 
@@ -118,7 +108,10 @@ class AveragedWeights:
         # A checkpoint of an optimizer without averages has no such number.
         return int(self._optimizer.param_groups[0].get(_STEPS, 0))
 
-    # --- updates -------------------------------------------------------------------------------------------------
+    def _parameters(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self._optimizer.param_groups)
+
+    # --- updates ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update(self) -> None:
@@ -137,60 +130,59 @@ class AveragedWeights:
                 self.begin()
             return
         pairs = self._pairs(begins=True)
-        _average(pairs, _weight(updates, self._exponent))
+        _average(*pairs, _weight(updates, self._exponent))
         if updates % _REPAIR_PERIOD == 0:
-            _repair(pairs)
+            _repair(*pairs)
 
     @torch.no_grad()
     def begin(self) -> None:
         """Allocate averages that do not exist yet, with the present values.
 
-        :meth:`update` does so. It is of use after a step that counts for nothing: ``torch.distributed.checkpoint``
-        steps a new optimizer with learning rate 0 and loads only what its state dictionary then has.
+        Distributed checkpoints load only what the state dictionary has after a step at learning rate 0.
         """
         self._pairs(begins=True)
 
-    def _pairs(self, *, begins: bool = False) -> list[Pair]:
-        """The parameters that have an average, with it; averages that are missing begin now or are left out."""
-        pairs: list[Pair] = []
+    def _pairs(self, *, begins: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """Return this rank's parts of the parameters that have an average, and of the averages.
+
+        Args:
+            begins: Whether averages that are missing begin now.
+        """
+        parameters: list[Tensor] = []
+        averages: list[Tensor] = []
         states = self._optimizer.state
-        for parameter in chain.from_iterable(group["params"] for group in self._optimizer.param_groups):
+        for parameter in self._parameters():
             state = states.get(parameter)
             found = state.get(_AVERAGE) if state else None
             average = None if found is None else self._fitted(parameter, found)
             if average is None and begins and parameter.requires_grad and (state or parameter.grad is not None):
-                average = self._room(parameter)
-                local(average).copy_(local(parameter))
+                average = self._copied(parameter, parameter)
             if average is not None:
                 if average is not found:
                     states.setdefault(parameter, {})[_AVERAGE] = average
-                pairs.append((parameter, average))
-        return pairs
+                parameters.append(local(parameter))
+                averages.append(local(average))
+        return parameters, averages
 
     def _fitted(self, parameter: Tensor, average: Tensor) -> Tensor | None:
-        """The average with the dtype and in the place that it should have; None if it belongs to other parameters."""
-        if average.shape != parameter.shape or is_dtensor(average) != is_dtensor(parameter):
+        """Return an average in the dtype and place of a parameter's; None if it has another shape or placement."""
+        if average.shape != parameter.shape or _placements(average) != _placements(parameter):
             return None
-        if is_dtensor(parameter) and is_dtensor(average) and parameter.placements != average.placements:
-            return None
-        here, there = local(average), local(parameter)
-        if here.dtype == _dtype(there) and here.device == self._device(parameter):
+        device = torch.device("cpu") if self._is_on_host(parameter) else local(parameter).device
+        if average.dtype == _dtype(parameter) and local(average).device == device:
             return average
-        moved = self._room(parameter)
-        local(moved).copy_(here)
-        return moved
+        return self._copied(parameter, average)
 
-    def _room(self, parameter: Tensor) -> Tensor:
-        device = self._device(parameter)
-        is_pinned = device.type == "cpu" and local(parameter).is_cuda
-        if not is_pinned:
-            return torch.empty_like(parameter, dtype=_dtype(parameter), device=device, requires_grad=False)
-        return torch.empty_like(parameter, dtype=_dtype(parameter), device=device, pin_memory=True, requires_grad=False)
+    def _copied(self, parameter: Tensor, values: Tensor) -> Tensor:
+        """Return an average of a parameter that begins at ``values``."""
+        average = room_for(parameter, on_host=self._is_on_host(parameter), dtype=_dtype(parameter))
+        local(average).copy_(local(values))
+        return average
 
-    def _device(self, parameter: Tensor) -> torch.device:
-        return torch.device("cpu") if self.on_host and not is_dtensor(parameter) else local(parameter).device
+    def _is_on_host(self, parameter: Tensor) -> bool:
+        return self.on_host and not is_dtensor(parameter)
 
-    # --- the average in the model --------------------------------------------------------------------------------
+    # --- the average in the model -------------------------------------------------------------------------------------
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -202,26 +194,19 @@ class AveragedWeights:
         or in half precision be lost.
 
         Before the first update the block has the present parameters. A nested block changes nothing.
-
-        Example:
-            >>> with weights.swapped():  # doctest: +SKIP
-            ...     torch.save(model.state_dict(), "model.pt")
         """
         if self._swap is not None:
             yield
             return
-        pairs = self._pairs() if self.updates else []
-        with torch.no_grad():
-            _repair(pairs)
-        swap = self._swap = _Swap(pairs, on_host=self.on_host)
+        swap = self._swap = _Swap(*self._repaired_pairs())
         try:
             swap.enter()
+            self._forget_cached()
             yield
         finally:
             # An error that is no interrupt (memory that has run out) leaves it swapped, for update() to refuse.
-            despite_interrupts(swap.leave, partial(setattr, self, "_swap", None))
+            despite_interrupts(swap.leave, self._forget_cached, partial(setattr, self, "_swap", None))
 
-    @torch.no_grad()
     def write(self) -> None:
         """Write the average into the parameters for good. Before the first update it changes nothing.
 
@@ -229,11 +214,21 @@ class AveragedWeights:
             RuntimeError: Inside :meth:`swapped`.
         """
         self.refuse_if_swapped("writing the average into the model")
-        pairs = self._pairs() if self.updates else []
-        _repair(pairs)
-        parameters, averages = [local(each) for each, _ in pairs], [local(each) for _, each in pairs]
-        despite_interrupts(partial(copy, parameters, averages))
-        _forget_cached(pairs)
+        parameters, averages = self._repaired_pairs()
+        with torch.no_grad():
+            despite_interrupts(partial(copy, parameters, averages), self._forget_cached)
+
+    @torch.no_grad()
+    def _repaired_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        parameters, averages = self._pairs() if self.updates else ([], [])
+        _repair(parameters, averages)
+        return parameters, averages
+
+    def _forget_cached(self) -> None:
+        """Drop the copies of parameters that autocast and ``fully_shard`` may hold from before a write."""
+        torch.clear_autocast_cache()
+        if sharded := list(filter(is_dtensor, self._parameters())):
+            release(owners_of(sharded))
 
     def refuse_if_swapped(self, what: str) -> None:
         """Raise an error if the parameters are the average now.
@@ -250,7 +245,7 @@ class AveragedWeights:
                 "first"
             )
 
-    # --- checkpoints, copies -------------------------------------------------------------------------------------
+    # --- checkpoints, copies ------------------------------------------------------------------------------------------
 
     def take_from(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, Tensor]]:
         """Take the averages out of a state dictionary of the optimizer, which is left as it is.
@@ -259,23 +254,19 @@ class AveragedWeights:
             state_dict: As ``Optimizer.state_dict()`` returns it. Parameters may have names instead of numbers.
 
         Returns:
-            A copy of it without averages, for the optimizer to load, and the averages, for :meth:`load`.
+            A copy of it without averages, for the optimizer to load, and the averages by position, for :meth:`load`.
 
         Raises:
             RuntimeError: Inside :meth:`swapped`.
         """
         self.refuse_if_swapped("loading the optimizer")
-        names: Iterable[Hashable] = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        positions = {name: position for position, name in enumerate(names)}
-        averages: dict[int, Tensor] = {}
-        states: dict[Hashable, Any] = {}
-        for name, state in state_dict["state"].items():
-            if name in positions and isinstance(state, Mapping) and _AVERAGE in state:
-                averages[positions[name]] = state[_AVERAGE]
-                state = {key: value for key, value in state.items() if key != _AVERAGE}  # noqa: PLW2901
-                if not state:
-                    continue
-            states[name] = state
+        states, averages = dict(state_dict["state"]), {}
+        for position, name in enumerate(chain.from_iterable(group["params"] for group in state_dict["param_groups"])):
+            if _AVERAGE in (state := states.get(name, {})):
+                averages[position] = state[_AVERAGE]
+                states[name] = {key: value for key, value in state.items() if key != _AVERAGE}
+                if not states[name]:
+                    del states[name]
         return {**state_dict, "state": states}, averages
 
     @torch.no_grad()
@@ -284,17 +275,16 @@ class AveragedWeights:
 
         Averages are copied. Those of another shape than the parameter's begin again.
         """
-        parameters = list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
+        parameters = list(self._parameters())
         for position, average in averages.items():
             parameter = parameters[position]
-            fitted = self._fitted(parameter, average)
-            if fitted is not None:
+            if (fitted := self._fitted(parameter, average)) is not None:
                 state = self._optimizer.state.setdefault(parameter, {})
                 state[_AVERAGE] = fitted.clone() if fitted is average else fitted
         self._optimizer.param_groups[0].setdefault(_STEPS, 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep; they have averages and parameters of their own.
+        """Return what copies and pickles keep; they have averages and parameters of their own.
 
         Raises:
             RuntimeError: Inside :meth:`swapped`.
@@ -304,111 +294,57 @@ class AveragedWeights:
 
 
 class _Swap:
-    """An exchange of parameters with their averages that can be undone, chunk by chunk.
+    """An exchange of parameters with their averages that can be undone, chunk by chunk."""
 
-    Args:
-        pairs: Parameters and averages.
-        on_host: Whether copies are in the host's memory.
-    """
-
-    def __init__(self, pairs: Sequence[Pair], *, on_host: bool) -> None:
-        self._pairs = pairs
-        self._on_host = on_host
-        # What takes the parameters back, by chunk in the order of the exchange.
-        self._undo: dict[int, list[Callable[[], object]]] = {}
+    def __init__(self, parameters: Sequence[Tensor], averages: Sequence[Tensor]) -> None:
+        self._parameters, self._averages = parameters, averages
+        self._exchanged: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     @torch.no_grad()
     def enter(self) -> None:
         """Write the averages to the parameters."""
-        there, kept = [local(each) for each, _ in self._pairs], [local(each) for _, each in self._pairs]
-        for kind in _kinds(there, kept):
-            # An average in the parameter's dtype has room for the parameter; of others, the parameter is copied.
-            is_exchange = kind[0][0].dtype == kind[1][0].dtype
-            for parameters, averages in chunks(*kind, cut=is_exchange):
-                (self._exchange if is_exchange else self._overwrite)(parameters, averages)
-        _forget_cached(self._pairs)
+        for index, (parameters, averages) in enumerate(chunks(self._parameters, self._averages)):
+            # An average in another dtype has no room for the parameter: a copy of it in the parameter's dtype has.
+            room = [each.to(parameters[0].dtype) for each in averages]
+            exchange(parameters, room, partial(self._exchanged.__setitem__, index, (parameters, room)))
 
     @torch.no_grad()
     def leave(self) -> None:
-        """Write back those parameters that are not back yet."""
-        # In the reverse order, for parameters that share memory.
-        writes: list[Callable[[], object]] = []
-        for index in sorted(self._undo, reverse=True):
-            writes += [*self._undo[index], partial(self._undo.pop, index, None)]
-        despite_interrupts(*writes)
-        _forget_cached(self._pairs)
-
-    def _exchange(self, parameters: Chunks, averages: Chunks) -> None:
-        despite_interrupts(
-            *exchanging(parameters, averages),
-            partial(self._undo.__setitem__, len(self._undo), exchanging(parameters, averages)),
-        )
-
-    def _overwrite(self, parameters: Chunks, averages: Chunks) -> None:
-        copies = [clone(each, on_host=self._on_host) for each in parameters]
-        despite_interrupts(
-            partial(write, parameters, averages),
-            partial(self._undo.__setitem__, len(self._undo), [partial(write, parameters, copies)]),
-        )
+        """Write the parameters back that are not back yet: in reverse order, since some may share memory."""
+        while self._exchanged:
+            index = max(self._exchanged)
+            exchange(*self._exchanged[index], partial(self._exchanged.pop, index, None))
 
 
-def _average(pairs: Sequence[Pair], weight: float) -> None:
+def _average(parameters: Sequence[Tensor], averages: Sequence[Tensor], weight: float) -> None:
     """Move each average to its parameter by a part of the distance."""
-    there, kept = [local(each) for each, _ in pairs], [local(each) for _, each in pairs]
     if weight == 1.0:
-        copy(kept, there)
+        copy(averages, parameters)
         return
-    for parameters, averages in _kinds(there, kept):
-        # The parameters' device computes. Chunks, if copies are made on the way.
-        device, dtype = parameters[0].device, averages[0].dtype
-        is_apart, is_cast = averages[0].device != device, parameters[0].dtype != dtype
-        for chunk, target in chunks(parameters, averages, cut=is_apart or is_cast):
-            ends = [each.to(dtype) for each in chunk] if is_cast else chunk
-            means = near(target, device)
-            if len(means) == 1:
-                means[0].lerp_(ends[0], weight)
-            else:
-                torch._foreach_lerp_(means, ends, weight)
-            if is_apart:
-                write(target, means)
+    pairs = zip(parameters, averages, strict=True)
+    has_temporaries = any(here.dtype != there.dtype or here.device != there.device for here, there in pairs)
+    for ends, targets in chunks(parameters, averages, cut=has_temporaries):
+        means = near(targets, ends[0].device)  # the parameters' device computes
+        torch._foreach_lerp_(means, [each.to(means[0].dtype) for each in ends], weight)
+        if means[0] is not targets[0]:
+            write(targets, means)
 
 
-def _repair(pairs: Sequence[Pair]) -> None:
+def _repair(parameters: list[Tensor], averages: list[Tensor]) -> None:
     """Begin averages that are not finite again, at the present parameters."""
-    there, kept = [local(each) for each, _ in pairs], [local(each) for _, each in pairs]
-    for parameters, averages in _kinds(there, kept):
-        norms = torch.stack(torch._foreach_norm(averages))
-        if not torch.isfinite(norms).all():
-            for parameter, average, norm in zip(parameters, averages, norms.tolist(), strict=True):
-                if not math.isfinite(norm):
-                    average.copy_(parameter)
+    norms = to_floats(torch._foreach_norm(averages)) if averages else ()
+    for parameter, average, norm in zip(parameters, averages, norms, strict=True):
+        if not math.isfinite(norm):
+            average.copy_(parameter)
 
 
-def _kinds(parameters: Sequence[Tensor], averages: Sequence[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
-    """Parameters and averages, sorted by dtypes and devices; empty ones are left out."""
-    kinds: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
-    for parameter, average in zip(parameters, averages, strict=True):
-        if parameter.numel():
-            kind = (parameter.dtype, parameter.device, average.dtype, average.device)
-            of_kind = kinds.setdefault(kind, ([], []))
-            of_kind[0].append(parameter)
-            of_kind[1].append(average)
-    return kinds.values()
-
-
-def _forget_cached(pairs: Sequence[Pair]) -> None:
-    """Have nobody compute with copies of the parameters from before they were written to."""
-    torch.clear_autocast_cache()
-    parameters = [each for each, _ in pairs]
-    if any(map(is_dtensor, parameters)):  # modules of fully_shard may still be gathered
-        release(owners_of(parameters))
+def _placements(tensor: Tensor) -> object:
+    return tensor.placements if is_dtensor(tensor) else None
 
 
 def _dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype of a parameter's average."""
-    if parameter.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
-        return parameter.dtype
-    return torch.complex64 if parameter.is_complex() else torch.float32
+    """Return the dtype of a parameter's average."""
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 # --- the same average for torch's AveragedModel -----------------------------------------------------------------------
@@ -463,9 +399,8 @@ def _averaged(average: Tensor, parameter: Tensor, num_averaged: Tensor | int, *,
 def _average_in_place(
     averages: Sequence[Tensor], parameters: Sequence[Tensor], num_averaged: Tensor | int, *, exponent: float
 ) -> None:
-    weight = _weight(int(num_averaged) + 1, exponent)
     is_averaged = averages[0].is_floating_point() or averages[0].is_complex()
-    _average(list(zip(parameters, averages, strict=True)), weight if is_averaged else 1.0)
+    _average(parameters, averages, _weight(int(num_averaged) + 1, exponent) if is_averaged else 1.0)
 
 
 def _weight(update: int, exponent: float) -> float:
@@ -502,16 +437,18 @@ def refreshed_batch_norm(
         ...     accuracy = evaluate(model)
     """
     buffers = Buffers(model.modules())
-    modes = {module: module.training for module in model.modules()}
-    momenta = {module: module.momentum for module in modes if hasattr(module, "momentum")}
+    attributes = [
+        (module, name, getattr(module, name))
+        for module in model.modules()
+        for name in ("training", "momentum")
+        if hasattr(module, name)
+    ]
     try:
         try:
             update_bn(batches, model, torch.device(device) if isinstance(device, str) else device)
         finally:  # update_bn changes both, and leaves them so after an exception
-            for module, is_training in modes.items():
-                module.training = is_training
-            for module, momentum in momenta.items():
-                module.momentum = momentum
+            for module, name, value in attributes:
+                setattr(module, name, value)
         yield
     finally:
         buffers.end_first_call()  # which notes the buffers that have been replaced

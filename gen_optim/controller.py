@@ -124,7 +124,7 @@ class Controller:
     def save(self) -> None:
         """Write everything that has to be remembered to the parameter groups, as plain numbers."""
         self.groups[0].update({_PREFIX + name: number for name, number in self.state.to_numbers().items()})
-        self.rates.save_to(self.groups)
+        self.rates.save()
 
     def load(self) -> None:
         """Read it back; what is missing, as in a checkpoint of the base optimizer alone, begins anew.

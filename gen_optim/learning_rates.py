@@ -20,8 +20,10 @@ relative to ``max_lr`` too, as its learning rate would be without this package; 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from numbers import Real
 from typing import Any
 
@@ -47,10 +49,6 @@ _NOMINAL = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 class GroupRate:
     """What is remembered of the learning rate of one parameter group.
 
-    Args:
-        group: The parameter group.
-        ratio: See below.
-
     Attributes:
         group: The parameter group.
         ratio: The group's learning rate over α; 0 if the group is frozen.
@@ -59,9 +57,9 @@ class GroupRate:
         is_scheduled: Whether a scheduler has been noticed.
     """
 
-    def __init__(self, group: Group, ratio: float = 0.0) -> None:
+    def __init__(self, group: Group) -> None:
         self.group = group
-        self.ratio = ratio
+        self.ratio = 0.0
         self._read: dict[str, tuple[Tensor, int, float]] = {}
         self.written_lr = self.last_lr = self.read("lr")
         self.is_scheduled = False
@@ -102,11 +100,8 @@ class GroupRate:
 
     def nominal_lr(self) -> float:
         """Return the learning rate that a scheduler's factor is relative to; ``group["lr"]`` without a scheduler."""
-        group = self.group
-        if "max_lr" not in group and "initial_lr" not in group:
-            return self.read("lr")
-        nominal = self.read("max_lr" if "max_lr" in group else "initial_lr")
-        return max(nominal, self.read("lr")) if "swa_lr" in group else nominal
+        nominal = self.read(next((key for key in ("max_lr", "initial_lr") if key in self.group), "lr"))
+        return max(nominal, self.read("lr")) if "swa_lr" in self.group else nominal
 
     def factor(self) -> float:
         """Return the scheduler's factor; 1 without a scheduler."""
@@ -135,14 +130,11 @@ class GroupRate:
 
 
 class LearningRates:
-    """Reads and writes the learning rates of an optimizer's parameter groups.
+    """Reads and writes the learning rates of an optimizer's parameter groups, which it recognises by identity.
 
-    What it remembers lives here between steps, in one :class:`GroupRate` per group. :meth:`save_to` and
-    :meth:`load_from` carry the numbers into and out of the groups, for checkpoints.
-
-    Groups are recognised by identity. Groups that appear without an announcement (``base_optim.add_param_group``,
-    ``base_optim.load_state_dict``, another list of groups) are taken in by :meth:`update`: their numbers are read if
-    they carry some, otherwise they join as in :meth:`join`.
+    Groups that appear without an announcement (``base_optim.add_param_group``, ``base_optim.load_state_dict``, another
+    list of groups) are taken in by :meth:`update`: their numbers are read if they carry some, otherwise they join as in
+    :meth:`join`.
     """
 
     def __init__(self) -> None:
@@ -150,15 +142,13 @@ class LearningRates:
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def save_to(self, groups: Iterable[Group]) -> None:
+    def save(self) -> None:
         """Write what is remembered of each group to it, as plain numbers."""
-        known = self._known()
-        for group in groups:
-            if id(group) in known:
-                group.update(known[id(group)].to_numbers())
+        for rate in self._rates:
+            rate.group.update(rate.to_numbers())
 
     def load_from(self, groups: Iterable[Group]) -> bool:
-        """Read what :meth:`save_to` has written to the groups, and forget everything else.
+        """Read what :meth:`save` has written to the groups, and forget everything else.
 
         Returns:
             Whether any group carried numbers. If not, call :meth:`begin`.
@@ -280,18 +270,15 @@ class LearningRates:
         return new_lr
 
     def _recognise(self, groups: Sequence[Group], lr: float, default_lr: Any) -> None:
-        """Match what is remembered to the groups by identity; read or join groups that are not known."""
+        """Match what is remembered to the groups; read or join groups that are not known."""
         if [id(group) for group in groups] == [id(rate.group) for rate in self._rates]:
             return
-        known = self._known()
-        unknown = [group for group in groups if id(group) not in known]
-        known |= {id(group): GroupRate.from_numbers(group) for group in unknown if _KEYS["ratio"] in group}
-        self._rates = [known[id(group)] for group in groups if id(group) in known]
-        for group in groups:
-            if id(group) not in known:
-                self.join(group, lr, brings_lr=group["lr"] is not default_lr and group["lr"] != default_lr)
-                known[id(group)] = self._rates[-1]
-        self._rates = [known[id(group)] for group in groups]
+        rates = self._of(groups)
+        is_known = [rate in self._rates or _KEYS["ratio"] in rate.group for rate in rates]
+        self._rates = list(compress(rates, is_known))
+        for group in compress(groups, map(operator.not_, is_known)):
+            self.join(group, lr, brings_lr=group["lr"] is not default_lr and group["lr"] != default_lr)
+        self._rates = self._of(groups)  # in their order
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -303,10 +290,7 @@ class LearningRates:
 
     def all_zero(self, groups: Sequence[Group]) -> bool:
         """Return whether every ``group["lr"]`` is 0."""
-        known = self._known()
-        return all(
-            (known[id(group)].read("lr") if id(group) in known else float(group["lr"])) == 0.0 for group in groups
-        )
+        return all(rate.read("lr") == 0.0 for rate in self._of(groups))
 
     def shares(self, lr: float) -> list[float]:
         """Return each group's part of α, without a scheduler's factor; 0 for frozen groups."""
@@ -356,14 +340,12 @@ class LearningRates:
 
     def last_lr(self, groups: Sequence[Group]) -> list[float]:
         """Return the learning rates that the last step used."""
-        known = self._known()
-        return [
-            known[id(group)].last_lr if id(group) in known else group.get(_KEYS["last_lr"], float(group["lr"]))
-            for group in groups
-        ]
+        return [rate.last_lr for rate in self._of(groups)]
 
-    def _known(self) -> dict[int, GroupRate]:
-        return {id(rate.group): rate for rate in self._rates}
+    def _of(self, groups: Iterable[Group]) -> list[GroupRate]:
+        """Return what is remembered of each group, here or in the numbers that it carries."""
+        known = {id(rate.group): rate for rate in self._rates}
+        return [known.get(id(group)) or GroupRate.from_numbers(group) for group in groups]
 
     def _share(self, chosen: Sequence[float]) -> float:
         """Set the ratios to those of ``chosen`` and return α, the first that is not 0."""

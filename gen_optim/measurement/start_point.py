@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gen_optim.tensors.dtensor import is_dtensor, local, parts_of, placed_like
 from gen_optim.tensors.foreach import chunks, clone, copy, inner_product, lerp, near, write
-from gen_optim.tensors.interrupts import despite_interrupts
+from gen_optim.tensors.interrupts import despite_interrupts, exchange
 
 __all__ = ["StartPoint"]
 
@@ -175,12 +175,7 @@ class StartPoint:
 
     def _swap(self) -> None:
         for index, (present, kept) in enumerate(chunks(self._locals(), self._copies)):
-            end = [each.clone() for each in present]
-            despite_interrupts(
-                partial(write, present, kept),
-                partial(write, kept, end),
-                partial(self._swapped.__setitem__, index, (present, kept)),
-            )
+            exchange(present, kept, partial(self._swapped.__setitem__, index, (present, kept)))
         self._is_visited = True
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ _LEAST = 2**15
 def chunks(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Tensor], ...]]:
     """Iterate over corresponding chunks of several lists of tensors.
 
-    Each batch of chunks has one device and one dtype, as ``torch._foreach_*`` needs it. With ``cut=True`` a copy of a
+    Each batch has one device and one dtype per list, as ``torch._foreach_*`` needs it. With ``cut=True`` a copy of a
     batch takes about 1 % of the memory of all tensors.
 
     Args:
@@ -47,10 +47,10 @@ def chunks(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Te
     batch: list[tuple[Tensor, ...]] = []
     kind, limit, room = None, 0, 0
     for row in zip(*lists, strict=True):
-        first, size = row[0], row[0].numel()
-        if kind != (present := (first.device, first.dtype)):
+        size = row[0].numel()
+        if kind != (present := [(each.device, each.dtype) for each in row]):
             kind, room = present, 0
-            limit = max(_LEAST, min(share, _SIZE if first.device.type == "cpu" else _SIZE_ELSEWHERE))
+            limit = max(_LEAST, min(share, _SIZE if row[0].device.type == "cpu" else _SIZE_ELSEWHERE))
         if size <= room:  # the common case with many small tensors
             batch.append(row)
             room -= size
@@ -74,20 +74,23 @@ def _cut(row: Sequence[Tensor], limit: int) -> list[tuple[Tensor, ...]]:
     return list(zip(*(torch.split(each, max(1, limit * length // each.numel())) for each in row), strict=True))
 
 
-def room_for(tensor: Tensor, *, on_host: bool) -> Tensor:
+def room_for(tensor: Tensor, *, on_host: bool, dtype: torch.dtype | None = None) -> Tensor:
     """Allocate memory for a copy of a tensor.
 
     Args:
         tensor: The tensor.
         on_host: Whether to allocate in the host's memory, pinned if the tensor is on a CUDA device; otherwise on the
             tensor's device.
+        dtype: The dtype, if it is not the tensor's.
     """
-    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) if on_host else torch.empty_like(tensor)
+    if on_host:
+        return torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda)
+    return torch.empty_like(tensor, dtype=dtype)
 
 
-def clone(tensor: Tensor, *, on_host: bool = False) -> Tensor:
+def clone(tensor: Tensor, *, on_host: bool) -> Tensor:
     """Copy a tensor, on its device or in the host's memory."""
-    return room_for(tensor, on_host=True).copy_(tensor) if on_host else tensor.clone()
+    return room_for(tensor, on_host=on_host).copy_(tensor)
 
 
 def near(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

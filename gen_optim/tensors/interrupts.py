@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
 from gen_optim.tensors.foreach import write
 
-__all__ = ["despite_interrupts", "exchanging"]
+__all__ = ["despite_interrupts", "exchange"]
 
 
 def despite_interrupts(*writes: Callable[[], object]) -> None:
@@ -29,12 +30,7 @@ def despite_interrupts(*writes: Callable[[], object]) -> None:
         raise
 
 
-def exchanging(left: list[Tensor], right: list[Tensor]) -> list[Callable[[], object]]:
-    """Return functions for :func:`despite_interrupts` that exchange the contents of two lists of tensors."""
-    held: list[Tensor] = []
-    return [
-        lambda: held.__setitem__(slice(None), [each.clone() for each in left]),
-        lambda: write(left, right),
-        lambda: write(right, held),
-        held.clear,
-    ]
+def exchange(left: list[Tensor], right: list[Tensor], then: Callable[[], object]) -> None:
+    """Exchange the contents of two lists of tensors and call ``then``: all of it or, if interrupted early, nothing."""
+    held = [each.clone() for each in left]
+    despite_interrupts(partial(write, left, right), partial(write, right, held), then)
