@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -14,14 +15,21 @@ from torch.optim import Optimizer
 __all__ = ["OptimizerWrapper", "copy_optimizer", "step_without_hooks"]
 
 
+def _shared(name: str) -> Any:
+    """Return a property that is an attribute of the base optimizer, which may be given another at any time."""
+
+    def write(self: OptimizerWrapper, value: Any) -> None:
+        setattr(self.base_optim, name, value)
+
+    return property(attrgetter(f"base_optim.{name}"), write, doc=f"The ``{name}`` of the base optimizer.")
+
+
 class OptimizerWrapper(Optimizer):
     """Wraps an optimizer in another with the same groups, state and defaults, and hooks of its own.
 
-    Everything is read through the base optimizer each time, which may be loaded or given groups directly.
-
-    A subclass that remembers numbers between steps overrides :meth:`_save_numbers`, :meth:`_load_numbers` and
-    :meth:`_check_numbers`. Hooks registered on the base optimizer call them, so that ``base_optim.state_dict()`` and
-    ``base_optim.load_state_dict()`` include the numbers too.
+    A subclass that remembers something between steps overrides the first methods under *checkpoints*. Hooks registered
+    on the base optimizer call them, so that ``base_optim.state_dict()`` and ``base_optim.load_state_dict()`` include
+    what is remembered, too.
 
     Both optimizers are optimizers to torch: its global hooks (``register_optimizer_step_pre_hook``,
     ``register_optimizer_step_post_hook``) and the profiler see two steps, the base optimizer's inside the wrapper's.
@@ -31,38 +39,14 @@ class OptimizerWrapper(Optimizer):
     """
 
     base_optim: Optimizer
+    param_groups: list[dict[str, Any]] = _shared("param_groups")
+    state: defaultdict[Tensor, Any] = _shared("state")
+    defaults: dict[str, Any] = _shared("defaults")
 
     def __init__(self, base_optim: Optimizer) -> None:
         # Not the parent's __init__, which would empty the shared groups. Its __setstate__ sets up the rest: hooks, and
         # a step that calls them.
         self.__setstate__({"base_optim": base_optim})
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's parameter groups."""
-        return self.base_optim.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base_optim.param_groups = value
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The base optimizer's state."""
-        return self.base_optim.state
-
-    @state.setter
-    def state(self, value: defaultdict[Tensor, Any]) -> None:
-        self.base_optim.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults."""
-        return self.base_optim.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base_optim.defaults = value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, as the base optimizer does."""
@@ -101,7 +85,8 @@ class OptimizerWrapper(Optimizer):
         """Return the base optimizer's state dictionary, and what the wrapper adds to it."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = self._contents()
+        self._save_numbers()  # the base optimizer's hooks do this too, if it has some
+        state_dict = self._add_tensors(self.base_optim.state_dict())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -137,11 +122,6 @@ class OptimizerWrapper(Optimizer):
             raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _contents(self) -> dict[str, Any]:
-        """Return the state dictionary that the hooks of saving get."""
-        self._save_numbers()  # the base optimizer's hooks do this too, if it has some
-        return self._add_tensors(self.base_optim.state_dict())
 
     def _check_loaded(self, state_dict: Mapping[str, Any]) -> None:
         """Check that a state dictionary can be loaded, without changing anything."""
@@ -184,12 +164,11 @@ class OptimizerWrapper(Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what was kept; what is shared goes to the base optimizer, since ``__dict__`` would hide it."""
-        shared = ("state", "param_groups", "defaults")
+        """Restore what was kept; what is shared goes to the base optimizer, as torch would write it to ``__dict__``."""
+        shared = {"state", "param_groups", "defaults"} & set(state)
         super().__setstate__({name: value for name, value in state.items() if name not in shared})
         for name in shared:
-            if name in state:
-                setattr(self, name, state[name])
+            setattr(self, name, state[name])
         if "base_optim" in state:
             self._register_hooks()
         elif "param_groups" in state:  # torch's own load_state_dict, called unbound
@@ -232,14 +211,12 @@ def copy_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
 
     Args:
         optimizer: The optimizer to copy. Optimizers that it holds are copied in the same way.
-        memo: Copies that exist already, by the id of the original, as in ``copy.deepcopy``: parameters for the most
-            part.
+        memo: Copies that exist already, by the id of the original, as in ``copy.deepcopy``: mostly parameters.
     """
     twin: Optimizer = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin
     for value in vars(optimizer).values():
-        inside = value if isinstance(value, list | tuple) else [value]
-        for inner in inside:
+        for inner in value if isinstance(value, list | tuple) else [value]:
             if isinstance(inner, Optimizer) and id(inner) not in memo:
                 copy_optimizer(inner, memo)
     for name, value in vars(optimizer).items():
