@@ -231,14 +231,7 @@ class AveragedWeights:
             release(owners_of(sharded))
 
     def refuse_if_swapped(self, what: str) -> None:
-        """Raise an error if the parameters are the average now.
-
-        Args:
-            what: What needs the parameters themselves, for the message.
-
-        Raises:
-            RuntimeError: Inside :meth:`swapped`.
-        """
+        """Raise a RuntimeError inside :meth:`swapped`, for ``what`` needs the parameters themselves."""
         if self.is_swapped:
             raise RuntimeError(
                 f"{what} is not possible inside averaged(), where the model has the averaged weights: leave the block "

@@ -94,14 +94,7 @@ def check_closure(optimizer: GeNOptimizer, closure: Callable[[], Any], *, probes
 
 
 class _Others:
-    """The modules alive that an optimizer does not know.
-
-    Args:
-        modules: These modules.
-
-    Attributes:
-        parameters: All of their parameters.
-    """
+    """The modules alive that an optimizer does not know, and all of their parameters."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules

@@ -76,15 +76,19 @@ def check_wrappable(base_optim: Any) -> None:
     errors = []
     streams = RandomStreams(random_devices(each for group in base_optim.param_groups for each in group["params"]))
     try:
-        for make in _twin_makers(base_optim):
-            found = _try(make, streams)
-            if isinstance(found, str):
-                raise ValueError(found.format(name=name))
-            if found is None:
-                return
-            errors.append(found)
-        if errors and _steps_with_closure_alone(base_optim):
-            raise _closure_required(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for make in _twin_makers(base_optim):
+                try:
+                    departure = _departure(make, streams)
+                except Exception as error:  # noqa: BLE001 - classes may demand anything of parameters and gradients
+                    errors.append(error)
+                    continue
+                if departure is None:
+                    return
+                raise ValueError(departure.format(name=name))
+            if errors and _steps_with_closure_alone(base_optim):
+                raise _closure_required(name)
     finally:
         streams.restore()
     if not errors:  # there are no parameters
@@ -186,7 +190,6 @@ def _updates(
     last: float,
     *,
     near: bool = False,
-    decays: bool = False,
     returns: bool = False,
 ) -> list[_Update]:
     """Return the updates of a twin.
@@ -198,15 +201,14 @@ def _updates(
         earlier: The learning rate before the last step.
         last: The learning rate of the last step.
         near: Whether these are multiples of learning rates of training.
-        decays: Whether weights decay. With long steps that would be all there is, and if weight decay is part of the
-            gradient, momentum remembers the way covered, as it should.
-        returns: Whether the last step begins where the first one did.
+        returns: Whether the last step begins where the first one did, and weights do not decay. With long steps decay
+            would be all there is, and if it is part of the gradient, momentum remembers the way covered, as it should.
     """
     streams.restore()
     twin = make()
     start = twin.positions()
     rates = [min(max(float(group["lr"]), 1e-3), 1.0) if near else 1.0 for group in twin.optimizer.param_groups]
-    if not decays:
+    if returns:
         for group in twin.optimizer.param_groups:
             group.update(dict.fromkeys({"weight_decay"}.intersection(group), 0.0))
     updates = []
@@ -226,22 +228,12 @@ def _updates(
     return updates
 
 
-def _try(make: Callable[[], _Twin], streams: RandomStreams) -> str | Exception | None:
-    """Return :func:`_departure`, or the exception if such a twin cannot be made or stepped."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _departure(make, streams)
-    except Exception as error:  # noqa: BLE001 - classes may demand anything of parameters and gradients
-        return error
-
-
 def _departure(make: Callable[[], _Twin], streams: RandomStreams) -> str | None:
     """Return how an optimizer departs from proportional updates, as an error message with its ``{name}`` left out."""
     updates = partial(_updates, make, streams)
-    usual = updates(_STEPS[-1], 1.0, 1.0, near=True, decays=True)
+    usual = updates(_STEPS[-1], 1.0, 1.0, near=True)
     for steps in _STEPS:
-        longer = updates(steps, 1.0, _NEAR, near=True, decays=True)[-1]
+        longer = updates(steps, 1.0, _NEAR, near=True)[-1]
         if _differ(longer, usual[steps - 1], times=_NEAR, tolerance=_TOLERANCE):
             return _unproportional(_NEAR, _ratio(longer, usual[steps - 1]))
     first = _STEPS[0]
@@ -381,9 +373,7 @@ def _steps_with_closure_alone(base_optim: Optimizer) -> bool:
                 return torch.ones(())
 
             closure()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                twin.step(closure)  # type: ignore[arg-type]
+            twin.step(closure)  # type: ignore[arg-type]
         except Exception:  # noqa: BLE001 - it says nothing about closures
             continue
         return True

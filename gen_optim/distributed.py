@@ -60,15 +60,10 @@ class Ranks:
     ) -> T | Instead:
         """Make a call that may fail on this rank alone.
 
-        If other ranks take part, a failure is kept for the next :meth:`mean`, so that this rank goes on making the same
-        calls as they do.
-
-        Args:
-            call: What to call.
-            instead: What is returned after a failure.
-            went_backward: Whether a call that runs a backward pass completed that pass. If it did not, the other ranks
-                wait in the collectives of the backward pass, and would mistake later collectives for these. Such a
-                failure is raised at once, and the others learn of it from their process group.
+        If other ranks take part, a failure is kept for the next :meth:`mean` and ``instead`` is returned, so that this
+        rank goes on making the same calls as they do. If a call runs a backward pass and ``went_backward`` says that it
+        did not complete, the other ranks wait in the collectives of that pass, and would mistake later ones for these.
+        Such a failure is raised at once, and the others learn of it from their process group.
         """
         try:
             return call()
@@ -155,7 +150,8 @@ def ranks_of(
     if process_group is None:
         groups = []
         for mesh in meshes:
-            groups += [_world()] if mesh.size() == _world().size() else mesh.get_all_groups()
+            world = dist.group.WORLD  # one all-reduce instead of one per axis of the mesh
+            groups += [world] if world is not None and mesh.size() == world.size() else mesh.get_all_groups()
         groups += [each.process_group for each in replicas]
     elif isinstance(process_group, str) and process_group == "local":
         groups = []
@@ -171,8 +167,8 @@ def ranks_of(
             "process_group must be None, 'local' or a torch.distributed.ProcessGroup, got "
             f"{process_group!r}. Of a DeviceMesh give mesh.get_group()."
         )
-    if process_group is not None:
-        members = set(dist.get_process_group_ranks(process_group)) if groups else {_rank()}
+    if process_group is not None and meshes:
+        members = set(dist.get_process_group_ranks(process_group) if groups else [dist.get_rank()])
         missing = sorted(set().union(*(mesh.mesh.flatten().tolist() for mesh in meshes)) - members)
         if missing:
             raise ValueError(
@@ -197,16 +193,6 @@ def _without_subsets(groups: Sequence[dist.ProcessGroup]) -> list[dist.ProcessGr
         if len(members[group]) > 1 and not any(members[group] <= members[each] for each in kept):
             kept.append(group)
     return kept
-
-
-def _world() -> dist.ProcessGroup:
-    world = dist.group.WORLD
-    assert world is not None, "a DTensor has a mesh, and a mesh a process group"
-    return world
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _processes() -> int:

@@ -124,10 +124,6 @@ class GroupRate:
         initial_lr = self.read("initial_lr")
         return share if "max_lr" in self.group or initial_lr == self.written_lr else initial_lr
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles keep: versions of tensors start again in them."""
-        return {**self.__dict__, "_read": {}}
-
 
 class LearningRates:
     """Reads and writes the learning rates of an optimizer's parameter groups, which it recognises by identity.
@@ -148,11 +144,7 @@ class LearningRates:
             rate.group.update(rate.to_numbers())
 
     def load_from(self, groups: Iterable[Group]) -> bool:
-        """Read what :meth:`save` has written to the groups, and forget everything else.
-
-        Returns:
-            Whether any group carried numbers. If not, call :meth:`begin`.
-        """
+        """Read what :meth:`save` has written to the groups; return whether any carried numbers, or forget all."""
         self._rates = [GroupRate.from_numbers(group) for group in groups if _KEYS["ratio"] in group]
         return bool(self._rates)
 
@@ -179,10 +171,7 @@ class LearningRates:
     # --- groups ------------------------------------------------------------------------------------------------------
 
     def begin(self, groups: Sequence[Group]) -> float:
-        """Start with groups of which nothing is remembered.
-
-        Returns:
-            α, the learning rate of the first unfrozen group without a scheduler's factor; 0 if all are frozen.
+        """Start with groups of which nothing is remembered, and return α; 0 if all are frozen.
 
         Raises:
             ValueError: If a learning rate is negative or not finite.
@@ -196,11 +185,6 @@ class LearningRates:
         A group with an lr joins at the ratio of that to the lr which the first unfrozen group shows now, whether or
         not a scheduler wrote it. A group without one joins at ratio 1. If a scheduler is attached, the group gets the
         first group's factor. If all other groups are frozen, α becomes the group's own lr at the next step.
-
-        Args:
-            group: The new group.
-            lr: The learning rate α.
-            brings_lr: Whether the user gave the group an lr.
 
         Raises:
             ValueError: If its learning rate is negative or not finite.
@@ -249,13 +233,8 @@ class LearningRates:
     def update(self, groups: Sequence[Group], lr: float, default_lr: Any) -> float | None:
         """Take in what others did since the last step: groups that came or went, schedulers, manual values.
 
-        Args:
-            groups: The optimizer's parameter groups.
-            lr: The learning rate α.
-            default_lr: The learning rate that the base optimizer gives to a group without one.
-
         Returns:
-            The new α if the user wrote a learning rate, else None.
+            The new α if the user wrote a learning rate, else None. Groups whose lr is ``default_lr`` brought none.
 
         Raises:
             ValueError: If a learning rate is negative or not finite.
@@ -322,12 +301,7 @@ class LearningRates:
                 rate.write(before)
 
     def settle(self, lr: float, used: Sequence[float]) -> None:
-        """End a step: write α to the groups that no scheduler writes.
-
-        Args:
-            lr: The learning rate α from now on.
-            used: The learning rate of each group in the step that was taken.
-        """
+        """End a step that ``used`` these learning rates: write α to the groups that no scheduler writes."""
         for rate, taken in zip(self._rates, used, strict=True):
             share, shown = lr * rate.ratio, rate.group["lr"]
             if type(shown) is float and shown == rate.written_lr == rate.last_lr == share == taken:

@@ -68,8 +68,10 @@ class _Snapshot:
 
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[Tensor] = ()) -> None:
         self._buffers = {module: buffers_of(module) for module in modules}
-        held = (each for buffers in self._buffers.values() if buffers for each in buffers.values())
-        self.contents = {each: _copy(each) for each in dict.fromkeys([*held, *others]) if each is not None}
+        held = (each for buffers in self._buffers.values() for each in buffers.values() if each is not None)
+        self.contents = {
+            each: each.detach().clone() for each in dict.fromkeys([*held, *others]) if _can_be_written(each)
+        }
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -78,22 +80,17 @@ class _Snapshot:
             if not _is_same(buffers_of(module), buffers):
                 put_buffers(module, buffers)
         for buffer, copy in self.contents.items():
-            if copy is not None:
-                if buffer.shape != copy.shape:
-                    buffer.resize_(copy.shape)
-                buffer.copy_(copy)
+            if buffer.shape != copy.shape:
+                buffer.resize_(copy.shape)
+            buffer.copy_(copy)
 
     def changed(self) -> list[nn.Module]:
         """Return the modules that hold other tensors or contents."""
-
-        def differs(buffer: Tensor | None) -> bool:
-            copy = None if buffer is None else self.contents[buffer]
-            return copy is not None and buffer is not None and not _equal(buffer, copy)
-
+        changed = {each for each, copy in self.contents.items() if not _equal(each, copy)}
         return [
             module
             for module, buffers in self._buffers.items()
-            if not _is_same(buffers_of(module), buffers) or any(map(differs, buffers.values()))
+            if not _is_same(buffers_of(module), buffers) or not changed.isdisjoint(buffers.values())
         ]
 
 
@@ -106,16 +103,13 @@ def _equal(buffer: Tensor, copy: Tensor) -> bool:
     """Whether a buffer has the contents of its copy; NaN equals itself."""
     if buffer.shape != copy.shape:
         return False
-    is_equal = buffer == copy
-    return bool((is_equal | ((buffer != buffer) & (copy != copy))).all())
+    return bool(torch.isclose(buffer, copy, rtol=0.0, atol=0.0, equal_nan=True).all())
 
 
-def _copy(buffer: Tensor) -> Tensor | None:
-    """Return a copy, or None if torch cannot write to the tensor in place or it has no contents."""
+def _can_be_written(buffer: Tensor) -> bool:
+    """Whether a tensor has contents, and torch can write to them in place: no elements share their memory."""
     if is_lazy(buffer) or buffer.is_nested or buffer.is_inference():
-        return None
-    if buffer.layout is torch.strided and any(
+        return False
+    return buffer.layout is not torch.strided or not any(
         size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
-    ):
-        return None  # expanded: several elements share their memory
-    return buffer.detach().clone()
+    )

@@ -29,17 +29,11 @@ _USED = "_gen_used_version"
 
 
 class Source(Enum):
-    """Where the gradients of a step come from.
+    """Where the gradients of a step come from."""
 
-    Attributes:
-        CLOSURE: The closure has called ``backward()`` or written them.
-        CALLER: The caller has computed them since the last step.
-        NONE: There are none, or only those that the last step has used.
-    """
-
-    CLOSURE = "closure"
-    CALLER = "caller"
-    NONE = "none"
+    CLOSURE = "the closure has called backward() or written them"
+    CALLER = "the caller has computed them since the last step"
+    NONE = "there are none, or only those that the last step has used"
 
 
 class GradientWatch:
@@ -52,16 +46,13 @@ class GradientWatch:
 
     A class with ``__enter__`` because each lazy step uses one: a generator would take twice as long.
 
-    Args:
-        groups: The optimizer's parameter groups.
-
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> groups = [{"params": [weight]}]
         >>> with GradientWatch(groups) as watch:
         ...     loss = weight.sum()  # a closure that does not call backward()
         >>> watch.find(loss)
-        <Source.NONE: 'none'>
+        <Source.NONE: 'there are none, or only those that the last step has used'>
         >>> watch.differentiate(loss)
         True
         >>> weight.grad
@@ -98,11 +89,7 @@ class GradientWatch:
         self._has_accumulated = True
 
     def find(self, loss: Loss) -> Source:
-        """Return where the gradients of this step come from.
-
-        Args:
-            loss: The return value of the closure. If it has no graph, gradients that are all zero count, too.
-        """
+        """Return where the gradients come from. If ``loss`` has no graph, gradients that are all zero count, too."""
         if self._has_accumulated:
             return Source.CLOSURE
         parameter = _first_with_gradient(self._groups)
@@ -123,11 +110,8 @@ class GradientWatch:
     def differentiate(self, loss: Loss) -> bool:
         """Compute the gradients of ``loss``, for a closure that has provided none.
 
-        Args:
-            loss: The return value of the closure: a tensor that has a graph.
-
         Returns:
-            Whether there are parameters that it could be differentiated by.
+            Whether any parameter is trained.
 
         Raises:
             TypeError: If the loss is a plain number.
@@ -162,9 +146,6 @@ class GradientOrigin:
 
     Each backward pass adds the scalars that it differentiates. If there were gradients before the first one, or
     if they were written to in between or afterwards, the scalars are unknown.
-
-    Args:
-        groups: The optimizer's parameter groups.
 
     Attributes:
         saw_backward: Whether a backward pass has come to its end.

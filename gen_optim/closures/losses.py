@@ -20,26 +20,14 @@ Closure = Callable[[], Any]
 
 
 def check_callable(name: str, value: Closure | None) -> Closure | None:
-    """Return ``value`` if it can be called or is None.
-
-    Args:
-        name: The argument's name, for the error message.
-        value: The argument.
-
-    Raises:
-        TypeError: If ``value`` cannot be called.
-    """
+    """Return the argument ``name`` if it can be called or is None; raise a TypeError if not."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a callable that returns the loss, or None, got {type(value).__name__}")
     return value
 
 
 def check_loss(loss: Any, caller: str) -> Loss:
-    """Return ``loss`` if it is one.
-
-    Args:
-        loss: The return value of a closure.
-        caller: The closure's name, for the error message.
+    """Return ``loss``, the return value of ``caller``, if it is one.
 
     Raises:
         TypeError: If ``loss`` is neither a real number nor a floating-point tensor with one element.

@@ -23,7 +23,6 @@ __all__ = [
     "is_fully_sharded",
     "live_modules",
     "owners_of",
-    "owns",
     "parameters_of",
     "put_buffers",
     "release",
@@ -34,14 +33,7 @@ _FSDP = "torch.distributed.fsdp"
 
 
 def check_modules(modules: Any) -> tuple[nn.Module, ...]:
-    """Return the option ``modules`` as a tuple.
-
-    Args:
-        modules: A module, or modules.
-
-    Raises:
-        TypeError: If it is neither.
-    """
+    """Return the option ``modules`` as a tuple; raise a TypeError if it is neither a module nor modules."""
     if isinstance(modules, nn.Module):
         return (modules,)
     advice = "must be a torch.nn.Module or a sequence of them"
@@ -50,12 +42,9 @@ def check_modules(modules: Any) -> tuple[nn.Module, ...]:
     found = tuple(modules)
     for each in found:
         if not isinstance(each, nn.Module):
-            raise TypeError(f"modules {advice}, got one that contains {_described(each)}")
+            came = f"a class, {each.__name__}" if isinstance(each, type) else type(each).__name__
+            raise TypeError(f"modules {advice}, got one that contains {came}")
     return found
-
-
-def _described(value: Any) -> str:
-    return f"a class, {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -90,18 +79,13 @@ def owners_of(parameters: Iterable[Tensor]) -> list[nn.Module]:
         for child in children_of(module):
             parents.setdefault(id(child), []).append(module)
     found: dict[nn.Module, None] = {}
-    rising = [each for each in modules if owns(each, wanted)]
+    rising = [each for each in modules if not wanted.isdisjoint(map(id, parameters_of(each)))]
     while rising:
         module = rising.pop()
         if module not in found:
             found[module] = None
             rising += parents.get(id(module), [])
     return list(found)
-
-
-def owns(module: nn.Module, wanted: set[int]) -> bool:
-    """Whether one of a module's own parameters has one of these ids."""
-    return any(id(parameter) in wanted for parameter in parameters_of(module))
 
 
 def parameters_of(module: nn.Module) -> list[Tensor]:
@@ -134,9 +118,6 @@ class ParallelModules:
 
     ``DistributedDataParallel`` broadcasts buffers before a forward pass and prepares a backward pass after it.
     ``fully_shard`` gathers parameters, and records their order. A probe runs no backward pass to end that.
-
-    Args:
-        modules: The modules that the closure may call.
 
     Raises:
         RuntimeError: If one of them is a FullyShardedDataParallel, whose parameters cannot be found.
@@ -192,11 +173,7 @@ def is_fully_sharded(module: nn.Module) -> bool:
 
 
 def check_twice_differentiable(parameters: Iterable[Tensor]) -> None:
-    """Refuse parameters whose loss cannot be differentiated twice.
-
-    Raises:
-        RuntimeError: If ``fully_shard`` has been applied to a module that owns one of them.
-    """
+    """Raise a RuntimeError if ``fully_shard``, whose gradients have no graph, has sharded one of the parameters."""
     if _FSDP in sys.modules and any(map(is_fully_sharded, owners_of(parameters))):
         raise RuntimeError(
             "mode='exact' differentiates the loss twice, which fully_shard does not support: the gradients that it "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -68,18 +68,8 @@ class ClosureCaller:
         self._owners: list[weakref.ref[nn.Module]] = []
         self._owned: frozenset[int] | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles keep the modules only."""
-        return type(self), (self.modules,)
-
     def call(self, closure: Closure, groups: Sequence[Group]) -> Loss:
         """Call ``closure`` with gradients enabled, and differentiate its loss if it has not provided gradients.
-
-        Nothing of torch is replaced.
-
-        Args:
-            closure: The closure.
-            groups: The optimizer's parameter groups.
 
         Raises:
             TypeError: If the closure does not return a loss, or returns one without a graph and there are no gradients.
@@ -97,17 +87,13 @@ class ClosureCaller:
         infinite, or its batch is empty. The same holds for a closure that returns a loss that is not finite, or a
         tensor without a graph, before it has shown what it does. There are no gradients in such a step.
 
-        Args:
-            closure: The closure. Closures of the same code count as one, since loops define a new one per batch.
-            loss: What it has returned.
-            watch: The gradients before and after the call.
-
         Returns:
             Whether ``loss`` has been differentiated.
 
         Raises:
             TypeError: If there are no gradients to use, and the loss is a plain number.
         """
+        # Closures of the same code count as one, since loops define a new one per batch.
         code = getattr(getattr(closure, "func", closure), "__code__", type(closure))
         source = watch.find(loss)
         if source is not Source.NONE:
@@ -135,14 +121,11 @@ class ClosureCaller:
             )
 
     def owners(self, parameters: Sequence[Tensor]) -> list[nn.Module]:
-        """Return the modules that a closure is known to call: ``modules``, the parameters' owners, all below them.
+        """Return the modules that a closure is known to call: ``modules``, the owners of parameters, all below them.
 
         If ``modules`` own all of the parameters, no others are looked for. Otherwise, and always under
         ``torch.distributed``, all modules alive are looked through for the owners and those above them, such as a
         DistributedDataParallel; once per set of parameters.
-
-        Args:
-            parameters: All parameters of the optimizer.
         """
         wanted = frozenset(map(id, parameters))
         named = with_children(self.modules)
@@ -163,15 +146,15 @@ class ClosureCaller:
         *,
         tolerance: float,
     ) -> Session:
-        """Begin the closure calls of a probe step; see :class:`Session` for the arguments."""
+        """Begin the closure calls of a probe step; the arguments are those of :class:`Session`."""
         return Session(self, groups, probed, probed_name, ranks, tolerance=tolerance)
 
 
 class Session:
-    """The closure calls of one probe step; made by :meth:`ClosureCaller.session`.
+    """The closure calls of one probe step.
 
     Args:
-        caller: The optimizer's caller.
+        caller: What is known of the optimizer's closures.
         groups: The optimizer's parameter groups.
         probed: The closure that probes call.
         probed_name: The name of the argument that ``probed`` comes from, for error messages.
@@ -200,10 +183,10 @@ class Session:
         self._caller, self._groups, self.ranks, self._tolerance = caller, groups, ranks, tolerance
         self._probed, self._probed_name = probed, probed_name
         self._parameters: list[Tensor] = [each for group in groups for each in group["params"]]
-        modules = caller.owners(self._parameters)
-        self.modules = modules
-        self._parallel = ParallelModules(modules)
-        self._buffers = Buffers(modules)
+        self._sign = -1.0 if groups[0].get("maximize") else 1.0
+        self.modules = caller.owners(self._parameters)
+        self._parallel = ParallelModules(self.modules)
+        self._buffers = Buffers(self.modules)
         self._devices = random_devices(self._parameters)
         self._device_types = {each.device.type for each in self._parameters} - {"meta"}
         self._random_before = RandomStreams(self._devices)
@@ -304,13 +287,12 @@ class Session:
             RuntimeError: If a call has failed on another rank; a rank whose own call has failed raises that.
         """
         numbers = self.ranks.mean([*losses, *others])
-        sign = -1.0 if self._groups[0].get("maximize") else 1.0
-        return [sign * each for each in numbers[: len(losses)]], numbers[len(losses) :]
+        return [self._sign * each for each in numbers[: len(losses)]], numbers[len(losses) :]
 
     @property
     def worst(self) -> float:
         """The loss that is infinitely bad: −∞ under ``maximize``."""
-        return -math.inf if self._groups[0].get("maximize") else math.inf
+        return self._sign * math.inf
 
     def rounding(self, losses: Sequence[Loss]) -> float:
         """Return the relative error of losses of this step, on this rank."""
@@ -322,7 +304,7 @@ class Session:
 
     def rewind(self) -> None:
         """Put buffers and random streams back to where the first call found them."""
-        self._buffers.rewind()
+        self.revert_buffers()
         self._random_before.restore()
 
     def parameters(self) -> list[Tensor]:
@@ -345,23 +327,21 @@ class Session:
         then all ranks fail. Later failures may be those of one rank.
         """
         caller = self._caller
-        if not caller.needs_graph:
+        with_graph = caller.needs_graph is True
+        try:
+            loss = self._replay(with_graph=with_graph)
+        except RuntimeError as error:
+            if with_graph or (len(self.ranks) > 1 and caller.needs_graph is False):
+                raise
+            with_graph = True
             try:
-                loss = self._replay(with_graph=False, on_backward=_ignore)
-            except RuntimeError as error:
-                if len(self.ranks) > 1 and caller.needs_graph is False:
-                    raise
-                try:
-                    loss = self._replay(with_graph=True, on_backward=_ignore)
-                except Exception:  # noqa: BLE001 - the first error is raised
-                    raise error from None
-                caller.needs_graph = True
-                return loss
-            caller.needs_graph = False
-            return loss
-        return self._replay(with_graph=True, on_backward=_ignore)
+                loss = self._replay(with_graph=True)
+            except Exception:  # noqa: BLE001 - the first error is raised
+                raise error from None
+        caller.needs_graph = with_graph
+        return loss
 
-    def _replay(self, *, with_graph: bool, on_backward: BackwardHandler) -> Loss:
+    def _replay(self, *, with_graph: bool, on_backward: BackwardHandler = lambda _run, _scalars: None) -> Loss:
         """Call the probed closure in the state that the first call found."""
         self.rewind()
         # Before each probe: a ``backward`` that was imported by name is not replaced, and writes to them.
@@ -388,7 +368,3 @@ class Session:
 
     def _intercepting(self, on_backward: BackwardHandler, *, is_probe: bool = False) -> Interception:
         return Interception(on_backward, self._computed_in, self._device_types, is_probe=is_probe)
-
-
-def _ignore(run: Callable[[], None], scalars: Callable[[], list[Tensor]]) -> None:
-    """Do nothing in place of a backward pass."""

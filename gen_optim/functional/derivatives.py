@@ -160,9 +160,10 @@ def derivatives_along(
     def loss_of(theta: dict[str, Tensor]) -> Tensor:
         return _check_loss(loss_fn({**still, **theta}))
 
+    streams = None
     if not torch.compiler.is_compiling():
         _load_forward_mode()
-    streams = None if torch.compiler.is_compiling() else RandomStreams(random_devices(params.values()))
+        streams = RandomStreams(random_devices(params.values()))
     with sdpa_kernel(SDPBackend.MATH), _uncompiled():
         try:
             value, slope, curvature = _forward_over_reverse(loss_of, moving, direction)

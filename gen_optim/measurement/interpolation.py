@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gen_optim.tensors.dtensor import is_dtensor, local, placed_like
 from gen_optim.tensors.foreach import clone, copy, lerp, near, room_for
+from gen_optim.tensors.interrupts import despite_interrupts
 
 __all__ = ["Interpolation", "movable"]
 
@@ -92,11 +94,7 @@ class Interpolation:
 
     def settle(self, multiples: Sequence[float]) -> None:
         """Write for good, one multiple per group. An interrupt in the middle is raised when everything is written."""
-        try:
-            self._write(multiples)
-        except BaseException:
-            self._write(multiples)
-            raise
+        despite_interrupts(partial(self._write, multiples))
 
     @torch.no_grad()
     def _write(self, multiples: Sequence[float]) -> None:

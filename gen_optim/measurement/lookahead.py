@@ -95,9 +95,7 @@ def searched_lr(failures: int) -> float:
     """The learning rate of the step along which an initial learning rate is searched.
 
     It is large because the direction is a difference of parameters, whose rounding would drown that of a small step. It
-    is larger after each search that found nothing, in case the gradients are very small, in a cycle of eleven.
-
-    Args:
-        failures: How many searches have found nothing; −1 stands for the largest learning rate.
+    is larger after each search that found nothing, in case the gradients are very small, in a cycle of eleven. −1
+    failures give the largest.
     """
     return _REACH ** (failures % 11)

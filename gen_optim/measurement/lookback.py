@@ -75,12 +75,8 @@ def parabola_from_end(lr: float, start: float, end: float, slope_at_end: float, 
 
     With g(1) and g′(1) at the end, in units of the step, g″ = 2 (g′(1) − g(1) + g(0)) and g′(0) = g′(1) − g″.
 
-    Args:
-        lr: The learning rate of the step.
-        start: The loss where it began.
-        end: The loss where it ended.
-        slope_at_end: The derivative of the loss there along the whole step; positive if it rises.
-        rounding: The relative error of a loss.
+    ``slope_at_end`` is the derivative along the whole step, positive if the loss rises; ``rounding`` is the relative
+    error of a loss.
 
     Example:
         >>> parabola = parabola_from_end(0.5, start=1.0, end=0.5, slope_at_end=-0.5)  # 1 − 0.5 s, a straight line

@@ -33,23 +33,18 @@ class StepLoss:
     A mode evaluates it where it likes, at most once per point. Losses stay on their device until :meth:`read` averages
     them over the processes that train the model together and turns them into numbers to be minimised.
 
-    Args:
-        path: The step.
-        lr: Its learning rate.
-        session: The calls of the closure.
-        losses: Losses that are known already, by multiple; None is ignored.
-        end_slope: The derivative of the loss along the whole step at its end; None if it is not known.
-        differentiated: Scalars whose sum the gradients at the end belong to, if ``end_slope`` is known.
-        valid: The multiple at which the first call of the step has succeeded.
+    The argument ``losses`` has what is known already, None being ignored; ``valid`` is the multiple at which the first
+    call of the step has succeeded.
 
     Attributes:
-        failure: The first exception that a point of the step has raised; None if there was none.
         path: The step.
         lr: Its learning rate.
         session: The calls of the closure.
         losses: The losses evaluated so far, by multiple of the step.
-        end_slope: As above; of DTensors this rank's share, so that its mean over the ranks is the slope.
-        differentiated: As above.
+        end_slope: The derivative of the loss along the whole step at its end; None if it is not known. Of DTensors it
+            is this rank's share, whose mean over the ranks is the slope.
+        differentiated: Scalars whose sum the gradients at the end belong to, if ``end_slope`` is known.
+        failure: The first exception that a point of the step has raised; None if there was none.
     """
 
     def __init__(
@@ -118,14 +113,9 @@ class StepLoss:
         return loss
 
     def read(self, losses: Sequence[Loss], others: Sequence[Loss] = ()) -> tuple[list[float], list[float]]:
-        """Losses and derivatives of the loss as numbers to be minimised, averaged over the ranks by one all-reduce.
+        """Losses and their derivatives as numbers to be minimised, averaged over the ranks by one all-reduce.
 
-        Args:
-            losses: What ``maximize=True`` negates.
-            others: Numbers that it does not.
-
-        Returns:
-            Both as numbers, the same on all ranks.
+        ``maximize=True`` negates ``losses``, and not ``others``.
         """
         return self.session.read(losses, others)
 

@@ -57,7 +57,7 @@ class StartPoint:
         self._swapped: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._starts: list[Tensor] = []
         self._marks: list[tuple[int, int]] | None = None
-        self._length: float | None = None
+        self._length = 0.0
         self._fingerprint_expected = 0
 
     def present_copies(self, parameters: Sequence[Tensor], *, on_host: bool) -> list[Tensor] | None:
@@ -81,7 +81,7 @@ class StartPoint:
                 convex set that holds the start point. The step then ends where these leave the parameters.
         """
         self._marks = self._present_marks()
-        self._length = self._present_length() if measures_length else None
+        self._length = self._present_length() if measures_length else 0.0
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these parameters made the step, and nothing has written to them since.
@@ -97,9 +97,10 @@ class StartPoint:
 
     def is_intact(self) -> bool:
         """Whether nothing has written to the parameters since their step."""
-        kind = _kind if self._on_host else _kind_and_device  # copies on the host serve any device
-        if list(map(kind, self._copies)) != list(map(kind, self._locals())):
-            return False
+        for kept, present in zip(self._copies, self._locals(), strict=True):
+            is_near = self._on_host or kept.device == present.device  # copies on the host serve any device
+            if kept.shape != present.shape or kept.dtype != present.dtype or not is_near:
+                return False
         if self._fingerprint_expected:  # loaded or copied: tensor versions began again
             if self._fingerprint_expected != self.fingerprint():
                 return False
@@ -107,20 +108,19 @@ class StartPoint:
             self.arrive()
         if self._marks is None or self._marks == self._present_marks():
             return True
-        length = self._length and self._present_length()
-        return length is not None and self._length is not None and 0.0 < length <= 1.001 * self._length
+        return self._length > 0.0 and 0.0 < self._present_length() <= 1.001 * self._length
 
     @torch.no_grad()
-    def _present_length(self) -> float | None:
-        """The distance between both ends of the step; None for DTensors, of which each rank sees its own part."""
+    def _present_length(self) -> float:
+        """The distance between both ends of the step; 0 for DTensors, of which each rank sees its own part."""
         if any(map(is_dtensor, self._parameters)):
-            return None
+            return 0.0
         squares = [
             (end - start).abs().double().square().sum()
             for ends, starts in chunks(self._locals(), self._copies)
             for end, start in zip(ends, near(starts, ends[0].device), strict=True)
         ]
-        return float(torch.stack([each.to(squares[0].device) for each in squares]).sum().sqrt()) if squares else None
+        return float(torch.stack([each.to(squares[0].device) for each in squares]).sum().sqrt()) if squares else 0.0
 
     def _present_marks(self) -> list[tuple[int, int]]:
         """What changes if a parameter is written, or gets other memory (``p.data = ...``)."""
@@ -154,7 +154,7 @@ class StartPoint:
             gradient = parameter.grad
             if gradient is not None and parameter.requires_grad:
                 parts = parts_of(gradient, parameter)
-                alike.setdefault(parts, []).append((_dense(local(gradient)), end, start))
+                alike.setdefault(parts, []).append((local(gradient).to_dense(), end, start))
             elif not torch.equal(near([start], end.device)[0], end):
                 return None
         shares = [parts * inner_product(*zip(*tensors, strict=True)) for parts, tensors in alike.items()]
@@ -213,11 +213,7 @@ class StartPoint:
     def load(cls, starts: dict[Tensor, Tensor], lr: float, fingerprint: int, *, on_host: bool = False) -> StartPoint:
         """The start point of a step whose other end is where the parameters are, or will be when the model is loaded.
 
-        Args:
-            starts: The start of the step by parameter.
-            lr: The learning rate of the step.
-            fingerprint: That of both ends, compared when the start point is used; 0 if it is unknown.
-            on_host: Whether the copies are in the host's memory.
+        ``fingerprint`` is compared with that of both ends when the start point is used; 0 if it is unknown.
         """
         point = cls([], lr, on_host=on_host)
         point._parameters = list(starts)
@@ -226,18 +222,6 @@ class StartPoint:
         ]
         point._fingerprint_expected = fingerprint
         return point
-
-
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
-
-
-def _kind_and_device(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -39,11 +39,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def placed_like(part: Tensor, tensor: Tensor) -> Tensor:
-    """Return the DTensor with the placements of ``tensor`` whose part on this rank is ``part``; no communication.
+    """Return the DTensor with the placements, shape and stride of ``tensor`` whose part on this rank is ``part``.
 
-    Args:
-        part: This rank's part.
-        tensor: A DTensor, whose placements, shape and stride the result has. For a plain tensor, ``part`` is returned.
+    For a plain tensor, ``part`` is returned. There is no communication.
     """
     if not is_dtensor(tensor):
         return part
@@ -64,13 +62,10 @@ def dot(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
     for :meth:`Ranks.mean`, which reduces other numbers anyway, so that split tensors are summed and replicated ones
     count once. Without DTensors the share is the inner product.
 
-    Args:
-        left: Tensors, such as gradients. None counts as zero.
-        right: Tensors of the same shapes. Next to a DTensor on the left, a DTensor with the same placements or this
-            rank's part of one.
+    None on the left counts as zero. Right of a DTensor is one with the same placements, or this rank's part of one.
 
     Returns:
-        A tensor without axes on the device of the tensors, in :func:`~gen_optim.tensors.foreach.summing_dtype`.
+        A tensor without axes on the device of the tensors, in :func:`~gen_optim.tensors.scalars.summing_dtype`.
 
     Raises:
         ValueError: If the lists have different lengths, or two tensors have different placements.
@@ -89,10 +84,8 @@ def parts_of(left: Tensor, right: Tensor) -> int:
     if not is_dtensor(left):
         return 1
     theirs = right.placements if is_dtensor(right) else [None] * len(left.placements)
-    sizes = [left.device_mesh.size(axis) for axis in range(left.device_mesh.ndim)]
-    return math.prod(
-        size for size, mine, other in zip(sizes, left.placements, theirs, strict=True) if _is_split(mine, other)
-    )
+    axes = zip(left.device_mesh.shape, left.placements, theirs, strict=True)
+    return math.prod(size for size, mine, other in axes if _is_split(mine, other))
 
 
 def _is_split(left: Placement, right: Placement | None) -> bool:

@@ -75,14 +75,7 @@ def _cut(row: Sequence[Tensor], limit: int) -> list[tuple[Tensor, ...]]:
 
 
 def room_for(tensor: Tensor, *, on_host: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """Allocate memory for a copy of a tensor.
-
-    Args:
-        tensor: The tensor.
-        on_host: Whether to allocate in the host's memory, pinned if the tensor is on a CUDA device; otherwise on the
-            tensor's device.
-        dtype: The dtype, if it is not the tensor's.
-    """
+    """Allocate memory for a copy of a tensor, on its device or in the host's memory, pinned for a CUDA device."""
     if on_host:
         return torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda)
     return torch.empty_like(tensor, dtype=dtype)
@@ -116,11 +109,7 @@ def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def lerp(targets: Sequence[Tensor], starts: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
     """Write ``torch.lerp(start, end, weight)`` to each target, with the same bits.
 
-    Args:
-        targets: Tensors to write to.
-        starts: Values at weight 0, on the targets' devices or on the host.
-        ends: Values at weight 1, on the targets' devices or on the host.
-        weight: Any number; 0 and 1 give the exact start and end.
+    Weights 0 and 1 give the exact start and end, which may be on the host.
     """
     are_apart = any(start.device != target.device for start, target in zip(starts, targets, strict=True))
     for target, start, end in chunks(targets, starts, ends, cut=are_apart):
@@ -136,10 +125,7 @@ def lerp(targets: Sequence[Tensor], starts: Sequence[Tensor], ends: Sequence[Ten
 def inner_product(gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensor:
     """Return the real part of ⟨gradients, ends − starts⟩, without temporaries as large as the tensors.
 
-    Args:
-        gradients: One tensor per parameter.
-        ends: Tensors of the same shapes and devices.
-        starts: Tensors of the same shapes, on the same devices or on the host.
+    ``starts`` may be on the host.
 
     Returns:
         A tensor without axes in :func:`~gen_optim.tensors.scalars.summing_dtype`, on the device of the first tensors; 0

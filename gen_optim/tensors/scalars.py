@@ -21,9 +21,6 @@ def summing_dtype(device: torch.device) -> torch.dtype:
 def to_floats(numbers: Sequence[Scalar]) -> list[float]:
     """Read numbers from whatever devices they are on, with at most one transfer per device.
 
-    Args:
-        numbers: Numbers and one-element tensors.
-
     Example:
         >>> to_floats([1.0, torch.tensor([2.5])])
         [1.0, 2.5]
