@@ -83,7 +83,7 @@ def room_for(tensor: Tensor, *, on_host: bool, dtype: torch.dtype | None = None)
 
 def clone(tensor: Tensor, *, on_host: bool) -> Tensor:
     """Copy a tensor, on its device or in the host's memory."""
-    return room_for(tensor, on_host=on_host).copy_(tensor)
+    return room_for(tensor, on_host=True).copy_(tensor) if on_host else tensor.clone()
 
 
 def near(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
