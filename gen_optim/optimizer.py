@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from itertools import chain
 from typing import Any, Literal
 
@@ -376,6 +377,36 @@ class GeNOptimizer(OptimizerWrapper):
         return self.average
 
     # --- what it is, and what it does ---------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        """What it is doing, what it is made of, and the options of the groups."""
+        controller, record = self._context.controller, self.last_probe
+        rates = ", ".join(f"{rate:.3g}" for rate in self.get_last_lr())
+        if any("initial_lr" in group for group in self.param_groups):
+            rates += f" ({controller.state.lr:.3g} found, times the scheduler's factor)"
+        if record is not None:
+            status = f"{record.status.value} at step {record.step}"
+        else:
+            status = "nothing measured " + ("since it was loaded" if controller.state.probes else "yet")
+        options = ", ".join(
+            f"{field.name}={value!r}"
+            for field in fields(self.rule)
+            if field.name != "period" and (value := getattr(self.rule, field.name)) != field.default
+        )
+        facts = {
+            "learning rate": rates,
+            "status": status,
+            "step": controller.state.step,
+            "base": type(self.base_optim).__name__,
+            "mode": self.mode,
+            "rule": type(self.rule).__name__ + (f"({options})" if options else ""),
+            "period": self.rule.period,
+        }
+        lines = [f"{type(self).__name__} (", *(f"    {name}: {fact}" for name, fact in facts.items())]
+        for index, group in enumerate(self.param_groups):
+            own = sorted(name for name in group if name not in ("params", "lr") and not name.startswith("gen_"))
+            lines += [f"Parameter Group {index}", *(f"    {name}: {group[name]}" for name in own)]
+        return "\n".join([*lines, ")"])
 
     @property
     def mode(self) -> Mode:

@@ -7,7 +7,7 @@ legible in grey.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from gen_optim.rules import Parabola, ProbeStatus
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_history", "plot_loss_along"]
+__all__ = ["plot_history", "plot_loss_along", "summary"]
 
 _MARKS: dict[ProbeStatus, tuple[str, str]] = {
     ProbeStatus.STARTED: ("*", "initial learning rate found"),
@@ -125,9 +125,7 @@ def plot_history(
         >>> panels = plot_history({"AdamW": first, "SGD": second})  # doctest: +SKIP
     """
     runs = {"": history} if isinstance(history, History) else dict(history)
-    panels = _axes(2, len(runs)) if ax is None else np.asarray(ax, dtype=object)
-    if panels.shape != (2, len(runs)):
-        raise ValueError(f"ax must hold axes of shape {(2, len(runs))}, one column per run, got shape {panels.shape}")
+    panels = _panels(2, len(runs), ax, of="one column per run")
     for (above, below), (name, run) in zip(panels.T, runs.items(), strict=True):
         _draw_loss(above, run)
         _draw_learning_rate(below, run)
@@ -137,10 +135,43 @@ def plot_history(
     return panels
 
 
+def summary(history: History, *, ax: npt.NDArray[np.object_] | None = None) -> npt.NDArray[np.object_]:
+    """Draw what the probe steps of a run have seen and decided: loss, learning rate, slope and curvature.
+
+    Probe steps that did not end with a fitted parabola are marked on the learning rate. Slope and curvature are along
+    the direction, per unit of learning rate. Their scales are logarithmic; negative values have a mark of their own.
+
+    Args:
+        history: The history of the run.
+        ax: Axes of shape ``(2, 2)``; new ones by default.
+
+    Returns:
+        The axes, shape ``(2, 2)``: loss and slope above, learning rate and curvature below.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If ``ax`` has another shape.
+
+    Example:
+        >>> panels = summary(history)  # doctest: +SKIP
+        >>> panels[0, 0].figure.savefig("run.png")  # doctest: +SKIP
+    """
+    panels = _panels(2, 2, ax, of="loss and slope above, learning rate and curvature below", sharey="none")
+    (loss, slope), (learning_rate, curvature) = panels
+    _draw_loss(loss, history)
+    _draw_learning_rate(learning_rate, history)
+    _draw_signed(slope, history, "slope")
+    _draw_signed(curvature, history, "curvature")
+    curvature.set_xlabel("step")
+    for panel, name in ((loss, "loss"), (learning_rate, "learning rate")):
+        panel.set_ylabel(name)
+    return panels
+
+
 def _draw_loss(ax: Axes, run: History) -> None:
-    losses = [record.losses[record.multiples.index(0.0)] for record in run]
+    losses = run.column("loss")
     ax.plot(run.column("step"), losses, "-", color="0.15", linewidth=1.2)
-    if losses and min(losses) > 0:
+    if len(losses) and losses.min() > 0:
         ax.set_yscale("log")
     ax.grid(alpha=0.25)
 
@@ -161,6 +192,19 @@ def _draw_learning_rate(ax: Axes, run: History) -> None:
     ax.set_xlabel("step")
     ax.grid(alpha=0.25)
     ax.legend(frameon=False, fontsize="small")
+
+
+def _draw_signed(ax: Axes, run: History, name: str) -> None:
+    """Draw a number of either sign by its size, on a logarithmic scale."""
+    steps, values = run.column("step"), run.column(name)
+    for signed, marker, label in ((values, ".", "above 0"), (-values, "x", "below 0, without its sign")):
+        shown = signed > 0  # not NaN
+        if shown.any():
+            ax.plot(steps[shown], signed[shown], marker, color="0.15", markersize=4, label=label)
+            ax.legend(frameon=False, fontsize="small")
+    ax.set_yscale("log")
+    ax.set_ylabel(name)
+    ax.grid(alpha=0.25)
 
 
 def _keep_in_view(ax: Axes, losses: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64]) -> None:
@@ -186,10 +230,22 @@ def _grey(ax: Axes) -> str:
     return ("0.1", "0.5", "0.7")[drawn % 3]
 
 
-def _axes(rows: int, columns: int) -> Any:
+def _panels(
+    rows: int, columns: int, ax: npt.NDArray[np.object_] | None, *, of: str, sharey: Literal["row", "none"] = "row"
+) -> npt.NDArray[np.object_]:
+    """The axes given if they have this shape, or new ones."""
+    panels: npt.NDArray[np.object_] = _axes(rows, columns, sharey) if ax is None else np.asarray(ax, dtype=object)
+    if panels.shape != (rows, columns):
+        raise ValueError(f"ax must hold axes of shape {(rows, columns)}, {of}, got shape {panels.shape}")
+    return panels
+
+
+def _axes(rows: int, columns: int, sharey: Literal["row", "none"] = "row") -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError("gen_optim.plotting needs matplotlib: pip install matplotlib") from error
     size = (5.5 * columns, 3.5 * rows)
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, sharex="col", sharey="row", layout="constrained")[1]
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, sharex="col", sharey=sharey, layout="constrained")[
+        1
+    ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,39 @@ class ProbeRecord:
             loss_end=measurement.loss_end,
         )
 
+    @property
+    def loss(self) -> float:
+        """The loss where the step began; NaN if it was not evaluated."""
+        if self.loss_end is not None:  # looking back, the step begins where the measured one ended
+            return self.loss_end
+        return dict(zip(self.multiples, self.losses, strict=True)).get(0.0, math.nan)
+
+    def __str__(self) -> str:
+        """The record as a sentence.
+
+        Example:
+            >>> print(optimizer.last_probe)  # doctest: +SKIP
+            Step 57 (fitted): the last step took the loss from 0.41 to 0.388, the parabola is lowest at 0.0213, and the
+            learning rate goes from 0.0178 to 0.0187.
+        """
+        start = self.losses[self.multiples.index(0.0)] if 0.0 in self.multiples else math.nan
+        if self.loss_end is None:
+            losses = f"the loss is {self.loss:.3g}"
+        else:
+            losses = f"the last step took the loss from {start:.3g} to {self.loss_end:.3g}"
+        is_parabola = math.isfinite(self.slope)
+        if self.optimal_lr is not None:
+            lowest = f"{'the parabola' if is_parabola else 'it'} is lowest at {self.optimal_lr:.3g}"
+        else:
+            lowest = "the parabola has no lowest point" if is_parabola else "no lowest point was found"
+        if self.lr_before == self.lr_after:
+            rate = f"stays at {self.lr_after:.3g}"
+        else:
+            rate = f"goes from {self.lr_before:.3g} to {self.lr_after:.3g}"
+        factor = "" if self.factor == 1.0 else f", times the scheduler's factor {self.factor:.3g}"
+        status = self.status.value.replace("_", " ")
+        return f"Step {self.step} ({status}): {losses}, {lowest}, and the learning rate {rate}{factor}."
+
     def to_dict(self) -> dict[str, Any]:
         """The record as a dictionary of plain numbers, lists and strings.
 
@@ -135,13 +170,40 @@ class History:
         """A numeric field of all records, shape ``(len(self),)``; NaN where it is None.
 
         Args:
-            name: ``step``, ``slope``, ``curvature``, ``optimal_lr``, ``lr_before``, ``lr_after`` or ``factor``.
+            name: ``step``, ``loss``, ``slope``, ``curvature``, ``optimal_lr``, ``lr_before``, ``lr_after``, ``factor``
+                or another number of a :class:`ProbeRecord`.
 
         Raises:
             AttributeError: If records have no such field.
         """
         values = [getattr(record, name) for record in self.records]
         return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+    def columns(self) -> dict[str, list[Any]]:
+        """All records as the columns of a data frame, one row per probe step.
+
+        Numbers that are None are NaN, and a status is its value. ``multiples`` and ``losses``, which are of different
+        lengths, are left out; :meth:`to_dicts` has them.
+
+        Example:
+            >>> frame = pandas.DataFrame(history.columns())  # doctest: +SKIP
+        """
+        names = [
+            field.name for field in fields(ProbeRecord) if field.name not in ("multiples", "losses", "step", "status")
+        ]
+        numbers = {name: self.column(name).tolist() for name in ("loss", *names)}
+        steps, statuses = [record.step for record in self], [record.status.value for record in self]
+        return {"step": steps, "status": statuses, **numbers}
+
+    def save_csv(self, path: str | PathLike[str]) -> None:
+        """Write the :meth:`columns` to a CSV file with a header, for a spreadsheet; :meth:`save` keeps everything.
+
+        Example:
+            >>> history.save_csv("history.csv")  # doctest: +SKIP
+        """
+        columns = self.columns()
+        with Path(path).open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write all records to a file, one line of JSON each.

@@ -66,14 +66,52 @@ def test_hooks_fire_once_a_step_and_global_ones_for_wrapper_and_base() -> None:
     assert calls == ["global GeNOptimizer", "pre", *inner, "post", "after GeNOptimizer"]
 
 
-def test_zero_grad_and_repr() -> None:
+def test_zero_grad() -> None:
     training = Training.of(gen_sgd)
     training.loss().backward()
     training.optimizer.zero_grad(set_to_none=False)
     assert all(not parameter.grad.any() for parameter in training.model.parameters())
     training.optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in training.model.parameters())
-    assert repr(training.optimizer).startswith("GeNOptimizer (\nParameter Group 0\n")
+
+
+def test_repr_begins_with_what_it_is_doing_and_shows_no_internals() -> None:
+    layers = mlp()
+    groups = [{"params": layers[0].parameters(), "lr": 1e-3}, {"params": layers[-1].parameters(), "lr": 2e-3}]
+    training = Training.of(lambda _: GeNOptimizer(torch.optim.SGD(groups, momentum=0.9), period=4), layers)
+    optimizer = training.optimizer
+    assert repr(optimizer).splitlines() == [
+        "GeNOptimizer (",
+        "    learning rate: 0.001, 0.002",
+        "    status: nothing measured yet",
+        "    step: 0",
+        "    base: SGD",
+        "    mode: LookBack(tolerance=8.0)",
+        "    rule: RelaxedRule",
+        "    period: 4",
+        *("Parameter Group 0", *(f"    {key}: {value}" for key, value in sorted(sgd_options(optimizer).items()))),
+        *("Parameter Group 1", *(f"    {key}: {value}" for key, value in sorted(sgd_options(optimizer).items()))),
+        ")",
+    ]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    training.train(2, scheduler)
+    lines = repr(optimizer).splitlines()
+    rates = ", ".join(f"{each:.3g}" for each in optimizer.get_last_lr())
+    found = optimizer.last_probe.lr_after
+    assert lines[1] == f"    learning rate: {rates} ({found:.3g} found, times the scheduler's factor)"
+    assert lines[2] == f"    status: {optimizer.last_probe.status.value} at step {optimizer.last_probe.step}"
+    assert lines[3] == "    step: 2"
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert repr(optimizer).splitlines()[2] == "    status: nothing measured since it was loaded"
+
+
+def test_repr_shows_the_options_of_the_rule_that_are_not_its_defaults() -> None:
+    optimizer = gen_sgd([torch.nn.Parameter(torch.ones(1))], rule="published", smoothing=0.5, period=2)
+    assert "    rule: PublishedRule(smoothing=0.5)\n    period: 2\n" in repr(optimizer)
+
+
+def sgd_options(optimizer: GeNOptimizer) -> dict[str, Any]:
+    return {name: value for name, value in optimizer.defaults.items() if name != "lr"}
 
 
 def test_no_module_is_left_with_a_hook_and_no_function_of_torch_replaced() -> None:

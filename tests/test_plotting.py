@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import matplotlib as mpl
@@ -18,7 +19,7 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 
 from gen_optim import History, ProbeRecord, ProbeStatus
-from gen_optim.plotting import plot_history, plot_loss_along
+from gen_optim.plotting import plot_history, plot_loss_along, summary
 from tests.training import Training, gen_adamw
 
 
@@ -141,6 +142,37 @@ def test_a_real_run_and_an_empty_one() -> None:
     below = plot_history(run)[1, 0]
     assert lines(below)["chosen"].get_ydata()[-1] == training.optimizer.last_probe.lr_after
     assert math.isclose(lines(below)["initial learning rate found"].get_ydata()[0], run[0].lr_after)
+
+
+def test_a_summary_shows_loss_learning_rate_slope_and_curvature_of_a_run() -> None:
+    started = replace(record(1, ProbeStatus.STARTED), slope=math.nan, curvature=math.nan)
+    concave = replace(record(3, ProbeStatus.CONCAVE), curvature=-2.0)
+    run = history(started, record(2, ProbeStatus.FITTED), concave)
+    panels = summary(run)
+    assert panels.shape == (2, 2)
+    (losses, slopes), (rates, curvatures) = panels
+    assert losses.get_lines()[0].get_ydata() == pytest.approx(run.column("loss"))
+    assert lines(rates)["chosen"].get_ydata() == pytest.approx([0.1, 0.2, 0.3])
+    assert lines(rates)["concave: grown"].get_xdata().tolist() == [3]
+    assert lines(slopes)["above 0"].get_xydata().tolist() == [[2.0, 1.0], [3.0, 1.0]]
+    assert "below 0, without its sign" not in lines(slopes)
+    assert lines(curvatures)["above 0"].get_xydata().tolist() == [[2.0, 1.0]]
+    assert lines(curvatures)["below 0, without its sign"].get_xydata().tolist() == [[3.0, 2.0]]
+    assert [ax.get_ylabel() for ax in panels.flat] == ["loss", "slope", "learning rate", "curvature"]
+
+
+def test_a_summary_of_a_real_run_and_of_an_empty_one_on_given_axes() -> None:
+    training, run = Training.of(gen_adamw), History()
+    training.optimizer.register_probe_hook(run)
+    summary(run)
+    training.train(60)
+    _, own = plt.subplots(2, 2)
+    assert (summary(run, ax=own) == own).all()
+    slopes = lines(own[0, 1])
+    drawn = sum(len(slopes[name].get_xdata()) for name in slopes if name in ("above 0", "below 0, without its sign"))
+    assert drawn == np.isfinite(run.column("slope")).sum() > 30
+    with pytest.raises(ValueError, match=r"ax must hold axes of shape \(2, 2\)"):
+        summary(run, ax=own[:1])
 
 
 def test_matplotlib_is_imported_only_when_something_is_drawn() -> None:

@@ -1,7 +1,10 @@
+import csv
 import json
 import math
 import pickle
 from dataclasses import MISSING, FrozenInstanceError, fields, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +120,37 @@ def test_statuses_are_told_apart_by_their_values() -> None:
     assert [ProbeStatus(status.value) for status in ProbeStatus] == list(ProbeStatus)
 
 
+def test_the_loss_is_that_where_the_step_began() -> None:
+    assert RECORD.loss == 1.0
+    assert replace(RECORD, loss_end=0.25).loss == 0.25
+    assert math.isnan(replace(RECORD, multiples=(1.0, 2.0, 3.0)).loss)
+
+
+LOOKED_BACK = {"loss_end": 0.75, "lr_after": 0.5, "factor": 0.25}
+NO_MINIMUM = {"status": ProbeStatus.NO_MINIMUM, "optimal_lr": None}
+STARTED = {"status": ProbeStatus.STARTED, "slope": math.nan}
+NON_FINITE = {"status": ProbeStatus.NON_FINITE_LOSS, "losses": (1, math.nan, 1), "slope": math.nan, "optimal_lr": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "losses", "lowest", "rate"),
+    [
+        ({}, "(fitted): the loss is 1", "the parabola is lowest at 1", "goes from 0.5 to 0.55."),
+        (
+            LOOKED_BACK,
+            "(fitted): the last step took the loss from 1 to 0.75",
+            "the parabola is lowest at 1",
+            "stays at 0.5, times the scheduler's factor 0.25.",
+        ),
+        (NO_MINIMUM, "(no minimum): the loss is 1", "the parabola has no lowest point", "goes from 0.5 to 0.55."),
+        (STARTED, "(started): the loss is 1", "it is lowest at 1", "goes from 0.5 to 0.55."),
+        (NON_FINITE, "(non finite loss): the loss is nan", "no lowest point was found", "goes from 0.5 to 0.55."),
+    ],
+)
+def test_a_record_is_printed_as_a_sentence(changes: dict[str, Any], losses: str, lowest: str, rate: str) -> None:
+    assert str(replace(RECORD, **changes)) == f"Step 9 {losses}, {lowest}, and the learning rate {rate}"
+
+
 def history_of(*of: ProbeRecord) -> History:
     history = History()
     for record in of:
@@ -146,6 +180,34 @@ def test_columns_of_an_empty_history_are_empty(name: str) -> None:
     column = History().column(name)
     assert column.shape == (0,)
     assert column.dtype == np.float64
+
+
+def test_columns_of_a_data_frame() -> None:
+    columns = history_of(RECORD, replace(RECORD, step=17, optimal_lr=None, loss_end=0.5)).columns()
+    assert list(columns) == [
+        *("step", "status", "loss", "slope", "curvature", "optimal_lr", "lr_before", "lr_after", "factor"),
+        *("slope_noise", "curvature_noise", "loss_end"),
+    ]
+    assert columns["step"] == [9, 17]
+    assert columns["status"] == ["fitted", "fitted"]
+    assert columns["loss"] == [1.0, 0.5]
+    assert columns["optimal_lr"] == [1.0, pytest.approx(math.nan, nan_ok=True)]
+    assert columns["loss_end"] == [pytest.approx(math.nan, nan_ok=True), 0.5]
+
+
+def test_every_number_of_a_record_is_in_the_columns() -> None:
+    assert set(History().columns()) == {each.name for each in fields(ProbeRecord)} - {"multiples", "losses"} | {"loss"}
+
+
+def test_csv_is_read_back_as_it_was(tmp_path: Path) -> None:
+    history = history_of(RECORD, replace(RECORD, step=17, optimal_lr=None, curvature=1.0 / 3.0))
+    history.save_csv(tmp_path / "history.csv")
+    with (tmp_path / "history.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(history.columns())
+    assert [row["status"] for row in rows] == ["fitted", "fitted"]
+    assert [float(row["curvature"]) for row in rows] == [2.0, 1.0 / 3.0]
+    assert math.isnan(float(rows[1]["optimal_lr"]))
 
 
 def test_unknown_column_is_refused() -> None:

@@ -52,14 +52,9 @@ def _numbers(optimizer: GeNOptimizer, record: ProbeRecord) -> Mapping[str, float
         else {f"learning_rate/{index}": rate for index, rate in enumerate(rates)}
     )
     numbers |= {
-        # Looking back, the present step begins where the measured one ended.
-        "loss": record.loss_end if record.loss_end is not None else _loss_at_zero(record),
+        "loss": record.loss,
         "slope": record.slope,
         "curvature": record.curvature,
         "optimal_lr": record.optimal_lr,
     }
     return {name: number for name, number in numbers.items() if number is not None and math.isfinite(number)}
-
-
-def _loss_at_zero(record: ProbeRecord) -> float | None:
-    return dict(zip(record.multiples, record.losses, strict=True)).get(0.0)
