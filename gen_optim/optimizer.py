@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gen_optim.averaging import AveragedWeights
-from gen_optim.closures.losses import Closure, Loss, check_callable
+from gen_optim.closures.losses import Closure, Loss, check_callable, check_given_loss
 from gen_optim.closures.modules import check_modules
 from gen_optim.closures.session import ClosureCaller
 from gen_optim.compatibility import check_groups, check_wrappable
@@ -194,7 +194,9 @@ class GeNOptimizer(OptimizerWrapper):
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Closure | None = None, *, probe: Closure | None = None) -> Loss | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Closure | None = None, *, probe: Closure | None = None, loss: Loss | None = None
+    ) -> Loss | None:
         """Take one step.
 
         With neither ``closure`` nor ``probe``, here or given to the constructor, it is the base optimizer's step at the
@@ -206,13 +208,17 @@ class GeNOptimizer(OptimizerWrapper):
                 without gradients, where ``backward()`` does nothing.
             probe: Evaluates the loss without gradients, for loops that have called ``backward()`` themselves; called
                 on probe steps alone, for the loss at 0 too. Next to a ``closure`` it is what gets probed.
+            loss: What the loop has called ``backward()`` on, if that is the loss that ``probe`` returns, neither scaled
+                nor of another batch: a probe step then takes one forward pass less. The first one is compared with what
+                ``probe`` returns. If they differ, as with dropout, a warning says so, and losses given are not used.
 
         Returns:
-            The loss where the step began; None if it was not evaluated.
+            The loss where the step began; None if it was neither evaluated nor given.
 
         Raises:
-            TypeError: If ``closure`` or ``probe`` cannot be called, or returns no loss.
-            ValueError: If a learning rate was written that is negative or not finite.
+            TypeError: If ``closure`` or ``probe`` cannot be called, or returns no loss; if ``loss`` is none.
+            ValueError: If ``loss`` is given with a closure, which returns its own, or without a probe. If a learning
+                rate was written that is negative or not finite.
             RuntimeError: Under ``torch.inference_mode()``; if a probe step failed on another process.
 
         Warns:
@@ -227,26 +233,45 @@ class GeNOptimizer(OptimizerWrapper):
             tensor(9., grad_fn=<CloneBackward0>)
             >>> weight.grad = 2.0 * weight.detach()
             >>> optimizer.step(probe=lambda: (weight**2).sum())  # for gradients that are there; None: it was lazy
+            >>> optimizer.zero_grad()
+            >>> loss = (weight**2).sum()
+            >>> loss.backward()
+            >>> loss = optimizer.step(probe=lambda: (weight**2).sum(), loss=loss)  # the loss need not be probed, too
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("step() needs gradients: call it outside of torch.inference_mode()")
         if torch.compiler.is_dynamo_compiling():
             # A compiled function that holds a step breaks its graph here; nothing of the step is traced.
-            return torch.compiler.disable(self._step)(closure, probe)  # type: ignore[no-any-return,no-untyped-call]
-        return self._step(closure, probe)
+            return torch.compiler.disable(self._step)(closure, probe, loss)  # type: ignore[no-any-return,no-untyped-call]
+        return self._step(closure, probe, loss)
 
-    def _step(self, closure: Closure | None, probe: Closure | None) -> Loss | None:
+    def _step(self, closure: Closure | None, probe: Closure | None, loss: Loss | None) -> Loss | None:
         self._averages.refuse_if_swapped("step()")
+        if loss is not None:
+            loss = self._check_given_loss(loss, closure, probe)
         controller = self._context.controller
         if closure is None and probe is None and controller.rates.all_zero(self.param_groups):
             self._set_up_state()
             return None
-        result = self._take_step(closure, probe)
+        result = self._take_step(closure, probe, loss)
         if self._is_averaging:
             self._averages.update()
-        return self._report(result)
+        evaluated = self._report(result)
+        return evaluated if loss is None else loss
 
-    def _take_step(self, closure: Closure | None, probe: Closure | None) -> StepResult:
+    def _check_given_loss(self, loss: Loss, closure: Closure | None, probe: Closure | None) -> Loss:
+        if closure is not None or self.closure is not None:
+            raise ValueError(
+                "loss must be given with a probe and no closure, which returns the loss itself: step(closure)"
+            )
+        if probe is None and self.probe is None:
+            raise ValueError(
+                "loss must be given next to a probe, which evaluates it at other parameters: "
+                "step(probe=lambda: loss_fn(model(inputs), targets), loss=loss)"
+            )
+        return check_given_loss(loss)
+
+    def _take_step(self, closure: Closure | None, probe: Closure | None, loss: Loss | None) -> StepResult:
         """Take the step that is due: a lazy one, one that looks back, or one that looks ahead."""
         controller = self._context.controller
         if self._has_state_keys:
@@ -255,7 +280,7 @@ class GeNOptimizer(OptimizerWrapper):
         probe = check_callable("probe", self.probe if probe is None else probe)
         state = controller.recall()
         if probe is not None:
-            probed = Probed(probe, "probe")
+            probed = Probed(probe, "probe", loss)
         elif closure is not None:
             probed = Probed(closure, "closure")
         else:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from gen_optim.closures.gradients import mark_used
 from gen_optim.closures.interception import postponed_step_hooks
-from gen_optim.closures.losses import Closure, Loss
+from gen_optim.closures.losses import Closure, Loss, agree
 from gen_optim.closures.session import ClosureCaller, Session
 from gen_optim.controller import Controller
 from gen_optim.distributed import ranks_of
@@ -28,16 +28,24 @@ from gen_optim.measurement.lookahead import measure_initial_search, searched_lr
 from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
 from gen_optim.rules import Parabola, RuleState
+from gen_optim.tensors.dtensor import whole
 from gen_optim.warning import warn
 
 __all__ = ["Probed", "StepContext", "StepResult", "lazy_step", "look_ahead_step", "look_back_step"]
 
 
 class Probed(NamedTuple):
-    """What a probe step evaluates again: the closure, or the probe that was given next to it or alone."""
+    """What a probe step evaluates again: the closure, or the probe that was given next to it or alone.
+
+    Attributes:
+        call: The closure or the probe.
+        name: Which of them it is.
+        loss: What the caller says that it returns now; None if the caller does not say it.
+    """
 
     call: Closure
     name: Literal["closure", "probe"]
+    loss: Loss | None = None
 
 
 class StepResult(NamedTuple):
@@ -60,6 +68,8 @@ class StepContext:
         process_group: Over which processes losses are averaged, as the optimizer's option says.
         start_point: Where the last step began, if the next one is going to look back at it.
         has_warned: Whether a probe that failed has been reported.
+        trusts_losses: Whether a loss that the caller has given was the one that the probe returned; None until the two
+            have been compared.
         allows_writes: Whether a step may end where something else has written after it, if that does not lengthen it.
             True from the first such write on, since it costs a pass over the parameters.
     """
@@ -72,6 +82,7 @@ class StepContext:
     process_group: dist.ProcessGroup | Literal["local"] | None = None
     start_point: StartPoint | None = None
     has_warned: bool = False
+    trusts_losses: bool | None = None
     allows_writes: bool = False
 
     @property
@@ -97,7 +108,31 @@ class StepContext:
             self.caller.owners(parameters),
             warns=not self.controller.state.probes,
         )
-        return self.caller.session(self.groups, *probed, ranks, tolerance=self.mode.tolerance)
+        return self.caller.session(self.groups, probed.call, probed.name, ranks, tolerance=self.mode.tolerance)
+
+    def take_over(self, given: Loss | None, step_loss: StepLoss, multiple: float) -> None:
+        """Take over the loss that the caller has given, if it is what the probe returns at this multiple of the step.
+
+        The first one is compared with what the probe returns. Dropout makes them differ, whose masks the caller's
+        forward pass has drawn anew, and so does a loss of another batch, or scaled.
+        """
+        session = step_loss.session
+        # Several ranks compare together, so that they evaluate equally often, whether this one was given a loss or not.
+        if self.trusts_losses is None and (given is not None or not step_loss.is_alone):
+            probed = step_loss.evaluate(multiple)
+            numbers = [math.nan if given is None else given, probed, session.rounding([probed])]
+            _, (loss, expected, rounding) = session.read([], numbers)
+            if math.isfinite(loss) and math.isfinite(expected):
+                self.trusts_losses = agree(loss, expected, rounding)
+                if not self.trusts_losses:
+                    warn(
+                        f"At step {self.controller.state.step + 1} GeNOptimizer was given loss={loss:.9g}, but probe() "
+                        f"returns {expected:.9g} at the same parameters: dropout has drawn other masks, or it is the "
+                        "loss of another batch, or scaled. Losses given are not used; the probe is called once more "
+                        "instead. With dropout, give a closure: all of its calls see the same masks."
+                    )
+        elif self.trusts_losses and given is not None:
+            step_loss.losses[multiple] = whole(given.detach()).clone() if isinstance(given, Tensor) else given
 
     def warn_of_failure(self, failure: Exception | None) -> None:
         """Warn once of an exception at a point that only a probe has visited."""
@@ -143,14 +178,13 @@ def look_back_step(
     """
     controller = context.controller
     session = context.session(probed)
-    loss = None if closure is None else session.first(closure)
+    is_own = probed.call is closure
+    loss = None if closure is None else session.first(closure, start_point.end_slope if is_own else lambda: None)
     state = controller.recall_after_closure()
     context.start_point = None  # it serves once; but a closure that has failed may be called again
     after, is_reverted = controller.rule.skip(state), False
     try:
-        is_own = probed.call is closure
-        differentiated = session.differentiated() if is_own else None
-        end_slope = None if differentiated is None else start_point.end_slope()
+        differentiated, end_slope = (session.differentiated() if is_own else None) or ([], None)
         with session.probing():
             step_loss = StepLoss(
                 start_point,
@@ -158,9 +192,11 @@ def look_back_step(
                 session,
                 {1.0: loss if is_own else None},
                 end_slope=end_slope,
-                differentiated=differentiated or (),
+                differentiated=differentiated,
                 valid=1.0,
             )
+            if closure is None:
+                context.take_over(probed.loss, step_loss, 1.0)
             measurement = context.mode.measure(step_loss)
         factor = controller.rates.factor()
         decision = controller.decide(measurement, factor)
@@ -221,6 +257,8 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
         try:
             with session.probing():
                 step_loss = StepLoss(step, lr, session, {0.0: loss_start})
+                if closure is None and not searches:
+                    context.take_over(probed.loss, step_loss, 0.0)
                 measurement = measure_initial_search(step_loss) if searches else context.mode.measure(step_loss)
             decision = controller.decide(measurement, factor)
             after, taken = decision.state, decision.lr_taken

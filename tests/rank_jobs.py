@@ -167,8 +167,9 @@ def train_by(style: str, kind: str, steps: int, **options: Any) -> dict[str, Any
             run.optimizer.step(only_loss)
         else:
             run.optimizer.zero_grad()
-            run.loss().backward()
-            run.optimizer.step(probe=run.loss)
+            loss = run.loss()
+            loss.backward()
+            run.optimizer.step(probe=run.loss, loss=loss if style == "probe_and_loss" else None)
     return run.result()
 
 
@@ -192,17 +193,15 @@ def look_back_astray(kind: str, bad: float) -> dict[str, Any]:
 
 
 def look_back_with_numbers(kind: str) -> dict[str, Any]:
-    """One rank returns plain numbers; another writes to its gradients for a while: all need the middle then."""
+    """One rank returns plain numbers; another zeroes its gradients in place for a while: all need the middle then."""
     run = Run(kind, mode="lookback")
 
     def closure() -> Any:
-        loss = run.closure()
-        if dist.get_rank() == 0:
-            return loss.item()
-        if 6 <= len(run.history) < 9 and not run.optimizer.is_probing:
-            for parameter in run.model.parameters():
-                local(parameter.grad).mul_(1.0)
-        return loss
+        is_unknown = dist.get_rank() == 1 and 6 <= len(run.history) < 9
+        run.optimizer.zero_grad(set_to_none=not is_unknown)
+        loss = run.loss()
+        loss.backward()
+        return loss.item() if dist.get_rank() == 0 else loss
 
     for _ in range(14):
         run.optimizer.step(closure)

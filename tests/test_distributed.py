@@ -77,7 +77,7 @@ def test_looking_back(run: Run, kind: str, size: int, make: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
-@pytest.mark.parametrize("style", ["only_loss", "probe"])
+@pytest.mark.parametrize("style", ["only_loss", "probe", "probe_and_loss"])
 def test_looking_back_by_other_closures(run: Run, style: str, kind: str) -> None:
     ranks = run(functools.partial(rank_jobs.train_by, style, kind, 20, mode="lookback"))
     assert_like_one_process(ranks, rank_jobs.train_by(style, "plain", 20, mode="lookback"))

@@ -118,6 +118,7 @@ def accumulating(
     *,
     clip: float | None = None,
     average: bool = True,
+    is_known: bool = True,
 ) -> Callable[[], Tensor]:
     """The closure of a hand-written loop that adds up the gradients of micro-batches, and clips them.
 
@@ -127,10 +128,11 @@ def accumulating(
         micro_batches: Each evaluates the loss of one.
         clip: The largest norm of the gradients; None to leave them alone.
         average: Whether the loss of the step is the mean of theirs, or the sum.
+        is_known: Whether the optimizer can know that the gradients are those of the loss.
     """
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=is_known)
         share, losses = len(micro_batches) if average else 1, []
         for loss_of in micro_batches:
             losses.append(loss_of())

@@ -142,21 +142,29 @@ def mark_used(groups: Sequence[dict[str, Any]]) -> None:
 
 
 class GradientOrigin:
-    """Tracks which scalars the gradients of a closure belong to.
+    """Tracks which scalars the gradients of a closure belong to, and measures these gradients.
 
     Each backward pass adds the scalars that it differentiates. If there were gradients before the first one, or
-    if they were written to in between or afterwards, the scalars are unknown.
+    if they were written to in between, the scalars are unknown. What is written afterwards, by clipping for instance,
+    does not matter: gradients are measured when a backward pass ends.
+
+    Args:
+        groups: The optimizer's parameter groups.
+        measure: Called at the end of each backward pass, if the scalars are known.
 
     Attributes:
         saw_backward: Whether a backward pass has come to its end.
+        measured: What ``measure`` has returned for the gradients that the last backward pass has left; None if their
+            scalars are unknown.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
-        self._groups = groups
+    def __init__(self, groups: Sequence[dict[str, Any]], measure: Callable[[], Tensor | None] = lambda: None) -> None:
+        self._groups, self._measure = groups, measure
         self._scalars: list[Tensor] = []
         self._left: list[tuple[int, int]] | None = None
         self._is_clean = True
         self.saw_backward = False
+        self.measured: Tensor | None = None
 
     def watch(self, run: Callable[[], None], scalars: Callable[[], list[Tensor]]) -> None:
         """Run a backward pass, and note what it differentiates; a ``BackwardHandler``."""
@@ -164,18 +172,21 @@ class GradientOrigin:
         differentiated = scalars()
         run()
         self._scalars += [whole(each.detach()) for each in differentiated]
-        self._left = self._gradients()
+        self._end_pass()
         self.saw_backward = True
 
     def note(self, loss: Loss) -> None:
         """Note that the gradients have just been computed from ``loss``, with none there before."""
-        self._scalars = [whole(torch.as_tensor(loss).detach())]
-        self._left, self._is_clean = self._gradients(), True
+        self._scalars, self._is_clean = [whole(torch.as_tensor(loss).detach())], True
+        self._end_pass()
 
     def differentiated(self) -> list[Tensor] | None:
-        """Return scalars whose sum the present gradients belong to, or None if that is unknown."""
-        is_known = self._is_clean and self._left is not None and self._left == self._gradients()
-        return self._scalars if is_known else None
+        """Return scalars whose sum the measured gradients belong to, or None if that is unknown."""
+        return self._scalars if self._is_clean and self._left is not None else None
+
+    def _end_pass(self) -> None:
+        self._left = self._gradients()
+        self.measured = self._measure() if self._is_clean else None
 
     def _gradients(self) -> list[tuple[int, int]]:
         return [(id(each), _version(each)) for each in _gradients(self._groups)]

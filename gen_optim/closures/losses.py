@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gen_optim.tensors.scalars import Scalar
 
-__all__ = ["Closure", "Loss", "check_callable", "check_loss", "rounding_of"]
+__all__ = ["Closure", "Loss", "agree", "check_callable", "check_given_loss", "check_loss", "rounding_of"]
 
 Loss = Scalar
 """What a closure returns: a number or a one-element tensor."""
@@ -26,23 +26,41 @@ def check_callable(name: str, value: Closure | None) -> Closure | None:
     return value
 
 
+def check_given_loss(loss: Any) -> Loss:
+    """Return the argument ``loss`` if it is one.
+
+    Raises:
+        TypeError: If it is neither a real number nor a floating-point tensor with one element.
+    """
+    return _checked(loss, "loss must be a float or a one-element tensor, but got", "Give the loss itself")
+
+
 def check_loss(loss: Any, caller: str) -> Loss:
     """Return ``loss``, the return value of ``caller``, if it is one.
 
     Raises:
         TypeError: If ``loss`` is neither a real number nor a floating-point tensor with one element.
     """
+    expected = f"{caller} must return the loss as a float or a one-element tensor, but returned"
+    return _checked(loss, expected, "End it with `return loss`")
+
+
+def _checked(loss: Any, expected: str, advice: str) -> Loss:
     if isinstance(loss, Tensor):
         if loss.numel() == 1 and loss.is_floating_point():
             return loss
         came = f"a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}"
-        advice = "Reduce it, for example with .mean()" if loss.numel() != 1 else "Return a floating-point loss"
+        advice = "Reduce it, for example with .mean()" if loss.numel() != 1 else "Make it a floating-point loss"
     elif not isinstance(loss, bool) and isinstance(loss, Real):
         return float(loss)
     else:
         came = "None" if loss is None else f"an object of type {type(loss).__name__}"
-        advice = "End it with `return loss`"
-    raise TypeError(f"{caller} must return the loss as a float or a one-element tensor, but returned {came}. {advice}.")
+    raise TypeError(f"{expected} {came}. {advice}.")
+
+
+def agree(one: float, other: float, rounding: float) -> bool:
+    """Return whether two losses, each with this relative error, may be the same one."""
+    return abs(one - other) <= 2.0 * rounding * max(abs(one), abs(other))
 
 
 def rounding_of(losses: Iterable[Loss], computed_in: Collection[torch.dtype] = ()) -> float:

@@ -194,10 +194,14 @@ class Session:
         self._origin = GradientOrigin(groups)
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
 
-    def first(self, closure: Closure) -> Loss:
+    def first(self, closure: Closure, measure: Callable[[], Tensor | None] = lambda: None) -> Loss:
         """Call ``closure`` with gradients enabled; probes will see what this call saw.
 
         As :meth:`ClosureCaller.call`, except that backward passes are followed.
+
+        Args:
+            closure: The closure.
+            measure: Called at the end of each backward pass, before the closure can clip the gradients, for instance.
 
         Returns:
             The loss, cloned, since closures may write each loss to the same tensor. NaN after a failure that the other
@@ -206,16 +210,17 @@ class Session:
         Raises:
             TypeError: If the closure does not return a loss, or returns one without a graph and there are no gradients.
         """
+        origin = self._origin = GradientOrigin(self._groups, measure)
 
         def call() -> Loss:
-            with torch.enable_grad(), GradientWatch(self._groups) as watch, self._intercepting(self._origin.watch):
+            with torch.enable_grad(), GradientWatch(self._groups) as watch, self._intercepting(origin.watch):
                 loss = check_loss(closure(), "closure")
             if self._caller.complete(closure, loss, watch):
-                self._origin.note(loss)
+                origin.note(loss)
             loss = whole(loss)
             return loss.clone() if isinstance(loss, Tensor) else loss
 
-        return self.ranks.attempt(call, instead=math.nan, went_backward=lambda: self._origin.saw_backward)
+        return self.ranks.attempt(call, instead=math.nan, went_backward=lambda: origin.saw_backward)
 
     @contextmanager
     def probing(self) -> Iterator[None]:
@@ -269,9 +274,13 @@ class Session:
             "differentiate. Return the tensor itself, neither .item() nor .detach(), or use mode='approximate'."
         )
 
-    def differentiated(self) -> list[Tensor] | None:
-        """Return scalars whose sum the gradients of the first call belong to, or None if that is unknown."""
-        return self._origin.differentiated()
+    def differentiated(self) -> tuple[list[Tensor], Tensor | None] | None:
+        """Return scalars that the first call has differentiated, and what was measured of the gradients of their sum.
+
+        None if it is unknown what was differentiated.
+        """
+        scalars = self._origin.differentiated()
+        return None if scalars is None else (scalars, self._origin.measured)
 
     def read(self, losses: Sequence[Loss], others: Sequence[Loss] = ()) -> tuple[list[float], list[float]]:
         """Read numbers, averaged over the ranks, by one all-reduce.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-from gen_optim.closures.losses import Loss
+from gen_optim.closures.losses import Loss, agree
 from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
 from gen_optim.rules import Parabola, fit_parabola
 from gen_optim.tensors.scalars import summing_dtype
@@ -21,9 +21,9 @@ __all__ = ["LookBack", "parabola_from_end"]
 class LookBack(Mode):
     """A parabola through the losses at both ends of the last step and the slope at its end, on a new batch.
 
-    If the gradients at the end are those of the loss, the slope comes from them, and one forward pass at the start is
-    enough. If they are not, or if that is not known (they were clipped, scaled, penalised, or computed by the caller),
-    the loss is evaluated in the middle of the step instead, too.
+    If the closure's backward pass is that of the loss, the slope comes from its gradients, before anything clips them,
+    and one forward pass at the start is enough. If it is not, or if that is not known (the pass is that of a scaled or
+    penalised loss, or the caller has computed the gradients), the loss is evaluated in the middle of the step, too.
 
     Args:
         tolerance: As in :class:`~gen_optim.Mode`.
@@ -51,7 +51,7 @@ class LookBack(Mode):
         losses: tuple[float, ...] = (loss_start, loss_end)
         if not (math.isfinite(loss_start) and math.isfinite(loss_end)):
             parabola = Parabola(math.nan, math.nan, math.nan)
-        elif known == 1.0 and _agree(of_gradients, loss_end, rounding):
+        elif known == 1.0 and math.isfinite(end_slope) and agree(of_gradients, loss_end, rounding):
             parabola = parabola_from_end(loss.lr, loss_start, loss_end, end_slope, rounding=rounding)
         else:
             if middle is None:
@@ -63,11 +63,6 @@ class LookBack(Mode):
 
 def _or_zero(number: Loss | None) -> Loss:
     return 0.0 if number is None else number
-
-
-def _agree(one: float, other: float, rounding: float) -> bool:
-    """Whether the gradients are those of the loss, which was reached in two ways with this relative error each."""
-    return abs(one - other) <= 2.0 * rounding * max(abs(one), abs(other))
 
 
 def parabola_from_end(lr: float, start: float, end: float, slope_at_end: float, *, rounding: float = 0.0) -> Parabola:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -314,7 +315,7 @@ def differentiated_by(trained: Trained, closure: Callable[[], Any]) -> list[floa
     session = session_of(closure, [trained.weight])
     session.first(closure)
     found = session.differentiated()
-    return None if found is None else [each.item() for each in found]
+    return None if found is None else [each.item() for each in found[0]]
 
 
 @pytest.fixture
@@ -371,25 +372,54 @@ def test_gradients_zeroed_in_place_are_those_of_nobody_knows_what(away: Trained,
     assert differentiated_by(away, closure) == ([3.0] if set_to_none else None)
 
 
-def test_nothing_is_known_of_gradients_that_were_written_afterwards_or_in_between(away: Trained) -> None:
-    def afterwards() -> float:
+def summed_gradient(trained: Trained) -> Tensor:
+    return trained.gradient.sum()
+
+
+def test_gradients_are_measured_before_they_are_written(away: Trained) -> None:
+    def clipped() -> float:
         away.zero_grad()
         away.backward()
-        away.gradient.mul_(1.0)
+        away.gradient.mul_(0.5)
         return 3.0
 
+    def replaced() -> float:
+        away.zero_grad()
+        away.backward()
+        away.weight.grad = 2.0 * FRESH
+        return 3.0
+
+    def computed_by_the_optimizer() -> Tensor:
+        away.zero_grad()
+        return away.loss()
+
+    for closure in (clipped, replaced, computed_by_the_optimizer):
+        session = session_of(closure, [away.weight])
+        session.first(closure, functools.partial(summed_gradient, away))
+        [scalar], measured = session.differentiated() or ([], None)
+        assert (scalar, measured) == (3.0, FRESH.sum()), closure.__name__
+
+
+def test_gradients_of_several_passes_are_measured_together(away: Trained) -> None:
+    def closure() -> float:
+        away.zero_grad()
+        away.backward()
+        away.backward()
+        return 6.0
+
+    session = session_of(closure, [away.weight])
+    session.first(closure, functools.partial(summed_gradient, away))
+    _, measured = session.differentiated() or ([], None)
+    assert measured == 2.0 * FRESH.sum()
+
+
+def test_nothing_is_known_of_gradients_that_were_written_in_between(away: Trained) -> None:
     def in_between() -> float:
         away.zero_grad()
         away.backward()
         away.gradient.mul_(1.0)
         away.backward()
         return 6.0
-
-    def replaced() -> float:
-        away.zero_grad()
-        away.backward()
-        away.weight.grad = FRESH.clone()
-        return 3.0
 
     def zeroed_in_between() -> float:
         away.zero_grad()
@@ -398,7 +428,7 @@ def test_nothing_is_known_of_gradients_that_were_written_afterwards_or_in_betwee
         away.backward()
         return 3.0
 
-    for closure in (afterwards, in_between, replaced, zeroed_in_between):
+    for closure in (in_between, zeroed_in_between):
         assert differentiated_by(away, closure) is None, closure.__name__
 
 

@@ -100,7 +100,7 @@ def test_it_trains_as_a_hand_written_loop_does_bit_for_bit(accumulation: int) ->
             lambda x=inputs, y=targets: nn.functional.mse_loss(model(x), y)
             for inputs, targets in itertools.islice(batches, accumulation)
         ]
-        optimizer.step(accumulating(optimizer, model, of_this_step, clip=0.5))
+        optimizer.step(accumulating(optimizer, model, of_this_step, clip=0.5, is_known=False))
         scheduler.step()
 
     job.train()

@@ -144,7 +144,7 @@ def test_it_trains_as_a_hand_written_loop_does_bit_for_bit(tmp_path: Path, accum
             lambda x=batch, items=items: model(input_ids=x, labels=x, num_items_in_batch=items).loss
             for batch in micro_batches
         ]
-        optimizer.step(accumulating(optimizer, model, losses_of, clip=clip, average=False))
+        optimizer.step(accumulating(optimizer, model, losses_of, clip=clip, average=False, is_known=False))
         rates.append(optimizer.get_last_lr()[0])
         scheduler.step()
 

@@ -119,13 +119,6 @@ def calls_and_losses(closure: Any) -> list[tuple[int, int]]:
     return seen
 
 
-def clipped(case: Quadratic, batch: Tensor) -> Tensor:
-    loss = case.closure(batch)
-    if not case.optimizer.is_probing:
-        nn.utils.clip_grad_norm_([case.x], 1e-3)
-    return loss
-
-
 def scaled(case: Quadratic, batch: Tensor) -> Tensor:
     case.optimizer.zero_grad()
     loss = case.loss(batch)
@@ -144,13 +137,6 @@ def penalised(case: Quadratic, batch: Tensor) -> Tensor:
     case.optimizer.zero_grad()
     loss = case.loss(batch)
     (loss + 0.1 * case.x.square().sum()).backward()
-    return loss
-
-
-def penalised_in_gradients(case: Quadratic, batch: Tensor) -> Tensor:
-    loss = case.closure(batch)
-    if not case.optimizer.is_probing:
-        case.x.grad.add_(case.x.detach(), alpha=0.1)
     return loss
 
 
@@ -177,11 +163,9 @@ def accumulated_beyond_a_step(case: Quadratic, batch: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "closure",
     [
-        clipped,
         scaled,
         scaled_by_gradient,
         penalised,
-        penalised_in_gradients,
         assigned,
         zeroed_in_place,
         accumulated_beyond_a_step,
@@ -225,6 +209,27 @@ def weighted(case: Quadratic, batch: Tensor) -> Tensor:
     return 2.0 * loss.detach()
 
 
+def clipped(case: Quadratic, batch: Tensor) -> Tensor:
+    loss = case.closure(batch)
+    if not case.optimizer.is_probing:
+        nn.utils.clip_grad_norm_([case.x], 1e-3)
+    return loss
+
+
+def penalised_in_gradients(case: Quadratic, batch: Tensor) -> Tensor:
+    loss = case.closure(batch)
+    if not case.optimizer.is_probing:
+        case.x.grad.add_(case.x.detach(), alpha=0.1)
+    return loss
+
+
+def replaced_afterwards(case: Quadratic, batch: Tensor) -> Tensor:
+    loss = case.closure(batch)
+    if not case.optimizer.is_probing:
+        case.x.grad = case.x.grad.sign()
+    return loss
+
+
 def returned_in_another_shape(case: Quadratic, batch: Tensor) -> Tensor:
     return case.closure(batch).reshape(1, 1)
 
@@ -246,6 +251,9 @@ def differentiated_inside(case: Quadratic, batch: Tensor) -> Tensor:
         in_micro_batches,
         in_summands_of_one_call,
         weighted,
+        clipped,
+        penalised_in_gradients,
+        replaced_afterwards,
         returned_in_another_shape,
         differentiated_inside,
     ],
@@ -282,6 +290,24 @@ def test_a_probe_is_called_at_both_ends_and_half_way(with_closure: bool) -> None
         else:
             assert not probed
     assert len(case.history) == 3
+
+
+def test_gradients_that_are_not_finite_cost_a_second_call() -> None:
+    case = Quadratic(0)
+    case.step()
+
+    def closure(batch: Tensor) -> Tensor:
+        case.optimizer.zero_grad()
+        loss = case.loss(batch) + 0.0 * (case.x - case.x.detach()).abs().sqrt().sum()  # its gradient is NaN
+        loss.backward()
+        if not case.optimizer.is_probing:
+            case.x.grad.nan_to_num_()
+        return loss
+
+    case.calls = 0
+    slope, curvature = case.step(closure)
+    assert (case.calls, len(case.history[-1].losses)) == (3, 3)
+    assert (case.history[-1].slope, case.history[-1].curvature) == pytest.approx((slope, curvature), rel=1e-8)
 
 
 def test_gradients_of_the_caller_cost_a_second_call() -> None:
