@@ -11,12 +11,15 @@ from torch.optim import Optimizer
 from gen_optim.learning_rates import Group, LearningRates, check_lr
 from gen_optim.measurement import Measurement
 from gen_optim.rules import Decision, Rule, RuleState
-from gen_optim.warning import PATIENCE, warn
+from gen_optim.warning import warn
 
 __all__ = ["Controller"]
 
 _PREFIX = "gen_"
 """Begins the keys under which the numbers of the state are in the first parameter group, for checkpoints."""
+
+_MANUAL = 3
+"""The number of steps before which a learning rate has been written when the user is warned."""
 
 
 class Controller:
@@ -41,7 +44,7 @@ class Controller:
         self.state = rule.initial_state(0.0)
         self.rates = LearningRates()
         self._base_optim = base_optim
-        self._manual_steps, self._last_manual_step = 0, -1
+        self._manual_steps, self._last_manual_step = 0, 0
         self._seen: list[Any] = []
         self.load()
 
@@ -65,7 +68,7 @@ class Controller:
         if not self.rates.is_unchanged(groups, self.state.lr):
             lr = self.rates.update(groups, self.state.lr, self._base_optim.defaults.get("lr"))
             if lr is not None:
-                self._warn_of_manual_values()
+                self._warn_of_manual_values(lr)
                 self.state = self.rule.set_lr(self.state, lr)
         self._seen = self.rates.marks(groups)
         return self.state
@@ -166,15 +169,18 @@ class Controller:
 
     # --- warnings -----------------------------------------------------------------------------------------------------
 
-    def _warn_of_manual_values(self) -> None:
-        step = self.state.step
-        if step == self._last_manual_step:
+    def _warn_of_manual_values(self, lr: float) -> None:
+        # Before the first step a value says where to begin. One that keeps α freezes a group, or lets it go.
+        if self.state.step == self._last_manual_step or lr == self.state.lr:
             return
-        self._manual_steps = self._manual_steps + 1 if step == self._last_manual_step + 1 else 1
-        self._last_manual_step = step
-        if self._manual_steps == PATIENCE:
+        self._last_manual_step = self.state.step
+        self._manual_steps += 1
+        if self._manual_steps == _MANUAL:
             warn(
-                f"param_groups[...]['lr'] has been written before each of {PATIENCE} steps in a row, so that "
-                "GeNOptimizer's own learning rate is never used. Attach a scheduler instead, for example "
-                "torch.optim.lr_scheduler.LambdaLR: its factor multiplies what GeNOptimizer finds."
+                f"param_groups[...]['lr'] has been written before {_MANUAL} steps, the last of them step "
+                f"{self.state.step + 1}: {lr:.3g} in place of {self.state.lr:.3g}. Each such value replaces what "
+                "GeNOptimizer has found, and clears what it has averaged. If this is a schedule, attach a scheduler "
+                "instead, for example torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: get_lr(step) / "
+                "highest): its factor multiplies what GeNOptimizer finds. ReduceLROnPlateau writes such values too, "
+                "which may be as you want."
             )

@@ -6,8 +6,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import wraps
+from inspect import signature
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -25,12 +27,15 @@ from gen_optim.distributed import ranks_of
 from gen_optim.measurement import Mode, make_mode
 from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
-from gen_optim.rules import ProbeStatus, Rule, RuleState, make_rule
+from gen_optim.rules import RULES, ProbeStatus, Rule, RuleState, make_rule
 from gen_optim.steps import Probed, StepContext, StepResult, lazy_step, look_ahead_step, look_back_step
+from gen_optim.tensors.dtensor import local
 from gen_optim.warning import PATIENCE, warn
 from gen_optim.wrapper import OptimizerWrapper
 
 __all__ = ["GeNOptimizer"]
+
+P = ParamSpec("P")
 
 ProbeHook = Callable[[Any, ProbeRecord], None]
 
@@ -41,6 +46,36 @@ _START_LR, _START_FINGERPRINT = "gen_start_lr", "gen_start_fingerprint"
 
 _ALLOWS_WRITES = "gen_allows_writes"
 """Key of the first parameter group: whether a step may end where something else has written after it."""
+
+
+def _refusing_options_of_others(init: Callable[P, None]) -> Callable[P, None]:
+    """Say where an option belongs that GeNOptimizer does not have, and what to wrap."""
+    known = signature(init).parameters
+
+    @wraps(init)
+    def checked(*args: P.args, **options: P.kwargs) -> None:
+        base = args[1] if len(args) > 1 else options.get("base_optim")
+        unknown = [name for name in options if name not in known]
+        if base is not None and not isinstance(base, Optimizer):
+            raise TypeError(
+                f"base_optim must be a torch.optim.Optimizer, got {type(base).__name__}. GeNOptimizer wraps an "
+                "optimizer, and does not take parameters: GeNOptimizer(torch.optim.AdamW(model.parameters()))"
+            )
+        if unknown:
+            [name, *_] = unknown
+            of_rules = [rule.__name__ for rule in RULES.values() if name in signature(rule).parameters]
+            raise TypeError(
+                f"GeNOptimizer has no option {name!r}. "
+                + (
+                    f"It belongs to the rule: GeNOptimizer(base, rule={of_rules[0]}({name}={options[name]!r}))"
+                    if of_rules
+                    else "Options of the base optimizer belong there: "
+                    f"GeNOptimizer(torch.optim.AdamW(model.parameters(), {name}={options[name]!r}))"
+                )
+            )
+        init(*args, **options)
+
+    return checked
 
 
 class GeNOptimizer(OptimizerWrapper):
@@ -140,7 +175,9 @@ class GeNOptimizer(OptimizerWrapper):
     closure: Closure | None
     probe: Closure | None
     last_probe: ProbeRecord | None
+    _non_finite_losses: int
 
+    @_refusing_options_of_others
     def __init__(
         self,
         base_optim: Optimizer,
@@ -223,8 +260,9 @@ class GeNOptimizer(OptimizerWrapper):
 
         Warns:
             UserWarning: If the first ten steps had neither a closure nor a probe. If ten times in a row no initial
-                learning rate was found, a probe was due but there was nothing to look back at, or a learning rate was
-                written.
+                learning rate was found, the loss was not finite, or a probe was due but there was nothing to look back
+                at. If a learning rate was written before three steps, the closure does not zero the gradients of the
+                step before, a probe has raised an exception, or ``loss`` is another one than the probe's.
 
         Example:
             >>> weight = torch.nn.Parameter(torch.tensor([3.0]))
@@ -314,15 +352,42 @@ class GeNOptimizer(OptimizerWrapper):
         record = result.record
         if record is not None:
             self.last_probe = record
-            if record.status is ProbeStatus.START_FAILED and self._context.controller.state.probes == PATIENCE:
-                warn(
-                    f"GeNOptimizer has found no learning rate that lowers the loss in {PATIENCE} steps, and takes no "
-                    "step. Does the closure return the same loss when it is called twice, and does it depend on the "
-                    "parameters?"
-                )
+            self._warn_of_record(record)
             for hook in list(self._probe_hooks.values()):
                 hook(self, record)
         return result.loss
+
+    def _warn_of_record(self, record: ProbeRecord) -> None:
+        is_half = any(each.dtype == torch.float16 for group in self.param_groups for each in group["params"])
+        half = (
+            "Parameters are in float16, in which small gradients and Adam's eps are 0: keep them in float32 and use "
+            "torch.autocast with a GradScaler, or bfloat16."
+        )
+        if record.status is ProbeStatus.START_FAILED and self._context.controller.state.probes == PATIENCE:
+            cause = (
+                "Does the closure return the same loss when it is called twice, and does it depend on the parameters? "
+                "check_closure(optimizer, closure) looks for what differs."
+            )
+            warn(
+                f"GeNOptimizer has found no learning rate that lowers the loss in {PATIENCE} steps, and takes no "
+                f"step: at step {record.step} the loss is {record.loss:.3g}. {half if is_half else cause}"
+            )
+        self._non_finite_losses += 1
+        if record.status is not ProbeStatus.NON_FINITE_LOSS:
+            self._non_finite_losses = 0
+        if self._non_finite_losses == PATIENCE:
+            parameters = [each for group in self.param_groups for each in group["params"]]
+            spoilt = sum(not bool(local(each.detach()).isfinite().all()) for each in parameters)
+            cause = (
+                f"{spoilt} of {len(parameters)} parameters are not finite either: go back to a checkpoint."
+                if spoilt
+                else "All parameters are finite: look at the data and at the loss."
+            )
+            warn(
+                f"The loss was not finite in {PATIENCE} probe steps in a row. At step {record.step} it is "
+                f"{record.loss}. GeNOptimizer learns nothing from such steps, and takes them at its last learning rate "
+                f"of {record.lr_after:.3g}. {cause}" + (f" {half}" if is_half else "")
+            )
 
     def _pending_start_point(self) -> StartPoint | None:
         """Where the last step began, for a probe step that is due; None if that is not known any more."""
@@ -334,12 +399,14 @@ class GeNOptimizer(OptimizerWrapper):
             self._missed_probes = 0
             return start_point
         self._missed_probes += self._context.controller.rates.factor() > 0.0
+        state = self._context.controller.state
         if self._missed_probes == PATIENCE:
             warn(
-                f"GeNOptimizer could not look back in {PATIENCE} steps in a row in which a probe was due, and keeps "
-                "its learning rate: something else writes to the parameters between its steps (the loop, a forward "
-                "pass, an optimizer that shares them), or some steps have neither a closure nor a probe. Write to "
-                "parameters in base_optim.register_step_post_hook(...), give every step a closure or a probe, or use "
+                f"GeNOptimizer could not look back in {PATIENCE} steps in a row in which a probe was due, up to step "
+                f"{state.step + 1}, and keeps its learning rate of {state.lr:.3g}: something else writes to the "
+                "parameters between its steps (the loop, a forward pass, an optimizer that shares them), or some steps "
+                "have neither a closure nor a probe. Write to parameters in "
+                "base_optim.register_step_post_hook(...), give every step a closure or a probe, or use "
                 "mode='approximate' with a probe on another batch."
             )
         return None
@@ -348,8 +415,8 @@ class GeNOptimizer(OptimizerWrapper):
         if state.probes == 0 and state.step + 1 == PATIENCE:
             warn(
                 f"GeNOptimizer has taken {PATIENCE} steps without a closure or a probe, at the base optimizer's "
-                "learning rate: nothing was measured. Call step(closure), or step(probe=...) if the loop calls "
-                "backward() itself."
+                f"learning rate of {state.lr:.3g}: nothing was measured. Call step(closure), or step(probe=...) if "
+                "the loop calls backward() itself."
             )
 
     # --- averaged weights -------------------------------------------------------------------------------------------
@@ -640,7 +707,15 @@ class GeNOptimizer(OptimizerWrapper):
         """Return what copies and pickles keep: not the closures, hooks and records, nor a process group."""
         self._save_numbers()
         kept = super().__getstate__()
-        for name in ("closure", "probe", "last_probe", "_context", "_probe_hooks", "_missed_probes"):
+        for name in (
+            "closure",
+            "probe",
+            "last_probe",
+            "_context",
+            "_probe_hooks",
+            "_missed_probes",
+            "_non_finite_losses",
+        ):
             kept.pop(name, None)
         context = self._context
         kept["_kept"] = {
@@ -674,3 +749,4 @@ class GeNOptimizer(OptimizerWrapper):
         self.last_probe = None
         self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
         self._missed_probes = 0
+        self._non_finite_losses = 0

@@ -8,6 +8,8 @@ exception included, the step is finished: the base optimizer's moments have adva
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, compress
 from typing import Any, Literal, NamedTuple
@@ -68,6 +70,7 @@ class StepContext:
         process_group: Over which processes losses are averaged, as the optimizer's option says.
         start_point: Where the last step began, if the next one is going to look back at it.
         has_warned: Whether a probe that failed has been reported.
+        has_warned_of_gradients: Whether gradients that are never zeroed have been reported.
         trusts_losses: Whether a loss that the caller has given was the one that the probe returned; None until the two
             have been compared.
         allows_writes: Whether a step may end where something else has written after it, if that does not lengthen it.
@@ -82,6 +85,7 @@ class StepContext:
     process_group: dist.ProcessGroup | Literal["local"] | None = None
     start_point: StartPoint | None = None
     has_warned: bool = False
+    has_warned_of_gradients: bool = False
     trusts_losses: bool | None = None
     allows_writes: bool = False
 
@@ -134,13 +138,30 @@ class StepContext:
         elif self.trusts_losses and given is not None:
             step_loss.losses[multiple] = whole(given.detach()).clone() if isinstance(given, Tensor) else given
 
+    def call(self, session: Session, closure: Closure, measure: Callable[[], Tensor | None] = lambda: None) -> Loss:
+        """Make the first call of a probe step; see :meth:`~gen_optim.closures.session.Session.first`.
+
+        Raises:
+            RuntimeError: If the closure steps the base optimizer.
+        """
+        with _refusing_steps(self.base_optim):
+            loss = session.first(closure, measure)
+        if session.adds_to_used_gradients and not self.has_warned_of_gradients:
+            self.has_warned_of_gradients = True
+            warn(
+                f"At step {self.controller.state.step + 1} the closure of GeNOptimizer has added to the gradients of "
+                "the step before, so that the step follows the gradients of all batches so far. Begin the closure with "
+                "optimizer.zero_grad()."
+            )
+        return loss
+
     def warn_of_failure(self, failure: Exception | None) -> None:
         """Warn once of an exception at a point that only a probe has visited."""
         if failure is not None and not self.has_warned:
             self.has_warned = True
             warn(
-                f"A probe of GeNOptimizer raised {type(failure).__name__}: {failure}. The loss counts as infinite "
-                "there. Later probes that fail are not reported."
+                f"At step {self.controller.state.step} a probe of GeNOptimizer raised {type(failure).__name__}: "
+                f"{failure}. The loss counts as infinite there. Later probes that fail are not reported."
             )
 
     def keep_start_point(self, lr: float, last: StartPoint | None) -> StartPoint | None:
@@ -179,7 +200,9 @@ def look_back_step(
     controller = context.controller
     session = context.session(probed)
     is_own = probed.call is closure
-    loss = None if closure is None else session.first(closure, start_point.end_slope if is_own else lambda: None)
+    loss = (
+        None if closure is None else context.call(session, closure, start_point.end_slope if is_own else lambda: None)
+    )
     state = controller.recall_after_closure()
     context.start_point = None  # it serves once; but a closure that has failed may be called again
     after, is_reverted = controller.rule.skip(state), False
@@ -226,7 +249,7 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
     controller = context.controller
     session = context.session(probed)
     with context.mode.around_calls():
-        loss = None if closure is None else session.first(closure)
+        loss = None if closure is None else context.call(session, closure)
         state = controller.recall_after_closure()
         loss_start = loss if probed.call is closure else None
         lr = state.lr
@@ -279,6 +302,27 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
         )
     record = ProbeRecord.of(state, measurement, decision, factor)
     return StepResult(step_loss.losses[0.0] if loss is None else loss, record)
+
+
+@contextmanager
+def _refusing_steps(base_optim: Optimizer) -> Iterator[None]:
+    """Refuse steps of the base optimizer inside the context."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(
+            f"closure must not step the optimizer, but calls {type(base_optim).__name__}.step(): GeNOptimizer does "
+            "that itself, once the closure has returned. Remove this line from the closure."
+        )
+
+    try:
+        handle = base_optim.register_step_pre_hook(refuse)
+    except AttributeError:  # an optimizer that skips its parent's set-up has no hooks
+        yield
+        return
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _step_base(

@@ -494,6 +494,7 @@ def test_another_list_of_groups_is_noticed() -> None:
     assert len(optimizer.get_last_lr()) == 1
 
 
+@pytest.mark.filterwarnings("ignore:param_groups.* has been written before 3 steps")
 def test_tensor_learning_rates_that_are_replaced_are_not_collected() -> None:
     model = mlp()
     optimizer = GeNOptimizer(AdamW(model.parameters(), lr=torch.tensor(0.01)))

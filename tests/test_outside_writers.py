@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 
@@ -123,18 +124,35 @@ def test_manual_values_at_every_step_are_warned_of_once() -> None:
         training.train(1)
         assert training.optimizer.get_last_lr() != [0.0]
 
-    for step in range(9):
+    for step in range(2):
         train(step)
-    with pytest.warns(UserWarning, match="written before each of 10 steps"):
-        train(9)
-    for step in range(10, 30):
+    with pytest.warns(UserWarning, match="before 3 steps, the last of them step 6: 0.000333 in place of"):
+        train(2)
+    for step in range(3, 30):
         train(step)
 
 
-def test_manual_values_now_and_then_are_not_warned_of() -> None:
+def test_manual_values_at_every_epoch_are_warned_of_once() -> None:
     training = Training.of(gen_sgd)
-    for step in range(40):
-        training.optimizer.param_groups[0]["lr"] = 1e-3 / (1 + step)
+    warned = []
+    for epoch in range(8):
+        training.optimizer.param_groups[0]["lr"] = 1e-3 / (1 + epoch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            training.train(20)
+        warned.append(len(caught))
+    assert warned == [0, 0, 0, 1, 0, 0, 0, 0]  # the first value says where to begin
+
+
+def test_freezing_a_group_and_letting_it_go_is_not_warned_of() -> None:
+    model = mlp()
+    groups = [{"params": model[0].parameters()}, {"params": model[-1].parameters()}]
+    training = Training.of(lambda _: GeNOptimizer(torch.optim.SGD(groups, lr=0.1)), model)
+    for _ in range(4):
+        first, second = training.optimizer.param_groups
+        second["lr"] = 0.0
+        training.train(2)
+        second["lr"] = first["lr"]
         training.train(2)
 
 

@@ -154,6 +154,7 @@ class GradientOrigin:
 
     Attributes:
         saw_backward: Whether a backward pass has come to its end.
+        adds_to_used: Whether the first backward pass has added to gradients that the last step has used.
         measured: What ``measure`` has returned for the gradients that the last backward pass has left; None if their
             scalars are unknown.
     """
@@ -163,14 +164,16 @@ class GradientOrigin:
         self._scalars: list[Tensor] = []
         self._left: list[tuple[int, int]] | None = None
         self._is_clean = True
-        self.saw_backward = False
+        self.saw_backward = self.adds_to_used = False
         self.measured: Tensor | None = None
 
     def watch(self, run: Callable[[], None], scalars: Callable[[], list[Tensor]]) -> None:
         """Run a backward pass, and note what it differentiates; a ``BackwardHandler``."""
         self._is_clean &= self._gradients() == (self._left or [])
         differentiated = scalars()
+        used = _used_gradient(self._groups) if self._left is None else None
         run()
+        self.adds_to_used |= used is not None and getattr(used, _USED) != _version(used)
         self._scalars += [whole(each.detach()) for each in differentiated]
         self._end_pass()
         self.saw_backward = True
@@ -197,6 +200,13 @@ def _gradients(groups: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
         for parameter in group["params"]:
             if parameter.requires_grad and (gradient := parameter.grad) is not None:
                 yield gradient
+
+
+def _used_gradient(groups: Sequence[dict[str, Any]]) -> Tensor | None:
+    """Return the first gradient if the last step has used it and nothing has written to it since."""
+    parameter = _first_with_gradient(groups)
+    gradient = None if parameter is None else parameter.grad
+    return gradient if gradient is not None and getattr(gradient, _USED, None) == _version(gradient) else None
 
 
 def _first_with_gradient(groups: Sequence[dict[str, Any]]) -> Tensor | None:

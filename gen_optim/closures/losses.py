@@ -42,7 +42,11 @@ def check_loss(loss: Any, caller: str) -> Loss:
         TypeError: If ``loss`` is neither a real number nor a floating-point tensor with one element.
     """
     expected = f"{caller} must return the loss as a float or a one-element tensor, but returned"
-    return _checked(loss, expected, "End it with `return loss`")
+    advice = (
+        "End it with `return loss`. If a framework has passed this closure, as Lightning does in manual optimization "
+        "for a step() without one, give step() a closure or a probe, or use the framework's integration"
+    )
+    return _checked(loss, expected, "End it with `return loss`" if loss is not None else advice)
 
 
 def _checked(loss: Any, expected: str, advice: str) -> Loss:

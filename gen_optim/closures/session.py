@@ -282,6 +282,11 @@ class Session:
         scalars = self._origin.differentiated()
         return None if scalars is None else (scalars, self._origin.measured)
 
+    @property
+    def adds_to_used_gradients(self) -> bool:
+        """Whether the first call has added to the gradients that the last step has used."""
+        return self._origin.adds_to_used
+
     def read(self, losses: Sequence[Loss], others: Sequence[Loss] = ()) -> tuple[list[float], list[float]]:
         """Read numbers, averaged over the ranks, by one all-reduce.
 

@@ -168,7 +168,10 @@ def accumulated_beyond_a_step(case: Quadratic, batch: Tensor) -> Tensor:
         penalised,
         assigned,
         zeroed_in_place,
-        accumulated_beyond_a_step,
+        pytest.param(
+            accumulated_beyond_a_step,
+            marks=pytest.mark.filterwarnings("ignore:At step 2 the closure of GeNOptimizer has added to the gradients"),
+        ),
     ],
 )
 def test_gradients_of_something_else_cost_a_second_call_and_the_parabola_is_the_losss(closure: Any) -> None:

@@ -1,0 +1,170 @@
+"""What is easily done wrong is answered once: by the step, the numbers, what they mean and what to do."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from gen_optim import GeNOptimizer, ProbeStatus
+from gen_optim.warning import PATIENCE
+from tests.training import Training, gen_adamw, gen_sgd, looking, mlp, parameters_of, same
+
+# --- the constructor -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"base_optim": iter(())},
+            r"must be a torch.optim.Optimizer, got .*iterator\. GeNOptimizer wraps an optimizer",
+        ),
+        ({"base_optim": [nn.Parameter(torch.ones(1))], "lr": 1e-3}, r"got list\. .*GeNOptimizer\(torch.optim.AdamW"),
+        ({"lr": 1e-3}, r"no option 'lr'\. .*AdamW\(model.parameters\(\), lr=0.001\)\)"),
+        ({"burn_in": 20}, r"no option 'burn_in'\. It belongs to the rule: .*RelaxedRule\(burn_in=20\)"),
+    ],
+)
+def test_the_constructor_says_what_to_wrap_and_where_options_belong(arguments: dict[str, Any], message: str) -> None:
+    base = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(TypeError, match=message):
+        GeNOptimizer(**{"base_optim": base, **arguments})
+
+
+def test_a_constructor_without_arguments_fails_as_any_other() -> None:
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'base_optim'"):
+        GeNOptimizer()  # type: ignore[call-arg]
+
+
+# --- the closure -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("make", "step"), [(gen_sgd, 3), (looking, 2)])  # the first probe step after the first step
+def test_a_forgotten_zero_grad_is_warned_of_once(make: Any, step: int) -> None:
+    training = Training.of(make)
+
+    def closure() -> Tensor:
+        loss = training.loss()
+        loss.backward()
+        return loss
+
+    for _ in range(step - 1):
+        training.optimizer.step(closure)
+    with pytest.warns(UserWarning, match=f"At step {step} the closure .*added to the gradients.*zero_grad") as caught:
+        training.optimizer.step(closure)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    for _ in range(10):
+        training.optimizer.step(closure)
+
+
+def test_gradients_zeroed_in_any_way_or_accumulated_within_a_step_are_not_warned_of() -> None:
+    training = Training.of(looking)
+
+    def in_place() -> Tensor:
+        training.optimizer.zero_grad(set_to_none=False)
+        loss = training.loss()
+        loss.backward()
+        return loss
+
+    def in_two_passes() -> Tensor:
+        training.optimizer.zero_grad()
+        (training.loss() / 2).backward()
+        loss = training.loss()
+        (loss / 2).backward()
+        return loss
+
+    def zeroed_afterwards() -> Tensor:
+        loss = training.loss()
+        loss.backward()
+        return loss
+
+    def another_loss() -> Tensor:  # whose backward pass leaves the gradients of the last step alone
+        torch.ones(1, requires_grad=True).sum().backward()
+        return in_place()
+
+    for closure in (in_place, in_two_passes, another_loss):
+        for _ in range(3):
+            training.optimizer.step(closure)
+    training.optimizer.zero_grad()
+    for _ in range(3):
+        training.optimizer.step(zeroed_afterwards)
+        training.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", [gen_sgd, looking])
+def test_a_closure_that_steps_the_base_optimizer_is_refused_and_nothing_has_moved(make: Any) -> None:
+    training = Training.of(make)
+    lazy = make is looking
+    if lazy:
+        training.train(1)
+    before = parameters_of(training.model)
+
+    def closure() -> Tensor:
+        loss = training.closure()
+        training.optimizer.base_optim.step()
+        return loss
+
+    with pytest.raises(RuntimeError, match=re.escape("closure must not step the optimizer, but calls SGD.step()")):
+        training.optimizer.step(closure)
+    assert same(parameters_of(training.model), before)
+    assert not training.optimizer.base_optim._optimizer_step_pre_hooks
+    training.train(3)
+
+
+def test_a_closure_that_returns_nothing_says_what_else_may_have_passed_it() -> None:
+    training = Training.of(gen_sgd)
+    with pytest.raises(TypeError, match=r"End it with `return loss`\. If a framework has passed .*manual optimization"):
+        training.optimizer.step(lambda: None)
+
+
+# --- losses and parameters -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spoils", [True, False])
+def test_losses_that_stay_nan_are_warned_of_once(spoils: bool) -> None:
+    training = Training.of(looking)
+    training.train(3)
+    if spoils:
+        with torch.no_grad():
+            training.model[0].weight[0, 0] = float("nan")
+
+    def closure() -> Tensor:
+        training.optimizer.zero_grad()
+        return training.loss() * float("nan")  # whose gradients the optimizer leaves out
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3 * PATIENCE):
+            training.optimizer.step(closure)
+    [message] = [str(each.message) for each in caught if "not finite" in str(each.message)]
+    assert re.search(r"in 10 probe steps in a row\. At step \d+ it is nan", message)
+    assert ("1 of 4 parameters are not finite either: go back" if spoils else "All parameters are finite") in message
+
+
+def test_a_loss_that_is_not_finite_now_and_then_is_not_warned_of() -> None:
+    training = Training.of(lambda parameters: looking(parameters, tolerance=0.0))
+    is_bad = False
+
+    def closure() -> Tensor:
+        return training.closure() * (float("nan") if is_bad else 1.0)
+
+    for step in range(4 * PATIENCE):
+        is_bad = step % 4 == 3
+        training.optimizer.step(closure)
+
+
+def test_parameters_in_float16_are_named_if_no_learning_rate_is_found() -> None:
+    training = Training.of(gen_adamw, mlp().half())
+    for _ in range(PATIENCE - 1):
+        training.optimizer.step(lambda: training.closure().detach().float() + 1e6)
+    with pytest.warns(
+        UserWarning, match=r"in 10 steps.*at step 10 the loss is 1e\+06\. Parameters are in float16.*autocast"
+    ):
+        training.optimizer.step(lambda: training.closure().detach().float() + 1e6)
+    assert training.optimizer.last_probe.status is ProbeStatus.START_FAILED
