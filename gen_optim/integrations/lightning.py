@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor
 from lightning.pytorch.core.optimizer import do_nothing_closure
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -18,6 +19,7 @@ from torchmetrics import Metric
 
 from gen_optim.optimizer import GeNOptimizer
 from gen_optim.tensors.rng import RandomStreams, random_devices
+from gen_optim.warning import warn
 
 __all__ = ["GeNCallback"]
 
@@ -30,7 +32,8 @@ class GeNCallback(Callback):
     the module are put back. With ``accumulate_grad_batches`` probes see all batches of the step. In manual optimisation
     they see the closure or probe that is given to the optimizer's ``step``.
 
-    After each batch it logs the learning rates of the last step, one a parameter group of each GeNOptimizer.
+    After each batch it logs the learning rates of the last step, one a parameter group of each GeNOptimizer, to the
+    loggers and in the progress bar. ``LearningRateMonitor`` draws a scheduler's own values instead, which is warned of.
 
     Args:
         name: Under which name; where there are several learning rates, a slash and a number are appended.
@@ -46,11 +49,18 @@ class GeNCallback(Callback):
         self._takes_index = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a strategy that leaves no step to a GeNOptimizer.
+        """Refuse what leaves no step, or no learning rate, to a GeNOptimizer.
 
         Raises:
-            ValueError: Under DeepSpeed, whose engine runs the backward pass and the step itself.
+            ValueError: Under DeepSpeed, whose engine runs the backward pass and the step itself; if Lightning is to find
+                a learning rate.
         """
+        if any(isinstance(each, LearningRateFinder) for each in trainer.callbacks):
+            raise ValueError(
+                "GeNCallback cannot train with Lightning's learning-rate finder (Tuner.lr_find, LearningRateFinder): it "
+                "writes learning rates, which GeNOptimizer finds itself. Leave the finder out, and train from any "
+                "learning rate."
+            )
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise ValueError(
                 "GeNCallback cannot train under DeepSpeed, whose engine runs the backward pass and the step itself. "
@@ -74,6 +84,12 @@ class GeNCallback(Callback):
             raise ValueError(
                 "GeNCallback needs a GeNOptimizer, but configure_optimizers returned none; wrap one there: "
                 "return GeNOptimizer(torch.optim.AdamW(self.parameters()))"
+            )
+        is_scheduled = any("initial_lr" in group for each in self._optimizers for group in each.param_groups)
+        if is_scheduled and any(isinstance(each, LearningRateMonitor) for each in trainer.callbacks):
+            warn(
+                "LearningRateMonitor draws the scheduler's own values, not the learning rates in force, which are these "
+                f"times what GeNOptimizer finds. GeNCallback logs those, as {self._name!r}: leave the monitor out."
             )
         self._devices = random_devices(pl_module.parameters())
         self._takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
@@ -99,7 +115,7 @@ class GeNCallback(Callback):
         """Log the learning rates."""
         rates = [rate for optimizer in self._optimizers for rate in optimizer.get_last_lr()]
         names = [self._name] if len(rates) == 1 else [f"{self._name}/{index}" for index in range(len(rates))]
-        pl_module.log_dict(dict(zip(names, rates, strict=True)), on_step=True, on_epoch=False)
+        pl_module.log_dict(dict(zip(names, rates, strict=True)), on_step=True, on_epoch=False, prog_bar=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the optimizers as they were."""

@@ -23,10 +23,11 @@ from tests.workers import Pool
 pytest.importorskip("lightning", reason="needs the extra lightning")
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.tuner import Tuner
 from torchmetrics import MeanMetric, MeanSquaredError, MetricCollection, SumMetric
 
 from gen_optim.integrations.lightning import GeNCallback
@@ -206,11 +207,43 @@ def test_the_learning_rate_is_logged_at_every_step(tmp_path: Path) -> None:
             self.rates = [*getattr(self, "rates", []), self.gen.get_last_lr()[0]]
 
     module = Watching()
-    trainer = fit(module, tmp_path, callbacks=[LearningRateMonitor()])
+    with pytest.warns(
+        UserWarning, match="LearningRateMonitor draws the scheduler's own .*as 'learning_rate'"
+    ) as caught:
+        trainer = fit(module, tmp_path, callbacks=[LearningRateMonitor()])
+    assert sum("LearningRateMonitor draws" in str(each.message) for each in caught) == 1
     rates = logged(trainer, "learning_rate")
     assert list(rates) == list(range(STEPS))
     assert list(rates.values()) == pytest.approx(module.rates)
     assert len(set(module.rates)) > STEPS // 2
+    assert trainer.progress_bar_metrics["learning_rate"] == pytest.approx(module.rates[-1])
+
+
+def test_a_monitor_draws_what_is_in_force_without_a_scheduler(tmp_path: Path) -> None:
+    class Unscheduled(Regression):
+        def configure_optimizers(self) -> Any:
+            self.gen = wrapped(torch.optim.AdamW(self.model.parameters()), **self.options)
+            return self.gen
+
+    fit(Unscheduled(), tmp_path, callbacks=[LearningRateMonitor()])  # and is not warned of
+
+
+def test_lightnings_own_search_for_a_learning_rate_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="learning-rate finder"):
+        fit(Regression(), tmp_path, callbacks=[LearningRateFinder()])
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[GeNCallback()])
+    with pytest.raises(ValueError, match="Leave the finder out"):
+        Tuner(trainer).lr_find(Regression(), batches())
+
+
+def test_a_bare_step_of_manual_optimisation_without_the_callback_says_what_to_do(tmp_path: Path) -> None:
+    class Bare(ManualRegression):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.optimizers().step()
+
+    trainer = Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, logger=False)
+    with pytest.raises(TypeError, match="as Lightning does in manual optimization .* give step"):
+        trainer.fit(Bare("bare"), batches())
 
 
 @pytest.mark.parametrize("mode", MODES)
