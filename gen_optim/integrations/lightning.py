@@ -52,13 +52,13 @@ class GeNCallback(Callback):
         """Refuse what leaves no step, or no learning rate, to a GeNOptimizer.
 
         Raises:
-            ValueError: Under DeepSpeed, whose engine runs the backward pass and the step itself; if Lightning is to find
-                a learning rate.
+            ValueError: Under DeepSpeed, whose engine runs the backward pass and the step itself; if Lightning is to
+                find a learning rate.
         """
         if any(isinstance(each, LearningRateFinder) for each in trainer.callbacks):
             raise ValueError(
-                "GeNCallback cannot train with Lightning's learning-rate finder (Tuner.lr_find, LearningRateFinder): it "
-                "writes learning rates, which GeNOptimizer finds itself. Leave the finder out, and train from any "
+                "GeNCallback cannot train with Lightning's learning-rate finder (Tuner.lr_find, LearningRateFinder): "
+                "it writes learning rates, which GeNOptimizer finds itself. Leave the finder out, and train from any "
                 "learning rate."
             )
         if isinstance(trainer.strategy, DeepSpeedStrategy):
@@ -88,8 +88,8 @@ class GeNCallback(Callback):
         is_scheduled = any("initial_lr" in group for each in self._optimizers for group in each.param_groups)
         if is_scheduled and any(isinstance(each, LearningRateMonitor) for each in trainer.callbacks):
             warn(
-                "LearningRateMonitor draws the scheduler's own values, not the learning rates in force, which are these "
-                f"times what GeNOptimizer finds. GeNCallback logs those, as {self._name!r}: leave the monitor out."
+                "LearningRateMonitor draws the scheduler's own values, not the learning rates in force, which follow "
+                f"from what GeNOptimizer finds. GeNCallback logs those, as {self._name!r}: leave the monitor out."
             )
         self._devices = random_devices(pl_module.parameters())
         self._takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)

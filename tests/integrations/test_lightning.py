@@ -242,7 +242,7 @@ def test_a_bare_step_of_manual_optimisation_without_the_callback_says_what_to_do
             self.optimizers().step()
 
     trainer = Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, logger=False)
-    with pytest.raises(TypeError, match="as Lightning does in manual optimization .* give step"):
+    with pytest.raises(TypeError, match=r"as Lightning does in manual optimization .* give step"):
         trainer.fit(Bare("bare"), batches())
 
 
