@@ -231,7 +231,8 @@ def test_a_monitor_draws_what_is_in_force_without_a_scheduler(tmp_path: Path) ->
 def test_lightnings_own_search_for_a_learning_rate_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="learning-rate finder"):
         fit(Regression(), tmp_path, callbacks=[LearningRateFinder()])
-    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[GeNCallback()])
+    quiet: dict[str, Any] = {"logger": False, "max_epochs": 1, "enable_checkpointing": False}
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[GeNCallback()], **quiet)
     with pytest.raises(ValueError, match="Leave the finder out"):
         Tuner(trainer).lr_find(Regression(), batches())
 
@@ -239,6 +240,7 @@ def test_lightnings_own_search_for_a_learning_rate_is_refused(tmp_path: Path) ->
 def test_a_bare_step_of_manual_optimisation_without_the_callback_says_what_to_do(tmp_path: Path) -> None:
     class Bare(ManualRegression):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.manual_backward(self.loss_of(batch))
             self.optimizers().step()
 
     trainer = Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, logger=False)
