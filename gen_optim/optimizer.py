@@ -259,10 +259,12 @@ class GeNOptimizer(OptimizerWrapper):
             RuntimeError: Under ``torch.inference_mode()``; if a probe step failed on another process.
 
         Warns:
-            UserWarning: If the first ten steps had neither a closure nor a probe. If ten times in a row no initial
-                learning rate was found, the loss was not finite, or a probe was due but there was nothing to look back
-                at. If a learning rate was written before three steps, the closure does not zero the gradients of the
-                step before, a probe has raised an exception, or ``loss`` is another one than the probe's.
+            UserWarning: If the first probe step finds that ``closure`` or ``probe`` returns another loss when it is
+                called again at the same parameters. If the first ten steps had neither of them. If ten times in a row
+                no initial learning rate was found, the loss was not finite, or a probe was due but there was nothing
+                to look back at. If a learning rate was written before three steps, the closure does not zero the
+                gradients of the step before, a probe has raised an exception, or ``loss`` is another one than the
+                probe's.
 
         Example:
             >>> weight = torch.nn.Parameter(torch.tensor([3.0]))

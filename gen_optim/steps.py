@@ -220,6 +220,8 @@ def look_back_step(
             )
             if closure is None:
                 context.take_over(probed.loss, step_loss, 1.0)
+            if not state.probes:
+                _check_repeatability(session, probed, step_loss.evaluate(1.0))
             measurement = context.mode.measure(step_loss)
         factor = controller.rates.factor()
         decision = controller.decide(measurement, factor)
@@ -253,10 +255,13 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
         state = controller.recall_after_closure()
         loss_start = loss if probed.call is closure else None
         lr = state.lr
+        if not state.probes or (searches and loss_start is None):
+            with session.probing():
+                loss_start = session.probe() if loss_start is None else loss_start
+                if not state.probes:
+                    _check_repeatability(session, probed, loss_start)
         if searches:
-            if loss_start is None:
-                with session.probing():
-                    loss_start = session.probe()
+            assert loss_start is not None, "it has been evaluated above"
             # If the loss is not finite, the step is the base optimizer's own, bit for bit.
             [start], _ = session.read([loss_start])
             lr = searched_lr(state.probes) if math.isfinite(start) else state.lr
@@ -323,6 +328,30 @@ def _refusing_steps(base_optim: Optimizer) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+_DIFFERENT = 1e-4
+"""Relative difference from which on two losses at the same point differ by more than their rounding. Kernels that add
+numbers in any order stay below it in float32; another batch does not."""
+
+
+def _check_repeatability(session: Session, probed: Probed, loss: Loss) -> None:
+    """Evaluate the loss again where it was ``loss``, in the first probe step, and warn if it differs.
+
+    Within ``session.probing()``, while the parameters are where they were in the first call.
+    """
+    losses = [loss, session.probe()]
+    stored = [each for each in session.parameters() if each.is_floating_point()]  # losses may be more exact than these
+    (first, again), [rounding] = session.read(losses, [session.rounding([*losses, *stored])])
+    size = max(abs(first), abs(again))
+    if math.isfinite(size) and abs(first - again) > max(rounding, _DIFFERENT) * size:
+        warn(
+            f"The {probed.name} returned different losses when it was called twice at the same parameters: {first:.9g} "
+            f"and {again:.9g}. GeNOptimizer takes such differences for slope and curvature, and the learning rate will "
+            f"be wrong. Does the {probed.name} draw its batch or random numbers, carry a state from call to call, or "
+            "step another optimizer? Do that before the step, or in it `if not optimizer.is_probing`. "
+            "check_closure(optimizer, closure) finds out more."
+        )
 
 
 def _step_base(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -117,7 +118,7 @@ def test_a_loss_that_is_never_finite_is_no_difference() -> None:
 
 def drawing_data() -> tuple[GeNOptimizer, Callable[[], Any]]:
     of = training()
-    batches = iter(torch.randn(10, 16, 4))
+    batches = iter(torch.randn(100, 16, 4))
 
     def closure() -> Tensor:
         of.inputs = next(batches)
@@ -162,6 +163,90 @@ def test_a_probe_that_differs_from_the_call_with_gradients_is_warned_of(differen
 
     with pytest.warns(UserWarning, match="With gradients it returned .* as a probe"):
         check_closure(of.optimizer, closure)
+
+
+# --- the check in the first probe step --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", REPRODUCIBLE.values(), ids=REPRODUCIBLE)
+def test_a_reproducible_loss_is_not_warned_of_in_training(case: Case) -> None:
+    optimizer, closure = case()
+    for _ in range(3):
+        optimizer.step(closure)  # a warning is an error here
+    assert optimizer.last_probe is not None
+
+
+def training_another_optimizer_inside() -> tuple[GeNOptimizer, Callable[[], Any]]:
+    of, scale = training(), nn.Parameter(torch.ones(()))
+    inner = torch.optim.SGD([scale], lr=0.1)
+
+    def closure() -> Tensor:
+        inner.zero_grad()
+        of.optimizer.zero_grad()
+        loss = of.loss() * scale
+        loss.backward()
+        inner.step()
+        return loss
+
+    return of.optimizer, closure
+
+
+def carrying_a_state() -> tuple[GeNOptimizer, Callable[[], Any]]:
+    of = training()
+    states = [torch.zeros(16, 4)]
+
+    def closure() -> Tensor:
+        states.append(torch.tanh(of.inputs + states[-1]))
+        return nn.functional.mse_loss(of.model(states[-1]), of.targets)
+
+    return of.optimizer, closure
+
+
+@pytest.mark.parametrize(
+    "case", [drawing_data, dropout_of_a_generator, training_another_optimizer_inside, carrying_a_state]
+)
+def test_a_closure_that_differs_between_calls_is_warned_of_in_its_first_step(case: Case) -> None:
+    optimizer, closure = case()
+    expected = r"closure returned different losses .* draw its batch .* before the step, .*check_closure"
+    with pytest.warns(UserWarning, match=expected) as caught:
+        optimizer.step(closure)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("mode", ["lookback", "approximate", "exact"])
+@pytest.mark.parametrize("rule", ["relaxed", "published"])
+@pytest.mark.parametrize("gives", ["closure", "probe"])
+def test_it_is_warned_of_once_in_any_mode_and_of_a_probe_too(mode: str, rule: str, gives: str) -> None:
+    of = training(mode=mode, rule=rule, period=1)
+
+    def differing() -> Tensor:
+        of.inputs = torch.randn(16, 4, generator=generator)
+        return of.closure()
+
+    generator = torch.Generator().manual_seed(0)
+    given = {"closure": differing} if gives == "closure" else {"closure": of.closure, "probe": differing}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            of.optimizer.step(**given)
+    assert len([each for each in caught if f"The {gives} returned different losses" in str(each.message)]) == 1
+
+
+def test_the_check_is_one_more_call_in_the_first_probe_step_and_none_later() -> None:
+    of = training(mode="approximate", rule="published", period=1)
+    calls = []
+    for _ in range(3):
+        of.calls = 0
+        of.train(1)
+        calls.append(of.calls)
+    assert calls == [4, 3, 3]
+
+
+def test_a_first_loss_that_is_not_finite_postpones_the_check() -> None:
+    optimizer, drawing = drawing_data()
+    optimizer.step(lambda: torch.tensor(float("nan")))
+    with pytest.warns(UserWarning, match="different losses"):
+        optimizer.step(drawing)
 
 
 # --- modules that the optimizer does not know -------------------------------------------------------------------------
