@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from gen_optim.learning_rates import Group, LearningRates, check_lr
 from gen_optim.measurement import Measurement
 from gen_optim.rules import Decision, Rule, RuleState
+from gen_optim.tensors.interrupts import Unfinished
 from gen_optim.warning import warn
 
 __all__ = ["Controller"]
@@ -102,8 +103,12 @@ class Controller:
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
-    def step_base(self, lr: float) -> list[float]:
+    def step_base(self, lr: float, unfinished: Unfinished) -> list[float]:
         """Let the base optimizer take its step at α = ``lr``.
+
+        Args:
+            lr: The learning rate α.
+            unfinished: What ends the step, whatever happens.
 
         Returns:
             Each group's learning rate in it.
@@ -113,7 +118,7 @@ class Controller:
             self._base_optim.step()
             return self.rates.shares(lr)
         rates = self.rates.rates_in_force(lr)
-        with self.rates.in_force(rates):
+        with self.rates.in_force(rates, unfinished):
             self._base_optim.step()
         return rates
 

@@ -23,12 +23,15 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import compress
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gen_optim.tensors.interrupts import Unfinished
 
 __all__ = ["Group", "GroupRate", "LearningRates", "check_lr", "write_lr"]
 
@@ -289,16 +292,21 @@ class LearningRates:
         return [lr * rate.ratio * rate.factor() for rate in self._rates]
 
     @contextmanager
-    def in_force(self, rates: Sequence[float]) -> Iterator[None]:
-        """Have the groups show ``rates``, for a step of the base optimizer; put back what they showed."""
+    def in_force(self, rates: Sequence[float], unfinished: Unfinished) -> Iterator[None]:
+        """Have the groups show ``rates``, for a step of the base optimizer; put back what they showed.
+
+        Args:
+            rates: A learning rate for each group.
+            unfinished: What ends the step, whatever happens.
+        """
         shown = [rate.read("lr") for rate in self._rates]
-        try:
-            for rate, taken in zip(self._rates, rates, strict=True):
-                rate.write(taken)
+        with unfinished.ending_with(partial(self._show, shown)):
+            self._show(rates)
             yield
-        finally:
-            for rate, before in zip(self._rates, shown, strict=True):
-                rate.write(before)
+
+    def _show(self, rates: Sequence[float]) -> None:
+        for rate, shown in zip(self._rates, rates, strict=True):
+            rate.write(shown)
 
     def settle(self, lr: float, used: Sequence[float]) -> None:
         """End a step that ``used`` these learning rates: write α to the groups that no scheduler writes."""

@@ -293,7 +293,14 @@ class GeNOptimizer(OptimizerWrapper):
         if closure is None and probe is None and controller.rates.all_zero(self.param_groups):
             self._set_up_state()
             return None
-        result = self._take_step(closure, probe, loss)
+        unfinished, is_grad_enabled = self._context.unfinished, torch.is_grad_enabled()
+        unfinished.forget()
+        try:
+            result = self._take_step(closure, probe, loss)
+        except BaseException:
+            torch.set_grad_enabled(is_grad_enabled)
+            unfinished.finish()
+            raise
         if self._is_averaging:
             self._averages.update()
         evaluated = self._report(result)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, compress
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +32,7 @@ from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
 from gen_optim.rules import Parabola, RuleState
 from gen_optim.tensors.dtensor import whole
+from gen_optim.tensors.interrupts import Unfinished
 from gen_optim.warning import warn
 
 __all__ = ["Probed", "StepContext", "StepResult", "lazy_step", "look_ahead_step", "look_back_step"]
@@ -88,6 +90,11 @@ class StepContext:
     has_warned_of_gradients: bool = False
     trusts_losses: bool | None = None
     allows_writes: bool = False
+
+    @property
+    def unfinished(self) -> Unfinished:
+        """What ends the step that is being taken, whatever happens."""
+        return self.caller.unfinished
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -205,6 +212,7 @@ def look_back_step(
     )
     state = controller.recall_after_closure()
     context.start_point = None  # it serves once; but a closure that has failed may be called again
+    context.unfinished.add(start_point.leave)
     after, is_reverted = controller.rule.skip(state), False
     try:
         differentiated, end_slope = (session.differentiated() if is_own else None) or ([], None)
@@ -234,6 +242,7 @@ def look_back_step(
         else:  # after an exception, too: the lazy step that it would have been without looking back
             start_point.leave()
             _step_base(context, after, start_point)
+    context.unfinished.drop(start_point.leave)
     context.warn_of_failure(step_loss.failure)
     record = ProbeRecord.of(state, measurement, decision, factor)
     return StepResult(step_loss.losses[1.0] if loss is None else loss, record)
@@ -250,7 +259,9 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
     """
     controller = context.controller
     session = context.session(probed)
-    with context.mode.around_calls():
+    around = ExitStack()
+    with context.unfinished.ending_with(around.close):
+        around.enter_context(context.mode.around_calls())
         loss = None if closure is None else context.call(session, closure)
         state = controller.recall_after_closure()
         loss_start = loss if probed.call is closure else None
@@ -269,9 +280,21 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
         factors = list(compress(controller.rates.factors(), controller.rates.shares(state.lr)))
         step = Interpolation(context.moving(), on_host=context.offload_copies)
         after, is_proposed = controller.rule.skip(state), False
+        taken = after.lr
+
+        def end() -> None:
+            """Write where the step ends: after an exception the lazy step, to which the base's moments belong."""
+            if is_proposed:
+                step.settle([taken * each / lr for each in factors])
+            else:
+                step.cancel()
+
+        context.unfinished.add(end)
         try:
-            in_force = controller.rates.in_force(controller.rates.shares(lr))
-            with in_force, postponed_step_hooks(context.base_optim) as call_step_hooks:
+            with (
+                controller.rates.in_force(controller.rates.shares(lr), context.unfinished),
+                postponed_step_hooks(context.base_optim, context.unfinished) as call_step_hooks,
+            ):
                 context.base_optim.step()
             step.arrive()
             is_proposed = True
@@ -281,7 +304,6 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
                 raise
             step.arrive()  # at its start: the other ranks count on this one for their probes
 
-        taken = after.lr
         try:
             with session.probing():
                 step_loss = StepLoss(step, lr, session, {0.0: loss_start})
@@ -291,13 +313,13 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
             decision = controller.decide(measurement, factor)
             after, taken = decision.state, decision.lr_taken
         finally:
-            # After an exception this is the lazy step, to which the base optimizer's moments belong.
-            step.settle([taken * each / lr for each in factors])
+            end()
             rates = controller.rates.rates_in_force(taken)
             if is_proposed and taken > 0.0:
-                with controller.rates.in_force(rates):
+                with controller.rates.in_force(rates, context.unfinished):
                     call_step_hooks()
             _remember(context, after, rates)
+    context.unfinished.drop(end)
     context.warn_of_failure(step_loss.failure)
     if not (isinstance(measurement.found, Parabola) or measurement.found.is_bounded):
         warn(
@@ -361,7 +383,7 @@ def _step_base(
     state = context.controller.limit(state)
     looks_back = keeps_start and context.mode.looks_back and context.controller.rule.is_probe_due(state)
     start_point = context.keep_start_point(state.lr, last) if looks_back else None
-    rates = context.controller.step_base(state.lr)
+    rates = context.controller.step_base(state.lr, context.unfinished)
     if start_point is not None:
         start_point.arrive(measures_length=context.allows_writes)
     context.start_point = start_point
@@ -369,5 +391,5 @@ def _step_base(
 
 
 def _remember(context: StepContext, state: RuleState, used: list[float]) -> None:
-    mark_used(context.groups)
-    context.controller.remember(state, used)
+    context.unfinished.do(partial(mark_used, context.groups))
+    context.unfinished.do(partial(context.controller.remember, state, used))

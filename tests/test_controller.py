@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from gen_optim import Decision, Measurement, Parabola, ProbeStatus, Rule, RuleState
 from gen_optim.controller import Controller
+from gen_optim.tensors.interrupts import Unfinished
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def step(controller: Controller, optimizer: Optimizer, optimal_lr: float | None 
     if optimal_lr is not None:
         found = Parabola(1.0, optimal_lr, 1.0)
         after = controller.decide(Measurement((0.0,), (1.0,), found, 1.0), controller.rates.factor()).state
-    used = controller.step_base(after.lr)
+    used = controller.step_base(after.lr, Unfinished())
     controller.remember(after, used)
     return used
 
@@ -165,6 +166,6 @@ def test_manual_values_before_each_step_are_warned_of_once() -> None:
     optimizer.param_groups[0]["lr"] = 0.5
     with pytest.warns(UserWarning, match="before 3 steps, the last of them step 4: 0.5 in place of 0.12"):
         controller.recall()
-    controller.remember(controller.rule.skip(controller.state), controller.step_base(0.5))
+    controller.remember(controller.rule.skip(controller.state), controller.step_base(0.5, Unfinished()))
     optimizer.param_groups[0]["lr"] = 0.6
     controller.recall()

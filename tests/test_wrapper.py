@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gen_optim.closures.interception import postponed_step_hooks
+from gen_optim.tensors.interrupts import Unfinished
 from gen_optim.wrapper import OptimizerWrapper, step_without_hooks
 
 
@@ -218,7 +219,7 @@ def test_post_hooks_of_a_proposed_step_are_called_when_it_has_been_taken() -> No
     calls: list[str] = []
     optimizer.base_optim.register_step_pre_hook(note(calls, "before"))
     optimizer.base_optim.register_step_post_hook(note(calls, "after"))
-    with postponed_step_hooks(optimizer.base_optim) as call_hooks:
+    with postponed_step_hooks(optimizer.base_optim, Unfinished()) as call_hooks:
         optimizer.base_optim.step()
     assert calls == ["before"]
     call_hooks()
@@ -234,7 +235,7 @@ def test_post_hooks_are_back_after_a_proposed_step_that_raises() -> None:
 
     optimizer = Stepping(Failing(parameters(), lr=0.1))
     optimizer.base_optim.register_step_post_hook(_no_hook)
-    with pytest.raises(RuntimeError, match="stop"), postponed_step_hooks(optimizer.base_optim):
+    with pytest.raises(RuntimeError, match="stop"), postponed_step_hooks(optimizer.base_optim, Unfinished()):
         optimizer.base_optim.step()
     assert list(optimizer.base_optim._optimizer_step_post_hooks.values()) == [_no_hook]
 
@@ -424,7 +425,7 @@ def test_numbers_are_kept_though_the_base_has_no_hooks() -> None:
 
     optimizer, other = Counting(Bare(parameters())), Counting(Bare(parameters()))
     optimizer.step()
-    with postponed_step_hooks(optimizer.base_optim) as call_hooks:
+    with postponed_step_hooks(optimizer.base_optim, Unfinished()) as call_hooks:
         optimizer.base_optim.step()
     call_hooks()
     other.load_state_dict(optimizer.state_dict())

@@ -82,6 +82,10 @@ class GradientWatch:
 
     def __exit__(self, *_: object) -> None:
         """End: the closure has returned."""
+        self.end()
+
+    def end(self) -> None:
+        """Take the hook off; may be repeated."""
         if self._handle is not None:
             self._handle.remove()
 

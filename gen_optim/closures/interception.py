@@ -25,10 +25,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from gen_optim.tensors.interrupts import Unfinished
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,12 +74,11 @@ class Interception:
         self._dtypes = dtypes
         self._device_types = device_types
         self._replacements = (_functions, _fast_path) if is_probe else (_functions,)
-        self._outer: weakref.ref[Interception] | None = None
+        self._outer = _thread.active
         self._is_in_backward = False
 
     def __enter__(self) -> Self:
         """Begin to intercept."""
-        self._outer = _thread.active
         for replacement in self._replacements:
             replacement.hold(self)
         _thread.active = weakref.ref(self)
@@ -85,6 +87,10 @@ class Interception:
 
     def __exit__(self, *_: object) -> None:
         """End it."""
+        self.end()
+
+    def end(self) -> None:
+        """End it; may be repeated."""
         _thread.active = self._outer
         for replacement in self._replacements:
             replacement.release(self)
@@ -216,12 +222,12 @@ class _Replacement:
 _functions = _Replacement(
     _Setting(
         lambda: torch.autograd.backward,
-        functools.partial(setattr, torch.autograd, "backward"),
+        partial(setattr, torch.autograd, "backward"),
         _intercepted_backward,
     ),
     _Setting(
         lambda: torch.autocast.__enter__,
-        functools.partial(setattr, torch.autocast, "__enter__"),
+        partial(setattr, torch.autocast, "__enter__"),
         _intercepted_autocast,
     ),
 )
@@ -231,7 +237,7 @@ _fast_path = _Replacement(
 
 
 @contextmanager
-def postponed_step_hooks(optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
+def postponed_step_hooks(optimizer: torch.optim.Optimizer, unfinished: Unfinished) -> Iterator[Callable[[], None]]:
     """Keep the step post hooks of an optimizer from being called inside the context.
 
     torch has no public way to do that: it needs the table ``_optimizer_step_post_hooks``. Without it, hooks that write
@@ -240,6 +246,7 @@ def postponed_step_hooks(optimizer: torch.optim.Optimizer) -> Iterator[Callable[
 
     Args:
         optimizer: The optimizer that steps inside the context.
+        unfinished: What ends the step, whatever happens.
 
     Yields:
         A function that calls the hooks, for later.
@@ -250,9 +257,6 @@ def postponed_step_hooks(optimizer: torch.optim.Optimizer) -> Iterator[Callable[
         for hook in list(table.values()):
             hook(optimizer, (optimizer,), {})
 
-    kept = dict(table)
-    table.clear()
-    try:
+    with unfinished.ending_with(partial(table.update, dict(table))):
+        table.clear()
         yield call_hooks
-    finally:
-        table.update(kept)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -134,23 +133,23 @@ class ParallelModules:
         self._sharded = [each for each in modules if is_fully_sharded(each)]
         self._replicas = [each for each in modules if isinstance(each, DistributedDataParallel)]
         self._broadcasts = [each.require_forward_param_sync for each in self._replicas]
+        self._kept: list[tuple[bool, bool]] = []  # empty before the first replay
 
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Let the modules do in a probe what they did in the first call, except for gradients, and undo it."""
-        kept = [(each.require_forward_param_sync, each.require_backward_grad_sync) for each in self._replicas]
+    def begin_replay(self) -> None:
+        """Let the modules do in a probe what they did in the first call, except for gradients."""
+        self._kept = [(each.require_forward_param_sync, each.require_backward_grad_sync) for each in self._replicas]
         release(self._sharded)  # a backward pass leaves parameters gathered: those from before the step
-        try:
-            for replica, broadcasts in zip(self._replicas, self._broadcasts, strict=True):
-                # A forward pass without gradients turns broadcasting off for the next one.
-                replica.require_forward_param_sync = broadcasts
-                replica.require_backward_grad_sync = False
-            yield
-        finally:
-            for replica, (broadcasts, reduces) in zip(self._replicas, kept, strict=True):
-                replica.require_forward_param_sync = broadcasts
-                replica.require_backward_grad_sync = reduces
-            release(self._sharded)
+        for replica, broadcasts in zip(self._replicas, self._broadcasts, strict=True):
+            # A forward pass without gradients turns broadcasting off for the next one.
+            replica.require_forward_param_sync = broadcasts
+            replica.require_backward_grad_sync = False
+
+    def end_replay(self) -> None:
+        """Undo that; may be repeated."""
+        for replica, (broadcasts, reduces) in zip(self._replicas, self._kept, strict=False):
+            replica.require_forward_param_sync = broadcasts
+            replica.require_backward_grad_sync = reduces
+        release(self._sharded)
 
 
 def release(modules: Iterable[nn.Module]) -> None:

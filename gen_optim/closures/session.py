@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from gen_optim.closures.losses import Closure, Loss, check_loss, rounding_of
 from gen_optim.closures.modules import ParallelModules, owners_of, parameters_of, with_children
 from gen_optim.distributed import Ranks
 from gen_optim.tensors.dtensor import whole
+from gen_optim.tensors.interrupts import Unfinished
 from gen_optim.tensors.rng import RandomStreams, random_devices
 from gen_optim.warning import PATIENCE, warn
 
@@ -41,6 +42,7 @@ class ClosureCaller:
     Attributes:
         modules: The argument.
         is_probing: Whether a probe runs.
+        unfinished: What ends the step that is being taken.
         needs_graph: Whether probes are called with gradients enabled, for losses that differentiate inside (a
             physics-informed network, a gradient penalty) or hook activations. None until a probe has returned.
 
@@ -63,6 +65,7 @@ class ClosureCaller:
         self.modules = tuple(modules)
         self.is_probing = False
         self.needs_graph: bool | None = None
+        self.unfinished = Unfinished()
         self._differentiates: dict[object, bool] = {}
         self._missing_gradients = 0
         self._owners: list[weakref.ref[nn.Module]] = []
@@ -75,8 +78,11 @@ class ClosureCaller:
             TypeError: If the closure does not return a loss, or returns one without a graph and there are no gradients.
         """
         repair()
-        with torch.enable_grad(), GradientWatch(groups) as watch:
+        watch = GradientWatch(groups)
+        self.unfinished.add(watch.end)
+        with torch.enable_grad(), watch:
             loss = check_loss(closure(), "closure")
+        self.unfinished.drop(watch.end)
         self.complete(closure, loss, watch)
         return loss
 
@@ -213,7 +219,14 @@ class Session:
         origin = self._origin = GradientOrigin(self._groups, measure)
 
         def call() -> Loss:
-            with torch.enable_grad(), GradientWatch(self._groups) as watch, self._intercepting(origin.watch):
+            watch, interception = GradientWatch(self._groups), self._intercepting(origin.watch)
+            with (
+                torch.enable_grad(),
+                self._caller.unfinished.ending_with(watch.end),
+                self._caller.unfinished.ending_with(interception.end),
+                watch,
+                interception,
+            ):
                 loss = check_loss(closure(), "closure")
             if self._caller.complete(closure, loss, watch):
                 origin.note(loss)
@@ -229,12 +242,15 @@ class Session:
         # Of this moment: the base optimizer may have drawn random numbers since the first call.
         random_after = RandomStreams(self._devices)
         self._gradients = [(each, each.grad) for each in self.parameters()]
-        with ExitStack() as undo:  # goes on if an interrupt comes in between
-            undo.callback(torch.clear_autocast_cache)
-            undo.callback(random_after.restore)
-            undo.callback(self._buffers.restore)
-            undo.callback(self._put_gradients)
-            undo.callback(setattr, self._caller, "is_probing", False)
+        with ExitStack() as undo:
+            for call in (
+                torch.clear_autocast_cache,
+                random_after.restore,
+                self._buffers.restore,
+                self._put_gradients,
+                functools.partial(setattr, self._caller, "is_probing", False),
+            ):
+                undo.enter_context(self._caller.unfinished.ending_with(call))
             self._caller.is_probing = True
             yield
 
@@ -363,11 +379,14 @@ class Session:
             parameter.grad = None
         # An outer autocast keeps low-precision copies of the weights, which have moved since.
         torch.clear_autocast_cache()
+        interception = self._intercepting(on_backward, is_probe=True)
         with (
             torch.set_grad_enabled(with_graph),
-            self._intercepting(on_backward, is_probe=True),
-            self._parallel.replaying(),
+            self._caller.unfinished.ending_with(interception.end),
+            interception,
+            self._caller.unfinished.ending_with(self._parallel.end_replay),
         ):
+            self._parallel.begin_replay()
             try:
                 result = self._probed()
             except (AttributeError, TypeError) as error:
