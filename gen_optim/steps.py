@@ -212,6 +212,7 @@ def look_back_step(
     )
     state = controller.recall_after_closure()
     context.start_point = None  # it serves once; but a closure that has failed may be called again
+    start_point.begin_visits()
     context.unfinished.add(start_point.leave)
     after, is_reverted = controller.rule.skip(state), False
     try:

@@ -109,6 +109,21 @@ class Ranger(Elementary):
             parameter.copy_(slow.lerp_(parameter, 0.5))
 
 
+class AdaHessian(Elementary):
+    """Divides by the diagonal of the Hessian, for which it differentiates gradients once more, as SophiaH does too."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = [each for group in self.param_groups for each in group["params"] if each.grad is not None]
+        signs = [torch.randint_like(each, 2) * 2.0 - 1.0 for each in parameters]
+        gradients = [each.grad for each in parameters]
+        products = torch.autograd.grad(gradients, parameters, signs)  # type: ignore[arg-type]
+        for parameter, sign, product in zip(parameters, signs, products, strict=True):
+            mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+            mean.lerp_((sign * product).abs(), 0.1)
+            parameter.sub_(self.param_groups[0]["lr"] * parameter.grad / (mean + 0.1))
+
+
 class Caching(Elementary):
     """Keeps a cache in its groups, as RAdam does, in which a step at another learning rate leaves traces."""
 

@@ -137,3 +137,21 @@ def test_weight_decay_in_the_gradient_is_no_memory_of_learning_rates() -> None:
     for decay in (1e-4, 0.1, 1.0):
         for make in (Adam, lambda p, weight_decay: SGD(p, lr=0.1, momentum=0.9, weight_decay=weight_decay)):
             GeNOptimizer(make(mlp().parameters(), weight_decay=decay))
+
+
+@pytest.mark.filterwarnings("ignore:GeNOptimizer could not check")  # the twin's gradients have no graph
+@pytest.mark.filterwarnings("ignore:Using backward")  # torch warns of create_graph=True
+@pytest.mark.parametrize("options", [{}, {"mode": "approximate", "rule": "published", "period": 2}], ids=["", "ahead"])
+def test_a_base_that_differentiates_gradients_once_more(options: dict[str, Any]) -> None:
+    training = Training.of(lambda parameters: GeNOptimizer(others.AdaHessian(parameters, lr=0.1), **options))
+
+    def closure() -> torch.Tensor:
+        training.optimizer.zero_grad()
+        loss = training.loss()
+        loss.backward(create_graph=True)
+        return loss
+
+    losses = [training.optimizer.step(closure).detach().item() for _ in range(60)]
+    training.optimizer.zero_grad()  # as torch advises: a gradient with a graph refers to its parameter
+    assert losses[-1] < 0.5 * losses[0]
+    assert training.probes > 10

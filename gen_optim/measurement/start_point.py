@@ -50,7 +50,7 @@ class StartPoint:
         self.lr = lr
         self._parameters = parameters
         self._on_host = on_host
-        self._is_visited = self._was_left = False
+        self._is_visited = self._was_left = self._is_quiet = False
         present = None if last is None else last.present_copies(parameters, on_host=on_host)
         self._copies = self._copied() if present is None else present
         # Chunks of parameters, with the copies that hold the end of the step while the parameters are at its start.
@@ -70,6 +70,18 @@ class StartPoint:
 
     def _locals(self) -> list[Tensor]:
         return [local(each) for each in self._parameters]
+
+    def begin_visits(self) -> None:
+        """Prepare for moves, while the gradients at the end of the step are there.
+
+        A base optimizer that differentiates the gradients once more (AdaHessian) needs their graph. That holds the
+        parameters, and refuses those that have been written to, though they are put back bit for bit. Writes to
+        ``data`` are not counted.
+        """
+        self._is_quiet = any(each.grad is not None and each.grad.requires_grad for each in self._parameters)
+
+    def _targets(self) -> list[Tensor]:
+        return [each.data for each in self._locals()] if self._is_quiet else self._locals()
 
     # --- whether it is still valid ------------------------------------------------------------------------------------
 
@@ -171,10 +183,10 @@ class StartPoint:
             return
         if not self._starts:
             self._starts = self._copied()
-        lerp(self._locals(), self._starts, self._copies, multiple)
+        lerp(self._targets(), self._starts, self._copies, multiple)
 
     def _swap(self) -> None:
-        for index, (present, kept) in enumerate(chunks(self._locals(), self._copies)):
+        for index, (present, kept) in enumerate(chunks(self._targets(), self._copies)):
             exchange(present, kept, partial(self._swapped.__setitem__, index, (present, kept)))
         self._is_visited = True
 
@@ -188,9 +200,9 @@ class StartPoint:
     def stay(self) -> None:
         """Put the parameters to the start of the step, for good."""
         if self._starts:
-            despite_interrupts(partial(copy, self._locals(), self._starts))
+            despite_interrupts(partial(copy, self._targets(), self._starts))
         else:
-            parts = enumerate(chunks(self._locals(), self._copies))
+            parts = enumerate(chunks(self._targets(), self._copies))
             rest = [(present, kept) for index, (present, kept) in parts if index not in self._swapped]
             despite_interrupts(*(partial(write, *each) for each in rest))
         self._swapped, self._starts = {}, []
