@@ -150,7 +150,8 @@ class GeNOptimizer(OptimizerWrapper):
         ValueError: If the base optimizer's update is not proportional to its learning rate, or an option is out of
             range; if an option of the rule is given next to a rule object; if parameters are spread over processes that
             ``process_group`` leaves out.
-        RuntimeError: If ``mode="exact"`` and the parameters belong to a module sharded by ``fully_shard``.
+        RuntimeError: If ``mode="exact"`` and the parameters belong to a module sharded by ``fully_shard``, or are
+            DTensors and torch is older than 2.13.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)

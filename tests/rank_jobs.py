@@ -246,6 +246,27 @@ def return_numbers_on_one_rank() -> dict[str, Any]:
     return run.result()
 
 
+def exact_with_an_older_torch() -> str:
+    """Constructs optimizers in exact mode while torch seems to be of an older version."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1+cpu"))
+        Run("plain", mode="exact")
+        with pytest.raises(RuntimeError) as caught:
+            Run("tp", mode="exact")
+    return str(caught.value)
+
+
+def join_with_uneven_batches() -> str:
+    """Trains within DDP's ``join()``; rank 1 has one batch less."""
+    run = Run("ddp")
+    try:
+        with run.model.join():
+            run.train(4 - dist.get_rank())
+    except RuntimeError as error:
+        return str(error)
+    return "trained"
+
+
 def fail_before_the_model(call: int) -> dict[str, Any]:
     """A closure whose calls run no collectives fails before it has done anything."""
     run = Run("plain", process_group=dist.group.WORLD)

@@ -243,6 +243,18 @@ def test_local_survives_copies() -> None:
     assert pickle.loads(pickle.dumps(optimizer)).process_group == "local"
 
 
+def test_uneven_batches_within_join_are_refused_in_a_probe_step_on_all_ranks(run: Run) -> None:
+    one, other = run(rank_jobs.join_with_uneven_batches)
+    assert one == other
+    assert "cannot measure the loss within DistributedDataParallel.join()" in one
+
+
+def test_exact_mode_is_refused_under_tensor_parallelism_before_torch_2_13(run: Run) -> None:
+    [error, other] = run(rank_jobs.exact_with_an_older_torch)
+    assert error == other
+    assert "mode='exact' needs torch 2.13 or newer under tensor parallelism, but this is torch 2.12.1" in error
+
+
 def test_exact_mode_is_refused_under_fully_shard(run: Run) -> None:
     with pytest.raises(FailedError, match="differentiates the loss twice, which fully_shard does not support"):
         run(functools.partial(rank_jobs.train, "fsdp", 1, mode="exact"))

@@ -10,8 +10,11 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from gen_optim.tensors.dtensor import is_dtensor
 
 __all__ = [
     "ParallelModules",
@@ -119,7 +122,8 @@ class ParallelModules:
     ``fully_shard`` gathers parameters, and records their order. A probe runs no backward pass to end that.
 
     Raises:
-        RuntimeError: If one of them is a FullyShardedDataParallel, whose parameters cannot be found.
+        RuntimeError: If one of them is a FullyShardedDataParallel, whose parameters cannot be found, or is within
+            ``join()``.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -132,6 +136,13 @@ class ParallelModules:
             )
         self._sharded = [each for each in modules if is_fully_sharded(each)]
         self._replicas = [each for each in modules if isinstance(each, DistributedDataParallel)]
+        # No public name says whether a module is within join(). Without it, the process would hang or abort.
+        if any(each._join_config.enable for each in self._replicas):
+            raise RuntimeError(
+                "GeNOptimizer cannot measure the loss within DistributedDataParallel.join(): a rank that has run out "
+                "of data answers the backward passes of the others, and not their probes. Give all ranks equally many "
+                "batches, for example with DistributedSampler or drop_last=True."
+            )
         self._broadcasts = [each.require_forward_param_sync for each in self._replicas]
         self._kept: list[tuple[bool, bool]] = []  # empty before the first replay
 
@@ -172,9 +183,20 @@ def is_fully_sharded(module: nn.Module) -> bool:
 
 
 def check_twice_differentiable(parameters: Iterable[Tensor]) -> None:
-    """Raise a RuntimeError if ``fully_shard``, whose gradients have no graph, has sharded one of the parameters."""
+    """Refuse parameters whose loss cannot be differentiated twice.
+
+    Raises:
+        RuntimeError: If ``fully_shard`` has been applied to a module that owns one of them, or if one is a DTensor and
+            torch is older than 2.13, where second derivatives of DTensors are silently wrong.
+    """
+    parameters = list(parameters)
     if _FSDP in sys.modules and any(map(is_fully_sharded, owners_of(parameters))):
         raise RuntimeError(
             "mode='exact' differentiates the loss twice, which fully_shard does not support: the gradients that it "
             "hands out have no graph. Use mode='approximate', or DistributedDataParallel."
+        )
+    if torch.__version__ < "2.13" and any(map(is_dtensor, parameters)):
+        raise RuntimeError(
+            "mode='exact' needs torch 2.13 or newer under tensor parallelism, but this is torch "
+            f"{torch.__version__}, whose second derivatives of DTensors are wrong. Use mode='approximate'."
         )
