@@ -4,7 +4,10 @@ import importlib.util
 import re
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 import gen_optim
 
@@ -12,7 +15,7 @@ project = "gen_optim"
 author = copyright = "gen_optim contributors"  # noqa: A001 - the name that Sphinx reads
 version = release = gen_optim.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"gen_optim {release}"
@@ -49,6 +52,13 @@ def link_to_reports(_app: Sphinx, _page: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\(\.\./benchmarks/results/([\w-]+\.md)\)", r"](reports/\1)", source[0])
 
 
+def write_mathml(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    """Write a formula as MathML, which browsers draw themselves: pages need no script and no network connection."""
+    translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
     """Register what Sphinx calls."""
     app.connect("source-read", link_to_reports)
+    app.add_html_math_renderer("mathml", (write_mathml, None), (write_mathml, None))

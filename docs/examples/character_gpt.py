@@ -92,7 +92,7 @@ def train(bare: bool, lr: float, seed: int, steps: int) -> tuple[float, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a short run")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of the bare optimizer")
+    parser.add_argument("--lr", type=float, default=1e-2, help="learning rate of the bare optimizer")
     options = parser.parse_args()
     for seed, bare in itertools.product(range(1 if options.quick else 3), (True, False)):
         loss, ms = train(bare, options.lr, seed, 12 if options.quick else 300)

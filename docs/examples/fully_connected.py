@@ -87,7 +87,7 @@ def train(bare: bool, lr: float, seed: int, steps: int) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a short run")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of the bare optimizer")
+    parser.add_argument("--lr", type=float, default=1e-2, help="learning rate of the bare optimizer")
     parser.add_argument("--picture", default="fully_connected.png", help="where to draw the first direction")
     options = parser.parse_args()
     draw_first_direction(options.picture)

@@ -87,7 +87,7 @@ def train(bare: bool, lr: float, seed: int, epochs: int) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a short run")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of the bare optimizer")
+    parser.add_argument("--lr", type=float, default=1e-2, help="learning rate of the bare optimizer")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     epochs = 2 if options.quick else 30

@@ -89,7 +89,7 @@ def train(bare: bool, lr: float, seed: int, steps: int) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a short run")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of the bare optimizer")
+    parser.add_argument("--lr", type=float, default=1e-2, help="learning rate of the bare optimizer")
     options = parser.parse_args()
     steps = 50 if options.quick else 2000
     for seed, bare in itertools.product(range(1 if options.quick else 3), (True, False)):
