@@ -14,7 +14,6 @@ from benchmarks.battery import results_file
 from benchmarks.battery.comparison import Comparison
 from benchmarks.battery.config import Cell, Config, cells
 from benchmarks.battery.long.report import LongComparison, groups, trial_table
-from benchmarks.battery.long.report import draw as draw_long
 from benchmarks.battery.long.report import page as long_page
 from benchmarks.battery.long.report import summary as long_summary
 from benchmarks.battery.long.study import LongStudy, quick_trial, trials
@@ -29,6 +28,8 @@ from benchmarks.workloads import BATTERY, LONG, Workload
 
 FOLDER_VARIABLE = "GEN_OPTIM_DATA"
 QUICK_STEPS = 16
+_SHOWN = "long-text-transformer", "AdamW"
+"""The cell of which a single run is drawn."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -281,13 +282,17 @@ class LongBattery(Battery):
 
     def write_report(self, cells: Sequence[Cell], results: Results, stem: str) -> None:
         """Writes tables and a picture."""
+        from benchmarks.battery.long.pictures import draw, draw_run
+
         folder: Path = self.options.output
         known = LongComparison(self.study(cells), results)
-        report, picture = folder / f"{stem}.md", folder / f"{stem}.png"
-        draw_long(known, picture)
-        report.write_text(long_page(known, _command(), picture.name), "utf-8")
+        report, pictures = folder / f"{stem}.md", [folder / f"{stem}-run.png", folder / f"{stem}.png"]
+        draw_run(known, next(cell for cell in cells if (cell.workload.name, cell.base) == _SHOWN), pictures[0])
+        draw(known, pictures[1])
+        report.write_text(long_page(known, _command(), [picture.name for picture in pictures]), "utf-8")
         tables = [f"{title}\n\n{long_summary(known, group)}" for title, group in groups(known.study.cells).items()]
-        print("\n\n".join(tables) + f"\n\nreport:  {report}\npicture: {picture}")
+        shown = "\n".join(f"picture: {picture}" for picture in pictures)
+        print("\n\n".join(tables) + f"\n\nreport:  {report}\n{shown}")
 
 
 def write_report(study: Study, results: Results, folder: Path, stem: str) -> None:

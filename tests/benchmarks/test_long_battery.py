@@ -383,7 +383,7 @@ def table(text: str, heading: str) -> dict[str, dict[str, str]]:
 
 
 def test_the_report_of_a_whole_long_battery(known: LongComparison) -> None:
-    text = page(known, "command", "file.png")
+    text = page(known, "command", ["file.png"])
     assert "Nothing: all runs are done." in text
     rows = table(text, "## Workloads that constants are set on")
     assert rows["linear: loss"]["worst"] == "2.000 (≤ 1.03)"
@@ -400,11 +400,11 @@ def test_the_report_of_a_whole_long_battery(known: LongComparison) -> None:
 
 def test_the_report_of_nothing_and_of_a_part_says_what_is_missing() -> None:
     study = LongStudy([cell_of(), cell_of("long-vae")])
-    assert "not known yet" in page(LongComparison(study, Results()), "command", None)
+    assert "not known yet" in page(LongComparison(study, Results()), "command", [])
     results = Results()
     for config in (*sweep(study.cells[0], ("linear",)), *ours(study.cells[0], (0,))):
         results.add(long_record(config))
-    text = page(LongComparison(study, results), "command", None)
+    text = page(LongComparison(study, results), "command", [])
     assert "2.222*" in text  # 2.0 / 0.9
     assert "## Workloads that are held out" in text
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from benchmarks.battery.config import SEEDS, SWEEP_SEED, Cell, Config
 from benchmarks.battery.long.statistics import log_area, steps_to_loss
@@ -28,7 +27,6 @@ from benchmarks.battery.long.study import (
     tuned,
 )
 from benchmarks.battery.number_formats import NOTHING, number
-from benchmarks.battery.pictures import grid
 from benchmarks.battery.records import Results
 from benchmarks.battery.report import missing_table
 from benchmarks.battery.scores import CAP, geometric_mean, ratio_of
@@ -151,18 +149,18 @@ def _ratio_of_logs(value: float, baseline: float) -> float:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def page(known: LongComparison, command: str, picture: str | None) -> str:
+def page(known: LongComparison, command: str, pictures: Sequence[str]) -> str:
     """Returns the whole report.
 
     Args:
         known: What the results say.
         command: The command that made it.
-        picture: The name of the picture's file.
+        pictures: The names of the pictures' files.
     """
     parts = ["# Long runs: without a learning rate, against a tuned one", command, READING]
     for title, cells in groups(known.study.cells).items():
         parts += [f"## {title}", summary(known, cells), "### Our runs over tuned", main_table(known, cells)]
-    parts += [] if picture is None else [f"![Validation losses of tuned and our runs]({picture})"]
+    parts += [f"![Validation losses of tuned and our runs]({picture})" for picture in pictures]
     parts += ["## Tuned", baselines_table(known), "## Still missing", missing_table(known.study.stages, known.results)]
     return "\n\n".join(parts) + "\n"
 
@@ -247,36 +245,6 @@ def _setting(known: LongComparison, cell: Cell, candidate: Candidate | None) -> 
         return NOTHING
     seeds = known.seeds([replace(candidate.config, seed=seed) for seed in SEEDS])
     return f"{mean_loss(cell, candidate, seeds, known.results):.4g} at {candidate.config.lr:g}"
-
-
-def draw(known: LongComparison, path: Path) -> None:
-    """Draws the validation losses of tuned and our runs over steps and writes the picture.
-
-    Args:
-        known: What the results say.
-        path: Where to write it.
-    """
-    looks: Mapping[Kind, tuple[str, str]] = {LINEAR: ("#c26a1b", "-"), AVERAGED: ("#0b3c6f", "-")}
-    cells = known.study.cells
-    figure, panels = grid(cells)
-    for cell, panel in zip(cells, panels, strict=False):
-        baseline = known.tuned[cell]
-        shown = [] if baseline is None else [(baseline, "0.5", "--")]
-        for kind, look in looks.items():
-            mine = next(config for config in ours(cell, (SWEEP_SEED,)) if config.schedule == kind.schedule)
-            shown.append((Candidate(mine, kind), *look))
-        for candidate, colour, line in shown:
-            record = known.results.get(candidate.config)
-            if record is not None:
-                curve = record.averaged_validation_losses if candidate.kind.is_averaged else record.validation_losses
-                losses = [loss if 0 < loss < math.inf else math.nan for loss in curve]
-                panel.plot(record.evaluated, losses, line, color=colour, linewidth=1.2)
-    figure.suptitle(
-        f"validation losses, seed {SWEEP_SEED}: tuned (grey), ours with a linear schedule (orange) and without a "
-        "scheduler at averaged weights (blue)",
-        fontsize="medium",
-    )
-    figure.savefig(path, dpi=90)
 
 
 def trial_table(known: LongComparison) -> str:
