@@ -19,6 +19,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"gen_optim {release}"
+pygments_style = "default"  # the theme's own has no colour for the added lines of a diff
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -54,7 +55,9 @@ def link_to_reports(_app: Sphinx, _page: str, source: list[str]) -> None:
 
 def write_mathml(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
     """Write a formula as MathML, which browsers draw themselves: pages need no script and no network connection."""
-    translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    formula = tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block))
+    # Wide formulas scroll by themselves on narrow screens.
+    translator.body.append(f'<div style="overflow-x: auto">{formula}</div>' if "block" in node.tagname else formula)
     raise nodes.SkipNode
 
 

@@ -83,7 +83,9 @@ class GeNOptimizer(OptimizerWrapper):
 
     The base optimizer proposes a step from θ to θ − αω. Along it the loss is modelled as a parabola,
 
-    .. math:: L(\theta - \alpha\omega) \approx L(\theta) - \text{slope}\,\alpha + \tfrac12\,\text{curvature}\,\alpha^2,
+    .. math::
+
+        L(\theta - \alpha\omega) \approx L(\theta) - \text{slope}\,\alpha + \tfrac{1}{2}\,\text{curvature}\,\alpha^2,
 
     and the learning rate is led towards its lowest point, slope / curvature (Bu and Xu, "Gradient descent with
     generalized Newton's method", ICLR 2025, arXiv:2407.02772).
