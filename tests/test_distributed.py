@@ -146,7 +146,7 @@ def test_an_exception_on_one_rank_ends_the_step_on_all(run: Run, kind: str, step
     assert errors[0].startswith("RuntimeError: the step failed on 1 of 2 ranks")
     assert errors[1] == "KeyError: 'a bad example'"
     assert_alike(ranks)  # at the end of the step, and after six more
-    assert ranks[0]["step_calls"] == call + 1 if steps == 0 else 3
+    assert ranks[0]["step_calls"] == (max(call + 1, 2) if steps == 0 else 3)  # the search reads after two calls
     assert ranks[0]["has_moved"] is (steps > 0 or call > 0)
 
 
