@@ -314,11 +314,11 @@ def _average(parameters: Sequence[Tensor], averages: Sequence[Tensor], weight: f
     if weight == 1.0:
         copy(averages, parameters)
         return
-    pairs = zip(parameters, averages, strict=True)
-    has_temporaries = any(here.dtype != there.dtype or here.device != there.device for here, there in pairs)
-    for ends, targets in chunks(parameters, averages, cut=has_temporaries):
+    kinds = [[(each.device, each.dtype) for each in tensors] for tensors in (parameters, averages)]
+    for ends, targets in chunks(parameters, averages, cut=kinds[0] != kinds[1]):  # cut if there are temporaries
+        dtype = targets[0].dtype
         means = near(targets, ends[0].device)  # the parameters' device computes
-        torch._foreach_lerp_(means, [each.to(means[0].dtype) for each in ends], weight)
+        torch._foreach_lerp_(means, ends if ends[0].dtype == dtype else [each.to(dtype) for each in ends], weight)
         if means[0] is not targets[0]:
             write(targets, means)
 

@@ -49,7 +49,7 @@ def chunks(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Te
     for row in zip(*lists, strict=True):
         size = row[0].numel()
         if kind != (present := [(each.device, each.dtype) for each in row]):
-            kind, room = present, 0
+            kind, room = present, -1  # nothing else fits into the batch, an empty tensor neither
             limit = max(_LEAST, min(share, _SIZE if row[0].device.type == "cpu" else _SIZE_ELSEWHERE))
         if size <= room:  # the common case with many small tensors
             batch.append(row)
