@@ -641,7 +641,7 @@ def test_an_exception_at_a_point_that_only_a_probe_visits_counts_as_an_infinite_
 
     at_first_call: list[Tensor] = []
     training.before_return = refuse
-    with pytest.warns(UserWarning, match="A probe of GeNOptimizer raised ValueError: scale must be positive"):
+    with pytest.warns(UserWarning, match="a probe of GeNOptimizer raised ValueError: scale must be positive"):
         training.train(1)
     record = training.optimizer.last_probe
     assert record.step == 4
