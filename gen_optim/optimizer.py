@@ -635,7 +635,7 @@ class GeNOptimizer(OptimizerWrapper):
         self._loaded_starts, self._loaded_averages = {}, {}
         lr, fingerprint = float(group.get(_START_LR, 0.0)), int(group.get(_START_FINGERPRINT, 0))
         self._context.controller.load()
-        self._context.start_point = None
+        self._context.start_point = self._context.has_infinities = None
         self._context.allows_writes = bool(group.get(_ALLOWS_WRITES, False))
         if lr > 0.0 and starts and self._context.mode.looks_back:
             # A parameter without a gradient has no state: it has not moved.

@@ -31,7 +31,8 @@ from gen_optim.measurement.lookahead import measure_initial_search, searched_lr
 from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
 from gen_optim.rules import Parabola, RuleState
-from gen_optim.tensors.dtensor import whole
+from gen_optim.tensors.dtensor import local, whole
+from gen_optim.tensors.foreach import has_infinities
 from gen_optim.tensors.interrupts import Unfinished
 from gen_optim.warning import warn
 
@@ -77,6 +78,7 @@ class StepContext:
             have been compared.
         allows_writes: Whether a step may end where something else has written after it, if that does not lengthen it.
             True from the first such write on, since it costs a pass over the parameters.
+        has_infinities: Whether parameters are infinite; None if that is not known yet.
     """
 
     base_optim: Optimizer
@@ -90,6 +92,7 @@ class StepContext:
     has_warned_of_gradients: bool = False
     trusts_losses: bool | None = None
     allows_writes: bool = False
+    has_infinities: bool | None = None
 
     @property
     def unfinished(self) -> Unfinished:
@@ -109,6 +112,12 @@ class StepContext:
     def moving(self) -> list[list[Tensor]]:
         """The parameters that a step can change, of each group whose learning rate is not 0."""
         return [movable(parameters) for parameters in self.unfrozen()]
+
+    def keeps_infinities(self) -> bool:
+        """Whether parameters are infinite on purpose, such as a mask of −∞; looked up before the first move."""
+        if self.has_infinities is None:
+            self.has_infinities = has_infinities([local(each) for each in chain(*self.moving())])
+        return self.has_infinities
 
     def session(self, probed: Probed) -> Session:
         """Begin the calls of a probe step."""
@@ -176,7 +185,13 @@ class StepContext:
         taken = lr * self.controller.rates.factor()
         if not taken > 0.0:
             return None
-        return StartPoint(list(chain(*self.moving())), taken, last=last, on_host=self.offload_copies)
+        return StartPoint(
+            list(chain(*self.moving())),
+            taken,
+            last=last,
+            on_host=self.offload_copies,
+            keeps_infinities=self.keeps_infinities(),
+        )
 
 
 def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: bool = True) -> StepResult:
@@ -279,7 +294,9 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
             lr = searched_lr(state.probes) if math.isfinite(start) else state.lr
         factor = controller.rates.factor()
         factors = list(compress(controller.rates.factors(), controller.rates.shares(state.lr)))
-        step = Interpolation(context.moving(), on_host=context.offload_copies)
+        step = Interpolation(
+            context.moving(), on_host=context.offload_copies, keeps_infinities=context.keeps_infinities()
+        )
         after, is_proposed = controller.rule.skip(state), False
         taken = after.lr
 

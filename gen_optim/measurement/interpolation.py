@@ -30,6 +30,7 @@ class Interpolation:
     Args:
         groups: The parameters that move, one sequence per parameter group. Of a DTensor, each rank moves its own part.
         on_host: Whether the copies are in the host's memory.
+        keeps_infinities: Whether elements that are infinite stay so between both ends, which takes one more pass.
 
     Example:
         >>> weight = torch.tensor([1.0])
@@ -42,8 +43,10 @@ class Interpolation:
     """
 
     @torch.no_grad()
-    def __init__(self, groups: Sequence[Sequence[Tensor]], *, on_host: bool = False) -> None:
-        self._parameters = groups
+    def __init__(
+        self, groups: Sequence[Sequence[Tensor]], *, on_host: bool = False, keeps_infinities: bool = False
+    ) -> None:
+        self._parameters, self._keeps_infinities = groups, keeps_infinities
         self._groups = [[local(parameter).detach() for parameter in group] for group in groups]
         self._before = [[clone(parameter, on_host=on_host) for parameter in group] for group in self._groups]
         # Allocated now, so that a lack of memory shows before the base optimizer has moved anything.
@@ -83,8 +86,8 @@ class Interpolation:
         if any(is_dtensor(each) for group in self._parameters for each in group):
             return 0.0
         pairs = [pair for groups in zip(self._before, self._after, strict=True) for pair in zip(*groups, strict=True)]
-        square = sum(float((after - before).double().abs().square().sum()) for before, after in pairs)
-        size = sum(float(before.double().abs().square().sum()) for before, _ in pairs)
+        square = sum(float((after - before).double().abs().square().nansum()) for before, after in pairs)
+        size = sum(float(before.double().abs().nan_to_num(posinf=0.0).square().sum()) for before, _ in pairs)
         count = sum(before.numel() for before, _ in pairs)
         return math.sqrt(square / max(size, 0.01 * count)) if count else 0.0
 
@@ -106,4 +109,4 @@ class Interpolation:
             elif multiple == 0.0:
                 copy(group, before)
             else:
-                lerp(group, before, after, multiple)
+                lerp(group, before, after, multiple, keeps_infinities=self._keeps_infinities)

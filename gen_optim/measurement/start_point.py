@@ -30,6 +30,7 @@ class StartPoint:
         last: The start point of the step before. If the parameters have just left it, its copies already hold their
             present values, and are used again.
         on_host: Whether the copies are in the host's memory.
+        keeps_infinities: Whether elements that are infinite stay so between both ends, and do not count in the slope.
 
     Example:
         >>> weight = torch.tensor([1.0])
@@ -45,9 +46,16 @@ class StartPoint:
 
     @torch.no_grad()
     def __init__(
-        self, parameters: Sequence[Tensor], lr: float, *, last: StartPoint | None = None, on_host: bool = False
+        self,
+        parameters: Sequence[Tensor],
+        lr: float,
+        *,
+        last: StartPoint | None = None,
+        on_host: bool = False,
+        keeps_infinities: bool = False,
     ) -> None:
         self.lr = lr
+        self._keeps_infinities = keeps_infinities
         self._parameters = parameters
         self._on_host = on_host
         self._is_visited = self._was_left = self._is_quiet = False
@@ -128,7 +136,7 @@ class StartPoint:
         if any(map(is_dtensor, self._parameters)):
             return 0.0
         squares = [
-            (end - start).abs().double().square().sum()
+            (end - start).abs().double().square().nansum()
             for ends, starts in chunks(self._locals(), self._copies)
             for end, start in zip(ends, near(starts, ends[0].device), strict=True)
         ]
@@ -169,7 +177,10 @@ class StartPoint:
                 alike.setdefault(parts, []).append((local(gradient).to_dense(), end, start))
             elif not torch.equal(near([start], end.device)[0], end):
                 return None
-        shares = [parts * inner_product(*zip(*tensors, strict=True)) for parts, tensors in alike.items()]
+        shares = [
+            parts * inner_product(*zip(*tensors, strict=True), keeps_infinities=self._keeps_infinities)
+            for parts, tensors in alike.items()
+        ]
         return torch.stack([share.to(shares[0].device) for share in shares]).sum() if shares else torch.zeros(())
 
     @torch.no_grad()
@@ -183,7 +194,7 @@ class StartPoint:
             return
         if not self._starts:
             self._starts = self._copied()
-        lerp(self._targets(), self._starts, self._copies, multiple)
+        lerp(self._targets(), self._starts, self._copies, multiple, keeps_infinities=self._keeps_infinities)
 
     def _swap(self) -> None:
         for index, (present, kept) in enumerate(chunks(self._targets(), self._copies)):

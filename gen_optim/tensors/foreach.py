@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gen_optim.tensors.scalars import summing_dtype
+from gen_optim.tensors.scalars import summing_dtype, to_floats
 
-__all__ = ["chunks", "clone", "copy", "inner_product", "lerp", "near", "room_for", "write"]
+__all__ = ["chunks", "clone", "copy", "has_infinities", "inner_product", "lerp", "near", "room_for", "write"]
 
 _SIZE = 2**17
 """Largest number of elements in a chunk on the CPU. Measured: with twice as many, allocations go to the operating
@@ -106,10 +106,24 @@ def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         write(target, source)
 
 
-def lerp(targets: Sequence[Tensor], starts: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+def has_infinities(tensors: Sequence[Tensor]) -> bool:
+    """Return whether an element of the tensors is infinite."""
+    found = [torch.isinf(each).any() for (batch,) in chunks(tensors) for each in batch]
+    return any(to_floats([each.float() for each in found]))
+
+
+def lerp(
+    targets: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    ends: Sequence[Tensor],
+    weight: float,
+    *,
+    keeps_infinities: bool = False,
+) -> None:
     """Write ``torch.lerp(start, end, weight)`` to each target, with the same bits.
 
-    Weights 0 and 1 give the exact start and end, which may be on the host.
+    Weights 0 and 1 give the exact start and end, which may be on the host. With ``keeps_infinities``, elements that are
+    infinite at both ends stay so, which takes one more pass; otherwise they become NaN.
     """
     are_apart = any(start.device != target.device for start, target in zip(starts, targets, strict=True))
     for target, start, end in chunks(targets, starts, ends, cut=are_apart):
@@ -120,12 +134,17 @@ def lerp(targets: Sequence[Tensor], starts: Sequence[Tensor], ends: Sequence[Ten
         else:
             write(target, start)
             torch._foreach_lerp_(target, there, weight)
+        if keeps_infinities:
+            for present, one, other in zip(target, near(start, target[0].device), there, strict=True):
+                present.copy_(torch.where(one == other, one, present))
 
 
-def inner_product(gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensor:
+def inner_product(
+    gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: Sequence[Tensor], *, keeps_infinities: bool = False
+) -> Tensor:
     """Return the real part of ⟨gradients, ends − starts⟩, without temporaries as large as the tensors.
 
-    ``starts`` may be on the host.
+    ``starts`` may be on the host. With ``keeps_infinities``, elements that are infinite at both ends count as not moved.
 
     Returns:
         A tensor without axes in :func:`~gen_optim.tensors.scalars.summing_dtype`, on the device of the first tensors; 0
@@ -133,7 +152,10 @@ def inner_product(gradients: Sequence[Tensor], ends: Sequence[Tensor], starts: S
     """
     shares: list[Tensor] = []
     for gradient, end, start in chunks(gradients, ends, starts):
-        step = _flat(end) - _flat(near(start, end[0].device))
+        here, there = _flat(near(start, end[0].device)), _flat(end)
+        step = there - here
+        if keeps_infinities:
+            step = torch.where(here == there, 0.0, step)
         slope = _flat(gradient)
         shares.append(torch.dot(slope, step.to(slope.dtype)))
     if not shares:

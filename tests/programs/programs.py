@@ -660,14 +660,7 @@ def loss_that_is_huge(run: Run) -> float:
     return scaled(run, 1e30)
 
 
-@program(
-    sgd=0.05,
-    adamw=0.03,
-    fails={
-        "sgd": "2.4 times the loss: looked back at, an infinite parameter becomes NaN, and nothing can be measured",
-        "adamw": "2.9 times the loss, for the same reason",
-    },
-)
+@program(sgd=0.05, adamw=0.03)
 def parameter_with_harmless_infinities(run: Run) -> float:
     """A mask of −inf is a parameter of the model; its softmax ignores these entries."""
     data, model = Data(features=6), run.net(6)

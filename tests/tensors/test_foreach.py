@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gen_optim.tensors import foreach as module
-from gen_optim.tensors.foreach import chunks, copy, inner_product, lerp
+from gen_optim.tensors.foreach import chunks, copy, has_infinities, inner_product, lerp
 from gen_optim.tensors.scalars import summing_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64]
@@ -103,3 +103,22 @@ def test_sums_are_in_double_precision_where_a_device_has_that() -> None:
 def test_nothing_has_no_chunks() -> None:
     assert list(chunks([], [])) == []
     assert inner_product([], [], []) == 0.0
+
+
+@pytest.mark.parametrize("weight", [-1.0, 1e-3, 0.5, 40.0])
+def test_infinities_that_do_not_move_stay_where_they_are(weight: float) -> None:
+    starts, ends = tensors(0), tensors(1)
+    targets, expected = [each.clone() for each in starts], [each.clone() for each in starts]
+    lerp(expected, starts, ends, weight)
+    slope = inner_product(tensors(2), ends, starts)
+    several = [*starts], [*ends]
+    assert not has_infinities(starts)
+    for each in several:
+        each.append(torch.tensor([-torch.inf, 1.0, torch.inf]))
+    assert has_infinities(starts + several[0])
+    targets.append(torch.zeros(3))
+    lerp(targets, *several, weight, keeps_infinities=True)
+    assert torch.equal(targets.pop(), several[0][-1])
+    assert all(map(torch.equal, targets, expected))  # the same bits elsewhere
+    gradients = [*tensors(2), torch.zeros(3)]
+    assert inner_product(gradients, several[1], several[0], keeps_infinities=True) == slope
