@@ -144,7 +144,7 @@ def inner_product(
 ) -> Tensor:
     """Return the real part of ⟨gradients, ends − starts⟩, without temporaries as large as the tensors.
 
-    ``starts`` may be on the host. With ``keeps_infinities``, elements that are infinite at both ends count as not moved.
+    ``starts`` may be on the host. With ``keeps_infinities``, elements that are infinite at both ends have not moved.
 
     Returns:
         A tensor without axes in :func:`~gen_optim.tensors.scalars.summing_dtype`, on the device of the first tensors; 0

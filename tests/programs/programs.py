@@ -174,18 +174,18 @@ def cosine_past_its_period(run: Run) -> float:
     return fit_with(run, lambda optimizer: CosineAnnealingLR(optimizer, T_max=100), steps=320)
 
 
-@program(
-    sgd=0.05,
-    adamw=0.03,
-    fails={"sgd": "2.1 times the loss: CyclicLR does not tell its peak, so that its factor goes from 1 to 100"},
-)
+@program(sgd=0.05, adamw=0.03)
 def cyclic_learning_rate(run: Run) -> float:
     return fit_with(
         run, lambda optimizer: CyclicLR(optimizer, run.lr / 100, run.lr, step_size_up=50, cycle_momentum=False)
     )
 
 
-@program(sgd=0.1, adamw=0.05)
+@program(
+    sgd=0.1,
+    adamw=0.05,
+    fails={"sgd": "2 times the loss: the burn-in ends within the warm-up, at a sixth of the best learning rate"},
+)
 def one_cycle(run: Run) -> float:
     return fit_with(run, lambda optimizer: OneCycleLR(optimizer, run.lr, total_steps=301))
 
@@ -255,11 +255,7 @@ def body_that_is_frozen_at_first(run: Run) -> float:
     return data.loss(model)
 
 
-@program(
-    sgd=0.02,
-    adamw=0.03,
-    fails={"sgd": "2.1 times the loss: the learning rate settles at 0.06 to 0.1, too high for a stiff seed"},
-)
+@program(sgd=0.02, adamw=0.03)
 def two_adapters_in_turn(run: Run) -> float:
     """One optimizer over two low-rank adapters, one of which is frozen at every other step."""
     data = Data()
@@ -320,7 +316,11 @@ def entropy_temperature(run: Run) -> float:
     return 0.02 + (log_alpha.item() - 1.5) ** 2
 
 
-@program(sgd=None, adamw=0.02)
+@program(
+    sgd=None,
+    adamw=0.02,
+    fails={"adamw": "1.8 times the loss: the learning rate grows while the slopes along the multiplier agree"},
+)
 def lagrange_multiplier(run: Run) -> float:
     """Minimize |x − 1|² subject to Σ x = 1; the multiplier's optimizer maximizes."""
     x, multiplier = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(()))
@@ -441,7 +441,7 @@ def closure_that_steps_another_optimizer(run: Run) -> float:
 @program(
     sgd=0.05,
     adamw=0.03,
-    fails={"sgd": "50 times the loss: it rises for 60 steps while parabolas at every eighth step look fitted"},
+    fails={"adamw": "2.2 times the loss: one seed of three is thrown back late and ends four times above the bare one"},
 )
 def recurrent_state_carried_over(run: Run) -> float:
     """Truncated backpropagation through time: the closure keeps the hidden state for the next batch."""
@@ -498,7 +498,11 @@ def four_tasks_in_turn(run: Run) -> float:
 # --- exceptions and losses that are not finite -----------------------------------------------------------------------
 
 
-@program(sgd=0.01, adamw=0.02)
+@program(
+    sgd=0.01,
+    adamw=0.02,
+    fails={"sgd": "one seed of three raises the ValueError at the end of a step that GeN chose"},
+)
 def learned_standard_deviation(run: Run) -> float:
     """``Normal`` raises a ValueError if its scale is not positive."""
     data, model, std = Data(noise=1.0), run.model(nn.Linear(4, 1)), nn.Parameter(torch.ones(()))
@@ -510,7 +514,11 @@ def learned_standard_deviation(run: Run) -> float:
         return 1.5 + float(-Normal(model(data.x), std).log_prob(data.y).mean())
 
 
-@program(sgd=0.01, adamw=0.02)
+@program(
+    sgd=0.01,
+    adamw=0.02,
+    fails={"sgd": "1.6 times the loss: a step beside the wall is long"},
+)
 def learned_loss_weights(run: Run) -> float:
     """Two losses weighted by learned variances, L₁/2σ₁² + L₂/2σ₂² + log σ₁σ₂."""
     data, model, sigma = Data(), run.net(4, 2), nn.Parameter(torch.ones(2))
@@ -542,10 +550,7 @@ def cross_entropy_of_raw_probabilities(run: Run) -> float:
 @program(
     sgd=0.01,
     adamw=0.02,
-    fails={
-        "sgd": "1.8 times the loss: a step beside the wall is long, and the loss stays above its start",
-        "adamw": "one seed of three ends with the error of the factorization, at the end of a step that GeN chose",
-    },
+    fails={"sgd": "1.8 times the loss: a step beside the wall is long, and the loss stays above its start"},
 )
 def covariance_that_must_be_positive_definite(run: Run) -> float:
     """A Gaussian fitted by its raw covariance matrix, whose Cholesky factorization may fail."""
