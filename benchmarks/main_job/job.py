@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from benchmarks.command_line import add_output, command_line
 from benchmarks.determinism import single_thread
-from benchmarks.main_job.report import LEGEND, table
+from benchmarks.main_job.report import LEGEND, sentence, table
 from benchmarks.main_job.runs import Result, Spec, train
 
 LEARNING_RATES = {
@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> None:
         picture = options.output / f"{stem}.png"
         draw(results, picture)
         print(f"picture: {picture}")
+    print(f"\n{sentence(results)}")
 
 
 def specs(*, steps: int, schedule: str, batch_size: int, seed: int) -> list[Spec]:

@@ -36,6 +36,29 @@ def table(results: Sequence[Result]) -> str:
     return markdown_table(_HEADINGS, [_cells(result) for result in results])
 
 
+def sentence(results: Sequence[Result]) -> str:
+    """Returns in words what the initial learning rate has decided, bare and wrapped.
+
+    Args:
+        results: Bare and wrapped runs, each optimizer from several learning rates.
+    """
+    rates = [result.spec.learning_rate for result in results]
+    ranges = {}
+    for gen in (False, True):
+        losses = [result.training_losses[-1] for result in results if result.spec.gen is gen]
+        ranges[gen] = f"{_loss(min(losses))} to {_loss(max(losses))}"
+    wrapped: dict[str, set[float]] = {}
+    for result in results:
+        if result.spec.gen:
+            wrapped.setdefault(result.spec.name, set()).add(result.training_losses[-1])
+    same = all(len(losses) == 1 for losses in wrapped.values())
+    return (
+        f"From initial learning rates of {min(rates):g} to {max(rates):g}, bare runs end at training losses of "
+        f"{ranges[False]}, wrapped ones at {ranges[True]}: "
+        f"{'each wrapped optimizer at the same one' if same else 'not the same one'} from all of them."
+    )
+
+
 def _cells(result: Result) -> tuple[str, ...]:
     found = result.learning_rate_found
     return (
