@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import curvature, directions, precision, replay
+from benchmarks import compatibility, curvature, directions, precision, replay
 from benchmarks.battery import job as battery
 from benchmarks.cost import job as cost
 from benchmarks.main_job import job as main_job
@@ -55,6 +55,12 @@ JOBS = (
         "train three small networks in float32, under autocast and stored in bfloat16",
         precision.add_options,
         precision.run,
+    ),
+    Job(
+        "compatibility",
+        "wrap the optimizers of other packages: which are accepted and train, which are refused, and which fail",
+        compatibility.add_options,
+        compatibility.run,
     ),
     Job(
         "cost",

@@ -103,7 +103,9 @@ class GroupRate:
 
     def nominal_lr(self) -> float:
         """Return the learning rate that a scheduler's factor is relative to; ``group["lr"]`` without a scheduler."""
-        nominal = self.read(next((key for key in ("max_lr", "initial_lr") if key in self.group), "lr"))
+        # Optimizers of optimi have a max_lr of None.
+        keys = (key for key in ("max_lr", "initial_lr") if self.group.get(key) is not None)
+        nominal = self.read(next(keys, "lr"))
         return max(nominal, self.read("lr")) if "swa_lr" in self.group else nominal
 
     def factor(self) -> float:
@@ -125,7 +127,7 @@ class GroupRate:
         # A scheduler takes the present lr for its initial_lr. If that is not the value written last, the user wrote it
         # just before. Schedulers with a max_lr have an initial_lr of their own.
         initial_lr = self.read("initial_lr")
-        return share if "max_lr" in self.group or initial_lr == self.written_lr else initial_lr
+        return share if self.group.get("max_lr") is not None or initial_lr == self.written_lr else initial_lr
 
 
 class LearningRates:
@@ -208,7 +210,7 @@ class LearningRates:
         if first is not None:
             joined.is_scheduled = first.is_scheduled
             for key in _NOMINAL:
-                if key in first.group:
+                if first.group.get(key) is not None:
                     group.setdefault(key, joined.ratio * first.read(key))
         self._rates.append(joined)
 

@@ -539,3 +539,16 @@ def test_a_checkpoint_that_lacks_a_number_is_refused(key: str) -> None:
     del saved["param_groups"][0][key]
     with pytest.raises(ValueError, match=rf"param_groups\[0\] of the state dict must have '{key}'"):
         training.optimizer.load_state_dict(saved)
+
+
+def test_an_upper_limit_of_none_is_none() -> None:
+    """Optimizers of optimi have the key from construction on."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    base = SGD([{"params": [weight], "max_lr": None}], lr=0.1)
+    optimizer = GeNOptimizer(base)
+    scheduler = lr_scheduler.ConstantLR(optimizer, 0.5, total_iters=100)
+    for _ in range(3):
+        optimizer.step(lambda: weight.square().sum())
+        scheduler.step()
+    assert optimizer.last_probe is not None
+    assert optimizer.last_probe.factor == 0.5
