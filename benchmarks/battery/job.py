@@ -287,7 +287,9 @@ class LongBattery(Battery):
         folder: Path = self.options.output
         known = LongComparison(self.study(cells), results)
         report, pictures = folder / f"{stem}.md", [folder / f"{stem}-run.png", folder / f"{stem}.png"]
-        draw_run(known, next(cell for cell in cells if (cell.workload.name, cell.base) == _SHOWN), pictures[0])
+        draw_run(
+            known, next((cell for cell in cells if (cell.workload.name, cell.base) == _SHOWN), cells[0]), pictures[0]
+        )
         draw(known, pictures[1])
         report.write_text(long_page(known, _command(), [picture.name for picture in pictures]), "utf-8")
         tables = [f"{title}\n\n{long_summary(known, group)}" for title, group in groups(known.study.cells).items()]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from benchmarks import paper_authors
 from benchmarks.cost.cases import Case
 from benchmarks.paper_authors import ParabolaOfTheAuthors
-from gen_optim import GeNOptimizer
+from gen_optim import GeNOptimizer, PublishedRule
 
 FORWARDS = {"lookback": 1, "approximate": 2}
 """The forward passes that these cannot do without, at each probe step."""
@@ -25,6 +25,14 @@ class Method(Protocol):
 
     def period(self) -> float:
         """Takes the steps from one probe to the next and returns the seconds spent on the learning rate."""
+
+
+class _Regular(PublishedRule):
+    """The published rule with exactly ``period`` steps from one probe step to the next."""
+
+    def after_probe(self, state: Any, lr: float, *, steps_to_next: int | None = None) -> Any:
+        """Returns the state after a probe step."""
+        return super().after_probe(state, lr, steps_to_next=self.period)
 
 
 class Wrapped:
@@ -46,7 +54,7 @@ class Wrapped:
     def __init__(self, case: Case, base: Optimizer, mode: str, *, counts_forwards: bool = True) -> None:
         self._case, self._counts_forwards = case, counts_forwards
         self._steps = 2 if mode == "lookback" else 1
-        self._optimizer = GeNOptimizer(base, mode=mode, rule="published", period=self._steps, average=False)
+        self._optimizer = GeNOptimizer(base, mode=mode, rule=_Regular(period=self._steps), average=False)
         self._began = self._others = 0.0
         self.on_others: Callable[[bool], object] = bool
         # Not by its hooks: those after a step wait for the probes.

@@ -419,7 +419,11 @@ def test_the_quick_form_and_trials_of_a_rule(
     monkeypatch.setattr(job, "LONG", {MLP.name: replace(MLP, steps=16)})
     command = ["battery", "--long", "--output", str(tmp_path), "--jobs", "1"]
     main([*command, "--quick"])
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["battery-long-quick.md", "battery-long-quick.png"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        "battery-long-quick-run.png",
+        "battery-long-quick.md",
+        "battery-long-quick.png",
+    ]
     main([*command, "--only", "SGD bare constant"])
     assert len(results_file.read(tmp_path / "battery-long.jsonl")) >= 5
     main([*command, "--report"])

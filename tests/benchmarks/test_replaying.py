@@ -35,6 +35,7 @@ def recorded(steps: int = 120, *, schedule: bool = False, **options: Any) -> His
 )
 @pytest.mark.parametrize("mode", ["lookback", "approximate", "exact"])
 @pytest.mark.parametrize("schedule", [False, True])
+@pytest.mark.filterwarnings("ignore:The loss was not finite")  # CDAT diverges here
 def test_the_rule_of_a_run_decides_again_as_it_did(rule: Rule, mode: str, schedule: bool) -> None:
     history = recorded(rule=rule, mode=mode, schedule=schedule)
     decisions = replay(history, rule)
@@ -45,7 +46,7 @@ def test_the_rule_of_a_run_decides_again_as_it_did(rule: Rule, mode: str, schedu
 
 def test_another_constant_chooses_otherwise() -> None:
     history = recorded()
-    replayed = [each.state.lr for each in replay(history, RelaxedRule(relaxation=1.2))]
+    replayed = [each.state.lr for each in replay(history, RelaxedRule(annealing=1.0))]
     assert replayed[0] == history[0].lr_after  # the start does not ask for it
     assert replayed[-1] < history[-1].lr_after
 

@@ -58,7 +58,10 @@ class Quadratic:
         batch = self.batch() if batch is None else batch
         direction = (before - self.x.detach()) / lr
         self.before = self.x.detach().clone()
+        is_first = not len(self.history)
         self.optimizer.step(functools.partial(self.closure if closure is None else closure, batch))
+        if is_first and len(self.history):  # the first probe step evaluates the loss once more, to compare
+            self.calls -= 1
         slope = direction @ (self.hessian @ before - batch)
         return slope.item(), (direction @ self.hessian @ direction).item()
 
@@ -286,6 +289,8 @@ def test_a_probe_is_called_at_both_ends_and_half_way(with_closure: bool) -> None
         else:
             case.closure(batch)
             case.optimizer.step(probe=probe)
+        if len(case.history) == 1:  # the first probe step evaluates the loss once more, to compare
+            assert torch.equal(probed.pop(1), case.before)
         if len(case.history):
             assert same(probed, [case.before, before, torch.lerp(before, case.before, 0.5)])
             assert case.history[-1].slope == pytest.approx((direction @ (case.hessian @ before - other)).item())
