@@ -39,7 +39,7 @@ def without_default(parameters: Any, lr: float) -> Optimizer:
         (Failing, "fails", "RuntimeError: no room"),
         (demanding, "not constructed", "ImportError: a kernel is missing"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_outcomes(make: Any, kind: str, reason: str) -> None:
     outcome = outcome_of(make, steps=60)
