@@ -44,9 +44,9 @@ def assert_same_run(one: Loop, other: Loop, histories: tuple[History, History]) 
 def test_a_probe_step_takes_one_call_less_once_the_first_loss_was_right(give: Callable[[Tensor], Any]) -> None:
     given, bare = Loop.of(looking), Loop.of(looking)
     calls, history = given.run(6, give)
-    assert calls == [0, 3, 2, 2, 2, 2]
+    assert calls == [0, 4, 2, 2, 2, 2]
     bare_calls, bare_history = bare.run(6, lambda _: None)
-    assert bare_calls == [0, 3, 3, 3, 3, 3]
+    assert bare_calls == [0, 4, 3, 3, 3, 3]
     assert_same_run(given, bare, (history, bare_history))
 
 
@@ -56,9 +56,9 @@ def test_looking_ahead_takes_one_call_less_too() -> None:
 
     given, bare = Loop.of(ahead), Loop.of(ahead)
     calls, history = given.run(4, lambda loss: loss)
-    assert calls == [3, 2, 2, 2]
+    assert calls == [4, 2, 2, 2]
     bare_calls, bare_history = bare.run(4, lambda _: None)
-    assert bare_calls == [3, 3, 3, 3]
+    assert bare_calls == [4, 3, 3, 3]
     assert_same_run(given, bare, (history, bare_history))
 
 
@@ -87,7 +87,7 @@ def test_another_loss_than_the_probes_is_warned_of_once_and_not_used(
     assert caught[0].filename == __file__
     torch.manual_seed(1)
     bare_calls, bare_history = bare.run(6, lambda _: None)
-    assert calls == bare_calls == [0, 3, 3, 3, 3, 3]
+    assert calls == bare_calls == [0, 4, 3, 3, 3, 3]
     assert_same_run(given, bare, (history, bare_history))
 
 
@@ -126,7 +126,7 @@ def test_a_probe_that_writes_to_the_tensor_given_changes_nothing() -> None:
 def test_a_loss_that_is_not_finite_proves_nothing() -> None:
     training = Loop.of(looking)
     calls, _ = training.run(2, lambda loss: loss.detach() * float("nan"))
-    assert calls == [0, 3]
+    assert calls == [0, 4]
     calls, _ = training.run(3, lambda loss: loss)
     assert calls == [3, 2, 2]
 
@@ -140,7 +140,7 @@ def test_a_grad_scaler_passes_it_on() -> None:
         training.calls = 0
         assert scaler.step(training.optimizer, probe=training.loss, loss=loss) is loss
         scaler.update()
-        assert training.calls == [0, 3, 2, 2][step]
+        assert training.calls == [0, 4, 2, 2][step]
 
 
 def test_the_constructors_probe_takes_one_too() -> None:
