@@ -274,7 +274,7 @@ def fail_before_the_model(call: int) -> dict[str, Any]:
     first = run.calls
 
     def closure() -> Tensor:
-        if dist.get_rank() == 1 and run.calls == first + call:
+        if dist.get_rank() == 1 and run.calls >= first + call:
             run.calls += 1
             raise KeyError("a bad example")
         return run.closure()
@@ -308,18 +308,39 @@ def fail_on_one_rank(kind: str, steps: int, call: int, **options: Any) -> dict[s
     first = run.calls
 
     def fail() -> None:
-        if dist.get_rank() == dist.get_world_size() - 1 and run.calls == first + call + 1:
+        if dist.get_rank() == dist.get_world_size() - 1 and run.calls > first + call:
             raise KeyError("a bad example")
 
     run.before_return = fail
     before = numbers_of(run.model)
     with pytest.raises((KeyError, RuntimeError)) as caught:
         run.train(1)
+    run.before_return = lambda: None
     error = f"{caught.typename}: {caught.value}"
     calls = run.calls - first
     has_moved = numbers_of(run.model) != before
     run.train(6)
     return {"error": error, "step_calls": calls, "has_moved": has_moved, **run.result()}
+
+
+def fail_where_only_a_probe_goes(kind: str, **options: Any) -> dict[str, Any]:
+    """One call of a probe step fails on the last rank, and none where the first call of the step was."""
+    run = Run(kind, **options)
+    run.train(4)
+    first = run.calls
+
+    def fail() -> None:
+        if dist.get_rank() == dist.get_world_size() - 1 and run.calls == first + 2:
+            raise ValueError("scale must be positive")
+
+    run.before_return = fail
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.train(1)
+    warned = [str(each.message) for each in caught if "probe of GeNOptimizer raised" in str(each.message)]
+    losses = run.optimizer.last_probe.losses
+    run.train(8)
+    return {"warned": len(warned), "is_infinite": math.inf in losses, **run.result()}
 
 
 def nan_on_one_rank(kind: str, steps: int, call: int, **options: Any) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def test_an_exception_on_one_rank_ends_a_look_back_on_all(run: Run, kind: str, s
     assert errors[0].startswith("RuntimeError: the step failed on 1 of 2 ranks")
     assert errors[1] == "KeyError: 'a bad example'"
     assert_alike(ranks)
-    assert ranks[0]["step_calls"] == 2
+    assert ranks[0]["step_calls"] == (3 if call else 2)  # one more where the first call was
     assert ranks[0]["has_moved"]
 
 
@@ -146,8 +146,18 @@ def test_an_exception_on_one_rank_ends_the_step_on_all(run: Run, kind: str, step
     assert errors[0].startswith("RuntimeError: the step failed on 1 of 2 ranks")
     assert errors[1] == "KeyError: 'a bad example'"
     assert_alike(ranks)  # at the end of the step, and after six more
-    assert ranks[0]["step_calls"] == (max(call + 1, 2) if steps == 0 else 3)  # the search reads after two calls
+    # The search reads after two calls, and a step after three; then all call where the first call was.
+    assert ranks[0]["step_calls"] == (max(call + 1, 2) if steps == 0 else 3) + (call > 0)
     assert ranks[0]["has_moved"] is (steps > 0 or call > 0)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["lookback", "approximate"])
+def test_an_exception_where_only_a_probe_goes_counts_as_an_infinite_loss_on_all(run: Run, kind: str, mode: str) -> None:
+    ranks = run(functools.partial(rank_jobs.fail_where_only_a_probe_goes, kind, mode=mode))
+    assert [rank.pop("warned") for rank in ranks] == [0, 1]  # told where it happened
+    assert_alike(ranks)
+    assert ranks[0]["is_infinite"]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -161,7 +171,7 @@ def test_training_goes_on_after_an_exception_within_the_model(run: Run, kind: st
 def test_an_exception_before_the_model_ends_the_step_on_all_where_calls_run_no_collectives(run: Run, call: int) -> None:
     ranks = run(rank_jobs.fail_before_the_model, call)
     assert [rank["error"] for rank in ranks] == ["RuntimeError", "KeyError"]
-    assert [rank["calls"] for rank in ranks] == [3, 3]
+    assert [rank["calls"] for rank in ranks] == [3 + (call > 0)] * 2  # one more where the first call was
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

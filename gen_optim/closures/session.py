@@ -254,8 +254,12 @@ class Session:
             self._caller.is_probing = True
             yield
 
-    def probe(self) -> Loss:
+    def probe(self, *, keeps_failure: bool = True) -> Loss:
         """Call the probed closure without gradients, as if for the first time.
+
+        Args:
+            keeps_failure: Whether a failure is kept for the next :meth:`read` if there are other ranks. If not, it is
+                raised here.
 
         Returns:
             The loss, without a graph. NaN after a failure that the other ranks are told of.
@@ -268,7 +272,7 @@ class Session:
             loss = whole(self._probe())
             return loss.detach().clone() if isinstance(loss, Tensor) else loss
 
-        return self.ranks.attempt(call, instead=math.nan)
+        return self.ranks.attempt(call, instead=math.nan) if keeps_failure else call()
 
     def differentiable(self) -> Tensor:
         """Call the probed closure as if for the first time, and return its loss with a graph.

@@ -66,6 +66,7 @@ class StepLoss:
         self.differentiated = differentiated
         self.failure: Exception | None = None
         self._valid = valid
+        self._is_validated = False
 
     @property
     def is_alone(self) -> bool:
@@ -75,11 +76,12 @@ class StepLoss:
     def evaluate(self, multiple: float) -> Loss:
         """The loss at a multiple of the step, one forward pass unless it is known already.
 
-        An exception at a point other than ``valid`` counts as an infinite loss there, unless ``valid`` raises one too.
+        An exception at a point other than ``valid`` counts as an infinite loss there, unless ``valid`` raises one too,
+        which the next :meth:`read` finds out.
 
         Returns:
-            A one-element tensor or a number; NaN if the evaluation failed in a process group, whose ranks all raise
-            at the next :meth:`read`.
+            A one-element tensor or a number; NaN if the evaluation failed at ``valid`` in a process group, whose ranks
+            all raise at the next :meth:`read`.
         """
         if multiple not in self.losses:
             self.losses[multiple] = self._evaluate(multiple)
@@ -87,18 +89,12 @@ class StepLoss:
 
     def _evaluate(self, multiple: float) -> Loss:
         self.path.write(multiple)
-        if multiple == self._valid or not self.is_alone:  # other ranks cannot know that this one repeats a call
+        if multiple == self._valid:
             return self.session.probe()
         try:
-            return self.session.probe()
-        except Exception as failure:  # noqa: BLE001 - raised below if it is not the point's
-            if self.failure is None:
-                self.path.write(self._valid)
-                try:
-                    self.session.probe()
-                except Exception:  # noqa: BLE001
-                    raise failure from None
-                self.failure = failure
+            return self.session.probe(keeps_failure=False)
+        except Exception as failure:  # noqa: BLE001 - raised by read() if it is not the point's
+            self.failure = self.failure or failure
             return self.session.worst
 
     def evaluate_with_graph(self, multiple: float) -> Tensor:
@@ -116,8 +112,26 @@ class StepLoss:
         """Losses and their derivatives as numbers to be minimised, averaged over the ranks by one all-reduce.
 
         ``maximize=True`` negates ``losses``, and not ``others``.
+
+        Raises:
+            Exception: What a point of the step has raised on this rank, if ``valid`` raises an exception too; a
+                RuntimeError on the other ranks.
         """
-        return self.session.read(losses, others)
+        numbers, [*rest, failures] = self.session.read(losses, [*others, float(self.failure is not None)])
+        if failures and not self._is_validated:  # all ranks know, and make the same calls
+            self._validate()
+        return numbers, rest
+
+    def _validate(self) -> None:
+        """Raise the failure of a point if the closure fails where its first call has succeeded, too."""
+        self._is_validated = True
+        self.path.write(self._valid)
+        try:
+            self.session.read([self.session.probe()])
+        except Exception as error:
+            if self.failure is None:
+                raise
+            raise self.failure from error
 
     def read_with_rounding(self, losses: Sequence[Loss]) -> tuple[tuple[float, ...], float]:
         """Losses as numbers to be minimised, and their relative rounding error.

@@ -27,7 +27,7 @@ class RecordedSession:
         self.ranks = Ranks() if ranks is None else ranks
         self.reads: list[int] = []
 
-    def probe(self) -> Loss:
+    def probe(self, *, keeps_failure: bool = True) -> Loss:
         return self.call()
 
     def differentiable(self) -> Tensor:
@@ -38,5 +38,5 @@ class RecordedSession:
         return self.tolerance * rounding_of(losses)
 
     def read(self, losses: Sequence[Loss], others: Sequence[Loss] = ()) -> tuple[list[float], list[float]]:
-        self.reads.append(len(losses) + len(others))
+        self.reads.append(len(losses) + len(others) - 1)  # without the flag of failures
         return to_floats(losses), to_floats(others)
