@@ -127,7 +127,7 @@ class GeNOptimizer(OptimizerWrapper):
         rule: How the learning rate is chosen from them: ``"relaxed"``, ``"published"``, or a
             :class:`~gen_optim.Rule` with options of its own: :class:`~gen_optim.RelaxedRule`,
             :class:`~gen_optim.PublishedRule`, or your own.
-        period: A probe step every ``period`` steps, 8 by default; an option of a rule given by name.
+        period: A probe step every ``period`` steps on average, 8 by default; an option of a rule given by name.
         lr_min: Lower limit of the learning rate of the first unfrozen group, 0 by default; the same.
         lr_max: Upper limit of that learning rate, infinite by default; the same.
         modules: A module or several that the closure calls, whose buffers (statistics of BatchNorm) and gradients

@@ -25,7 +25,7 @@ class PublishedRule(Rule):
     Any other parabola keeps the learning rate. The first step is a probe step at the base optimizer's learning rate.
 
     Args:
-        period: Number of steps from one probe step to the next.
+        period: Mean number of steps from one probe step to the next.
         lr_min: Lower limit of the learning rate.
         lr_max: Upper limit of the learning rate.
         smoothing: Weight of the present learning rate in the average, in [0, 1).

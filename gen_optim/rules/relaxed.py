@@ -102,19 +102,19 @@ class RelaxedRule(Rule):
       not noise: without noise that is the minimum of the parabola; in pure noise it is the learning rate at which steps
       no longer descend, since what noise adds to the curvature averages out over a run.
     - **Hold.** After it the learning rate stays as it is while slopes are mostly noise. Under a scheduler its factor
-      does the annealing. Without one the learning rate falls like t^(−1/4), which keeps the noise that an average of
-      the weights has to remove in proportion to the progress that is left.
+      does the annealing. Without one the learning rate falls like t^(−1/4), so that a value that is too high at first
+      matters less, and an average of the weights removes the rest of the noise.
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step, or by 2 %
       at every step if there is next to no noise; without a scheduler, what they call for is annealed too. It falls if
       a step no longer descends. If the averages call for more, but the last step was too long by its own parabola, it
       falls too: a direction has become unstable that the averages do not show yet. Near there it grows by 2 %.
     - **Rise.** If the mean loss has risen far above its lowest value, the learning rate falls.
     - **Safeguards** (:mod:`gen_optim.rules.safeguards`). A step that raised the loss far above its start, on the same
-      batch, is reverted. After that, and after a probe that is not finite, the learning rate is cut by ``max_change``.
-      A parabola that is no more than rounding changes nothing.
+      batch, is reverted. After that, after a loss that exploded, and after a probe that is not finite, the learning
+      rate is cut by ``max_change``. A parabola that is no more than rounding changes nothing.
 
     Args:
-        period: Number of steps from one probe step to the next, after the burn-in.
+        period: Mean number of steps from one probe step to the next, after the burn-in.
         lr_min: Lower limit of the learning rate.
         lr_max: Upper limit of the learning rate.
         smoothing: Weight of earlier values in moving averages, in [0, 1).
