@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, compress
 from typing import Any, Literal, NamedTuple
 
@@ -409,5 +408,10 @@ def _step_base(
 
 
 def _remember(context: StepContext, state: RuleState, used: list[float]) -> None:
-    context.unfinished.do(partial(mark_used, context.groups))
-    context.unfinished.do(partial(context.controller.remember, state, used))
+    """Mark the gradients as used, and keep the state after the step."""
+
+    def remember() -> None:
+        mark_used(context.groups)
+        context.controller.remember(state, used)
+
+    context.unfinished.do(remember)
