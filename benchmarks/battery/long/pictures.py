@@ -21,15 +21,16 @@ _OURS = {LINEAR: ("#c26a1b", "-"), AVERAGED: ("#0b3c6f", "-")}
 
 
 def draw(known: LongComparison, path: Path) -> None:
-    """Draws the validation losses of tuned and our runs over steps, one panel per cell, and writes the picture.
+    """Draws the validation losses of tuned and our runs over steps, a panel for each cell with runs, and writes it.
 
     Args:
         known: What the results say.
         path: Where to write it.
     """
-    figure, panels = grid(known.study.cells)
-    for cell, panel in zip(known.study.cells, panels, strict=False):
-        for candidate, record, (colour, line) in _runs(known, cell):
+    runs = {cell: found for cell in known.study.cells if (found := list(_runs(known, cell)))}
+    figure, panels = grid(list(runs))
+    for shown, panel in zip(runs.values(), panels, strict=False):
+        for candidate, record, (colour, line) in shown:
             panel.plot(record.evaluated, _losses(candidate, record), line, color=colour, linewidth=1.2)
     figure.suptitle(
         f"validation losses, seed {SWEEP_SEED}: tuned (grey), ours with a linear schedule (orange) and without a "
