@@ -370,11 +370,6 @@ class GeNOptimizer(OptimizerWrapper):
         return result.loss
 
     def _warn_of_record(self, record: ProbeRecord) -> None:
-        is_half = any(each.dtype == torch.float16 for group in self.param_groups for each in group["params"])
-        half = (
-            "Parameters are in float16, in which small gradients and Adam's eps are 0: keep them in float32 and use "
-            "torch.autocast with a GradScaler, or bfloat16."
-        )
         if record.status is ProbeStatus.START_FAILED and self._context.controller.state.probes == PATIENCE:
             cause = (
                 "Does the closure return the same loss when it is called twice, and does it depend on the parameters? "
@@ -382,13 +377,13 @@ class GeNOptimizer(OptimizerWrapper):
             )
             warn(
                 f"GeNOptimizer has found no learning rate that lowers the loss in {PATIENCE} steps, and takes no "
-                f"step: at step {record.step} the loss is {record.loss:.3g}. {half if is_half else cause}"
+                f"step: at step {record.step} the loss is {record.loss:.3g}. {self._half_precision_advice() or cause}"
             )
         self._non_finite_losses += 1
         if record.status is not ProbeStatus.NON_FINITE_LOSS:
             self._non_finite_losses = 0
         if self._non_finite_losses == PATIENCE:
-            parameters = [each for group in self.param_groups for each in group["params"]]
+            parameters = self._parameters()
             spoilt = sum(not bool(local(each.detach()).isfinite().all()) for each in parameters)
             cause = (
                 f"{spoilt} of {len(parameters)} parameters are not finite either: go back to a checkpoint."
@@ -398,8 +393,19 @@ class GeNOptimizer(OptimizerWrapper):
             warn(
                 f"The loss was not finite in {PATIENCE} probe steps in a row. At step {record.step} it is "
                 f"{record.loss}. GeNOptimizer learns nothing from such steps, and takes them at its last learning rate "
-                f"of {record.lr_after:.3g}. {cause}" + (f" {half}" if is_half else "")
+                f"of {record.lr_after:.3g}. {cause} {self._half_precision_advice()}".rstrip()
             )
+
+    def _half_precision_advice(self) -> str:
+        if all(each.dtype != torch.float16 for each in self._parameters()):
+            return ""
+        return (
+            "Parameters are in float16, in which small gradients and Adam's eps are 0: keep them in float32 and use "
+            "torch.autocast with a GradScaler, or bfloat16."
+        )
+
+    def _parameters(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _pending_start_point(self) -> StartPoint | None:
         """Where the last step began, for a probe step that is due; None if that is not known any more."""
@@ -534,7 +540,7 @@ class GeNOptimizer(OptimizerWrapper):
 
     @process_group.setter
     def process_group(self, value: dist.ProcessGroup | Literal["local"] | None) -> None:
-        ranks_of(value, list(chain.from_iterable(group["params"] for group in self.param_groups)))
+        ranks_of(value, self._parameters())
         self._context.process_group = value
 
     @property
@@ -707,7 +713,7 @@ class GeNOptimizer(OptimizerWrapper):
         self._has_state_keys = False
         state = self.base_optim.state
         starts: dict[Tensor, Tensor] = {}
-        for parameter in chain.from_iterable(group["params"] for group in self.param_groups):
+        for parameter in self._parameters():
             own = state.get(parameter)
             if own is not None and _START in own:
                 starts[parameter] = own.pop(_START)
