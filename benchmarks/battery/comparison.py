@@ -90,11 +90,13 @@ class Comparison:
         record = self.results.get(config)
         return math.inf if record is None else scores.score(record, cell.workload)
 
-    def over(self, cell: Cell, runs: Sequence[Config], baseline: Baseline | None) -> Ratio | None:
-        """Returns the ratio of runs to a baseline."""
+    def over(
+        self, cell: Cell, runs: Sequence[Config], baseline: Baseline | None, *, is_averaged: bool = False
+    ) -> Ratio | None:
+        """Returns the ratio of runs, at their last or at averaged weights, to a baseline."""
         if baseline is None:
             return None
-        return scores.mean_ratio(runs, baseline.runs, cell.workload, self.results)
+        return scores.mean_ratio(runs, baseline.runs, cell.workload, self.results, is_averaged=is_averaged)
 
     def ours(self, cell: Cell, method: str, schedule: str) -> list[Config]:
         """Returns our runs with one schedule, over initial learning rates and seeds."""

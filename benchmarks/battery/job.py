@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from benchmarks.battery import results_file
+from benchmarks.battery import ablation, results_file
 from benchmarks.battery.comparison import Comparison
 from benchmarks.battery.config import Cell, Config, cells
 from benchmarks.battery.long.report import LongComparison, groups, trial_table
@@ -70,6 +70,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only our own rule, on one seed, for work on the rule; with --long on the workloads that are not held out",
     )
+    what.add_argument(
+        "--ablation",
+        action="store_true",
+        help="the default rule with one mechanism switched off at a time, with and without a schedule; it resumes",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -91,10 +96,14 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit("--set goes with --tune")
     if options.held_out and not options.long:
         raise SystemExit("--held-out goes with --long")
+    if options.ablation and options.long:
+        raise SystemExit("--ablation is of the short runs: leave --long out")
     data = Data(folder)
     options.output.mkdir(parents=True, exist_ok=True)
     battery = LongBattery(options, data) if options.long else ShortBattery(options, data)
-    if options.quick:
+    if isinstance(battery, ShortBattery) and options.ablation:
+        battery.ablate()
+    elif options.quick:
         battery.quick()
     elif options.tune:
         battery.tune()
@@ -244,6 +253,26 @@ class ShortBattery(Battery):
     def tuning_table(self, cells: Sequence[Cell], known: Results, plan: Sequence[Config], trials: Results) -> str:
         """Returns the table of runs for work on the rule."""
         return tuning_table(Comparison(Study(cells), known), plan, trials)
+
+    def ablate(self) -> None:
+        """Executes the runs without one mechanism each that are missing, and writes the report of them."""
+        options = self.options
+        path = options.output / f"{self.stem}-ablation.jsonl"
+        results, known = results_file.read(path), results_file.read(options.output / f"{self.stem}.jsonl")
+        rows = cells(self.workloads, self.data)
+        with results_file.writing(path) as writer:
+            work(
+                lambda _: [config for config in ablation.plan(rows) if matches(config, options.only)],
+                results,
+                writer,
+                self.data,
+                jobs=options.jobs,
+                minutes=options.budget,
+            )
+        both = Results({**known.records, **results.records})
+        report = path.with_suffix(".md")
+        report.write_text(ablation.page(rows, both, _command()), "utf-8")
+        print(f"report:  {report}")
 
     def write_report(self, cells: Sequence[Cell], results: Results, stem: str) -> None:
         """Writes tables and pictures."""

@@ -28,7 +28,8 @@ class Record:
         losses: The mean loss of the batches since the previous of those steps.
         learning_rates: The learning rate that each of those steps used; empty for a bare optimizer, whose schedule
             determines them.
-        evaluated: In long runs, the steps after which the validation loss was evaluated, the last one included.
+        evaluated: The steps after which the validation loss was evaluated: in long runs about 20, in short runs of ours
+            without a scheduler the last one.
         validation_losses: The validation loss then.
         averaged_validation_losses: The validation loss at averaged weights then, if they were kept.
         extra_forwards: Evaluations of the loss that only served to choose a learning rate.

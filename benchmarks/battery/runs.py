@@ -8,6 +8,7 @@ import time
 import torch
 
 from benchmarks.averages import EVERY, evaluate_average, power_law_average
+from benchmarks.battery.ablation import without
 from benchmarks.battery.config import Config
 from benchmarks.battery.methods import METHODS, OURS, code_fingerprint
 from benchmarks.battery.records import Record
@@ -38,7 +39,8 @@ def run(config: Config, data: Data) -> Record:
     began = time.perf_counter()
     code = code_fingerprint() if config.method in OURS else ""
     try:
-        return _run(config, data, began, code)
+        with without(config.options.get("without")):
+            return _run(config, data, began, code)
     except Exception as error:  # noqa: BLE001  # whatever a peer raises must not end the battery, and is kept
         message = f"{type(error).__name__}: {error}"
         return Record(config=config, code=code, error=message, total_seconds=time.perf_counter() - began)
@@ -61,7 +63,11 @@ def _run(config: Config, data: Data, began: float, code: str) -> Record:
     interval = max(1, config.steps // POINTS)
     at, losses, learning_rates, recent = [], [], [], []
     extra_forwards, seconds = 0, 0.0
-    curve = _ValidationCurve(task, config) if workload.suite == "long" else None
+    curve = None
+    if workload.suite == "long":
+        curve = _ValidationCurve(task, config, max(_BETWEEN, config.steps // EVALUATIONS))
+    elif config.method in OURS and config.schedule == "constant":
+        curve = _ValidationCurve(task, config, config.steps)
     for step in train(task, stepper, task.batches(config.seed), steps=config.steps, factor=factor):
         seconds += step.seconds
         extra_forwards = step.extra_forwards
@@ -100,11 +106,10 @@ def _run(config: Config, data: Data, began: float, code: str) -> Record:
 
 
 class _ValidationCurve:
-    """The validation loss along a run; without a scheduler also that at averaged weights."""
+    """The validation loss every ``interval`` steps of a run; without a scheduler also that at averaged weights."""
 
-    def __init__(self, task: Task, config: Config) -> None:
-        self._task, self._config = task, config
-        self._interval = max(_BETWEEN, config.steps // EVALUATIONS)
+    def __init__(self, task: Task, config: Config, interval: int) -> None:
+        self._task, self._config, self._interval = task, config, interval
         self._average = power_law_average(task.model) if config.schedule == "constant" else None
         self.at: list[int] = []
         self.losses: list[float] = []

@@ -24,12 +24,18 @@ def has_ended_well(record: Record) -> bool:
     return not (record.diverged or record.error)
 
 
-def score(record: Record, workload: Workload) -> float:
-    """Returns a run's validation loss, with the floor if there is one; infinite if the run diverged."""
+def score(record: Record, workload: Workload, *, is_averaged: bool = False) -> float:
+    """Returns a run's validation loss, with the floor if there is one; infinite if the run diverged.
+
+    Args:
+        record: The run.
+        workload: Its workload.
+        is_averaged: Whether to take the loss at averaged weights, which the run must have kept.
+    """
     if not has_ended_well(record):
         return math.inf
     floor = FLOOR * record.initial_validation_loss if workload.approaches_zero else 0.0
-    return record.validation_loss + floor
+    return (record.averaged_validation_losses[-1] if is_averaged else record.validation_loss) + floor
 
 
 def best_of_sweep(sweep: Sequence[Config], results: Results) -> list[Config]:
@@ -94,7 +100,12 @@ class Ratio:
 
 
 def mean_ratio(
-    runs: Sequence[Config], baseline: Sequence[Config], workload: Workload, results: Results
+    runs: Sequence[Config],
+    baseline: Sequence[Config],
+    workload: Workload,
+    results: Results,
+    *,
+    is_averaged: bool = False,
 ) -> Ratio | None:
     """Returns the mean over runs, over the mean of the baseline on the seeds of those runs.
 
@@ -103,6 +114,7 @@ def mean_ratio(
         baseline: One configuration on several seeds.
         workload: The workload of all of them.
         results: The known results.
+        is_averaged: Whether the runs to compare count with their averaged weights.
 
     Returns:
         None if nothing can be compared yet.
@@ -111,9 +123,11 @@ def mean_ratio(
         config.seed: score(record, workload) for config in baseline if (record := results.get(config)) is not None
     }
     found = [
-        (config.seed, score(record, workload))
+        (config.seed, score(record, workload, is_averaged=is_averaged))
         for config in runs
-        if config.seed in reference and (record := results.get(config)) is not None
+        if config.seed in reference
+        and (record := results.get(config)) is not None
+        and (record.averaged_validation_losses or not is_averaged)
     ]
     if not found:
         return None

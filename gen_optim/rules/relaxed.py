@@ -24,8 +24,9 @@ from gen_optim.rules.state import Decision, ProbeStatus, RuleState
 
 __all__ = ["RelaxedRule", "RelaxedState"]
 
-_GROWTH, _FALL = 1.1, 0.8
-"""Largest changes of the learning rate in a probe step of the burn-in: training must show what the last one did."""
+_GROWTH, _FALL = 1.2, 0.8
+"""Largest changes of the learning rate in a probe step of the burn-in. Training must show what the last one did, but a
+slow rise costs: networks that began with small steps stay behind for thousands of steps."""
 
 _LATER_GROWTH, _LATER_FALL, _CAREFUL_GROWTH = 1.05, 0.95, 1.02
 """Largest changes after the burn-in, and the largest growth near where training was unstable. With momentum 0.9, a
@@ -40,7 +41,7 @@ _NEAR = 0.5
 
 _CERTAIN = 0.9
 """Signal fraction from which on growth is careful but happens at every step: only the time in which instability shows
-limits it."""
+limits it. A single parabola is certain too: if it contradicts the averages, the fall is that of the burn-in."""
 
 _RISEN = 1.0
 """The learning rate falls if the mean loss is above its lowest value by this many mean absolute deviations of the
@@ -98,7 +99,7 @@ class RelaxedRule(Rule):
     - **Initial search.** Training begins at ``start_fraction`` of the best learning rate along the first direction. The
       first gradient has an untypically large slope, and no momentum is built up yet.
     - **Burn-in.** The first ``burn_in`` steps are all probe steps. The learning rate follows κ · mean slope / mean
-      curvature, by at most 10 % up and 20 % down at each. κ = 2 − the signal fraction, the part of the slopes that is
+      curvature, by at most 20 % up or down at each. κ = 2 − the signal fraction, the part of the slopes that is
       not noise: without noise that is the minimum of the parabola; in pure noise it is the learning rate at which steps
       no longer descend, since what noise adds to the curvature averages out over a run.
     - **Hold.** After it the learning rate stays as it is while slopes are mostly noise. Under a scheduler its factor
@@ -137,7 +138,7 @@ class RelaxedRule(Rule):
 
     smoothing: float = 0.9
     max_change: float = 2.0
-    start_fraction: float = 0.03
+    start_fraction: float = 0.1
     burn_in: int = 50
     relaxation: float = 1.8
     annealing: float = 0.25
@@ -249,7 +250,7 @@ class RelaxedRule(Rule):
         is_near_unstable = 0.0 < _NEAR * state.lr_unstable < lr
         own = _target(self.relaxation, last.slope, last.curvature)
         if is_contradicted(target, own, taken, is_near_unstable=is_near_unstable):
-            return lr * max(_FALL, own / taken), ProbeStatus.UNSTABLE
+            return lr * max(_FALL if signal > _CERTAIN else _LATER_FALL, own / taken), ProbeStatus.UNSTABLE
         target *= self._annealing(self.burn_in, state.step, factor)
         if target > taken:
             growth = _LATER_GROWTH

@@ -538,6 +538,13 @@ def test_a_parabola_that_contradicts_the_averages_lowers_the_learning_rate_and_a
     assert rule.is_probe_due(decision.state)
 
 
+@pytest.mark.parametrize(("signal", "fall"), [(0.8, 0.95), (0.95, 0.8)])
+def test_the_less_a_single_parabola_tells_the_less_its_contradiction_lowers(signal: float, fall: float) -> None:
+    lr, status = RelaxedRule()._next_lr(agreeing(100.0, signal=signal), Parabola(1.0, 0.1, 2.0), 1.0)
+    assert status is ProbeStatus.UNSTABLE
+    assert lr == fall
+
+
 @pytest.mark.parametrize(
     ("state", "parabola"),
     [

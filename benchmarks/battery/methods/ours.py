@@ -17,6 +17,9 @@ from benchmarks.workloads import Task
 from gen_optim import GeNOptimizer
 from gen_optim.rules import make_rule
 
+_NO_OPTIONS = ("rule_version", "code", "without")
+"""What keys hold besides the options of the rule."""
+
 
 def _initial_lr(config: Config) -> float:
     if config.lr is None:
@@ -37,7 +40,7 @@ class Ours:
 
     def __call__(self, task: Task, config: Config) -> Stepper:
         """Returns the base optimizer, wrapped. The configuration's options are options of the rule."""
-        options = {name: value for name, value in config.options.items() if name not in ("rule_version", "code")}
+        options = {name: value for name, value in config.options.items() if name not in _NO_OPTIONS}
         base = base_optimizer(task.parameters(), config.base, _initial_lr(config))
         return GeNStepper(GeNOptimizer(base, rule=make_rule(self.rule, **options), mode=self.mode))
 
@@ -57,7 +60,7 @@ BARE_AND_OURS = (
     ),
 )
 
-OURS = {"gen": 6, "gen-published": 3}
+OURS = {"gen": 7, "gen-published": 3}
 """Our own rules with a version, which is part of the key of each of their runs. Raise it when the rule decides
 otherwise; its runs are then repeated."""
 

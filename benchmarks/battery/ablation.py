@@ -1,0 +1,147 @@
+"""What each mechanism of the default rule is worth: the battery with one of them switched off or changed at a time."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.battery import scores
+from benchmarks.battery.config import SEEDS, Cell, Config
+from benchmarks.battery.methods import OURS
+from benchmarks.battery.number_formats import NOTHING, number
+from benchmarks.battery.records import Results
+from benchmarks.battery.scores import geometric_mean, ratio_of
+from benchmarks.battery.study import USUAL
+from benchmarks.markdown import markdown_table
+
+_SCHEDULES = ("linear", "constant")
+_NEVER = math.inf
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Something that the default rule does, and how to do without it.
+
+    Attributes:
+        name: The name in results.
+        change: What is done instead, for the report.
+        options: Options of the rule.
+        constants: Values of constants, by module of ``gen_optim.rules`` and name.
+    """
+
+    name: str
+    change: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+
+_RELAXED, _AVERAGES, _SAFEGUARDS = "relaxed", "averages", "safeguards"
+
+MECHANISMS = {
+    each.name: each
+    for each in (
+        Mechanism("start fraction", "0.03 instead of 0.1", {"start_fraction": 0.03}),
+        Mechanism("start fraction, larger", "0.3 instead of 0.1", {"start_fraction": 0.3}),
+        Mechanism("growth in the burn-in", "10 % instead of 20 %", constants={(_RELAXED, "_GROWTH"): 1.1}),
+        Mechanism("fall in the burn-in", "10 % instead of 20 %", constants={(_RELAXED, "_FALL"): 0.9}),
+        Mechanism("burn-in, shorter", "25 steps instead of 50", {"burn_in": 25}),
+        Mechanism("burn-in, longer", "100 steps instead of 50", {"burn_in": 100}),
+        Mechanism("smoothing", "0.8 instead of 0.9", {"smoothing": 0.8}),
+        Mechanism("annealing", "none: the learning rate is held without a scheduler too", {"annealing": 0.0}),
+        Mechanism("annealing, faster", "t^(−1/2) instead of t^(−1/4)", {"annealing": 0.5}),
+        Mechanism("agreement", "after the burn-in parabolas are never followed", constants={(_RELAXED, "_AGREE"): 1.0}),
+        Mechanism("certainty", "no growth at every step, smaller falls", constants={(_RELAXED, "_CERTAIN"): 1.0}),
+        Mechanism("contradiction", "none", constants={(_SAFEGUARDS, "_CONTRADICTED"): _NEVER}),
+        Mechanism("care near instability", "none", constants={(_RELAXED, "_NEAR"): _NEVER}),
+        Mechanism("risen loss", "no fall if the mean loss has risen", constants={(_RELAXED, "_RISEN"): _NEVER}),
+        Mechanism("divergence", "no step is reverted", constants={(_SAFEGUARDS, "_DIVERGING"): _NEVER}),
+        Mechanism("explosion", "no cut after an exploded loss", constants={(_SAFEGUARDS, "_EXPLOSION"): _NEVER}),
+        Mechanism("size of the cuts", "by 4 instead of 2", {"max_change": 4.0}),
+        Mechanism("cap of a parabola", "none", constants={(_AVERAGES, "_MOST_CHANGES"): _NEVER}),
+        Mechanism("faster average of changes", "none", constants={(_AVERAGES, "_CHANGE_WEIGHT"): 0.0}),
+    )
+}
+"""The mechanisms by name, in the order of the report."""
+
+
+@contextmanager
+def without(name: str | None) -> Iterator[None]:
+    """Changes the constants of a mechanism inside of the block; None changes nothing."""
+    constants = {} if name is None else MECHANISMS[name].constants
+    modules = {place: importlib.import_module(f"gen_optim.rules.{place[0]}") for place in constants}
+    before = {place: getattr(module, place[1]) for place, module in modules.items()}
+    try:
+        for place, value in constants.items():
+            setattr(modules[place], place[1], value)
+        yield
+    finally:
+        for place, value in before.items():
+            setattr(modules[place], place[1], value)
+
+
+def plan(cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> list[Config]:
+    """Returns the runs, with and without a schedule, one seed after the other."""
+    return [
+        cell.config("gen", schedule, USUAL, seed, _options(each))
+        for seed in seeds
+        for each in MECHANISMS.values()
+        for cell in cells
+        for schedule in _SCHEDULES
+    ]
+
+
+def _options(mechanism: Mechanism | None) -> dict[str, Any]:
+    version = {"rule_version": OURS["gen"]}
+    return version if mechanism is None else {**version, **mechanism.options, "without": mechanism.name}
+
+
+def page(cells: Sequence[Cell], results: Results, command: str) -> str:
+    """Returns the report.
+
+    Args:
+        cells: Workloads with base optimizers.
+        results: The runs of the default rule, and those without a mechanism.
+        command: What made them.
+    """
+    rows = []
+    for mechanism in MECHANISMS.values():
+        row = [mechanism.name, mechanism.change]
+        ratios = [_ratios(mechanism, schedule, cells, results) for schedule in _SCHEDULES]
+        for found in ratios:
+            networks = [value for cell, value in found if cell.workload.family != "classics"]
+            row += [number(geometric_mean(value for _, value in found)), number(geometric_mean(networks))]
+        cell, worst = max((each for found in ratios for each in found), key=lambda each: each[1], default=(None, 0.0))
+        row += [NOTHING if cell is None else f"{number(worst)} ({cell.name})", str(sum(map(len, ratios)))]
+        rows.append(row)
+    head = ["mechanism", "instead", "linear", "linear, models", "averaged", "averaged, models", "worst", "pairs"]
+    title = "# What each mechanism of the default rule is worth"
+    return "\n\n".join([title, command, _READING, markdown_table(head, rows)]) + "\n"
+
+
+def _ratios(mechanism: Mechanism, schedule: str, cells: Sequence[Cell], results: Results) -> list[tuple[Cell, float]]:
+    """The mean loss without a mechanism over that with it, of each cell, on the seeds on which both are known."""
+    found = []
+    for cell in cells:
+        pairs = []
+        for seed in SEEDS:
+            both = [
+                results.get(cell.config("gen", schedule, USUAL, seed, _options(each))) for each in (mechanism, None)
+            ]
+            if both[0] is not None and both[1] is not None:
+                is_averaged = schedule == "constant"
+                pairs.append([scores.score(each, cell.workload, is_averaged=is_averaged) for each in both if each])
+        if pairs:
+            above, below = (sum(losses) for losses in zip(*pairs, strict=True))
+            found.append((cell, ratio_of(above, below)))
+    return found
+
+
+_READING = f"""\
+The default rule with one mechanism switched off, or one number changed, over the default rule: ratios of final
+validation losses, geometric means over workloads × bases, on the same seeds. Above 1 the rule is worse without it.
+*Linear*: under a linear schedule. *Averaged*: without a scheduler, at averaged weights. *Models*: without the test
+functions (Rosenbrock, Beale, quadratics). A ratio counts as {scores.CAP:g} at most, and as that if a run diverged."""
