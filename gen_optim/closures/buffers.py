@@ -17,22 +17,7 @@ class Buffers:
     """The buffers of modules before and after the first call of a step's closure.
 
     Contents are copied, and the tensors under their names remembered, since a module may register buffers or assign
-    other tensors to them.
-
-    Args:
-        modules: Modules that the closure may call; modules below them are included.
-
-    Example:
-        >>> norm = nn.BatchNorm1d(2)
-        >>> buffers = Buffers([norm])
-        >>> _ = norm(torch.ones(4, 2))  # the first call
-        >>> buffers.end_first_call()
-        >>> buffers.rewind()
-        >>> norm.num_batches_tracked
-        tensor(0)
-        >>> buffers.restore()
-        >>> norm.num_batches_tracked
-        tensor(1)
+    other tensors to them. Modules below the given ones are included from the end of the first call on.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -59,12 +44,7 @@ class Buffers:
 
 
 class _Snapshot:
-    """The buffers of modules, and copies of their contents.
-
-    Args:
-        modules: The modules.
-        others: Further tensors whose contents are copied.
-    """
+    """The buffers of modules, and copies of their contents and of those of ``others``."""
 
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[Tensor] = ()) -> None:
         self._buffers = {module: buffers_of(module) for module in modules}

@@ -40,23 +40,11 @@ class GradientWatch:
     """Notices whether a closure provides gradients, and computes them if it does not.
 
     The first gradient is looked at before and after the call. If it is another tensor, the closure has assigned it. If
-    it is the same tensor, written to, either a backward pass has added to it, which a hook on its parameter notices,
-    or something else has written to it: the closure, which may have filled it with zeros, or ``fully_shard``, which
-    need not call the hook.
+    it is the same tensor, written to, either a backward pass has added to it, which a hook on its parameter notices, or
+    something else has written to it: the closure, which may have filled it with zeros, or ``fully_shard``, which need
+    not call the hook.
 
     A class with ``__enter__`` because each lazy step uses one: a generator would take twice as long.
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> groups = [{"params": [weight]}]
-        >>> with GradientWatch(groups) as watch:
-        ...     loss = weight.sum()  # a closure that does not call backward()
-        >>> watch.find(loss)
-        <Source.NONE: 'there are none, or only those that the last step has used'>
-        >>> watch.differentiate(loss)
-        True
-        >>> weight.grad
-        tensor([1., 1.])
     """
 
     __slots__ = ("_groups", "_handle", "_has_accumulated", "_is_fresh", "_parameter", "_seen", "_version")
@@ -112,14 +100,7 @@ class GradientWatch:
         return Source.NONE
 
     def differentiate(self, loss: Loss) -> bool:
-        """Compute the gradients of ``loss``, for a closure that has provided none.
-
-        Returns:
-            Whether any parameter is trained.
-
-        Raises:
-            TypeError: If the loss is a plain number.
-        """
+        """Compute gradients that the closure has not provided; return whether any parameter is trained."""
         if not isinstance(loss, Tensor):
             raise TypeError(
                 "closure must either call backward() or return a loss that has a graph, but it did not call "
@@ -148,19 +129,11 @@ def mark_used(groups: Sequence[dict[str, Any]]) -> None:
 class GradientOrigin:
     """Tracks which scalars the gradients of a closure belong to, and measures these gradients.
 
-    Each backward pass adds the scalars that it differentiates. If there were gradients before the first one, or
-    if they were written to in between, the scalars are unknown. What is written afterwards, by clipping for instance,
-    does not matter: gradients are measured when a backward pass ends.
-
-    Args:
-        groups: The optimizer's parameter groups.
-        measure: Called at the end of each backward pass, if the scalars are known.
-
-    Attributes:
-        saw_backward: Whether a backward pass has come to its end.
-        adds_to_used: Whether the first backward pass has added to gradients that the last step has used.
-        measured: What ``measure`` has returned for the gradients that the last backward pass has left; None if their
-            scalars are unknown.
+    Each backward pass adds the scalars that it differentiates. They are unknown if there were gradients before the
+    first pass, or if gradients were written to between passes. What is written after the last one, by clipping for
+    instance, does not matter: ``measure`` is called at the end of each pass, if the scalars are known. ``measured`` is
+    what it returned last, None if they are unknown. ``adds_to_used`` says whether the first pass has added to gradients
+    that the last step has used.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], measure: Callable[[], Tensor | None] = lambda: None) -> None:

@@ -45,21 +45,10 @@ BackwardHandler = Callable[[Callable[[], None], Callable[[], list[Tensor]]], Non
 class Interception:
     """While entered, handles the calling thread's backward passes and notes the dtypes of its autocasts.
 
-    Backward passes inside of a backward pass (checkpointed blocks) are part of that, and are not handled. An autocast
-    inside of a function that ``torch.compile`` traces is not noted.
-
-    Args:
-        on_backward: Called in place of ``torch.autograd.backward``.
-        dtypes: A set that the dtypes of autocasts are added to: those in force now, and those entered.
-        device_types: The types of device whose autocast may be in force now.
-        is_probe: Whether the closure runs as a probe, without attention's fast path.
-
-    Example:
-        >>> passes = []
-        >>> with Interception(lambda run, scalars: passes.extend(scalars()), set(), ["cpu"]):
-        ...     torch.ones(2, requires_grad=True).sum().backward()
-        >>> passes
-        [tensor(2., grad_fn=<SumBackward0>)]
+    ``on_backward`` is called in place of ``torch.autograd.backward``. Backward passes inside of a backward pass
+    (checkpointed blocks) are part of that, and are not handled. To ``dtypes`` are added those of the autocasts in force
+    now on ``device_types`` and of those entered, except inside of a function that ``torch.compile`` traces. With
+    ``is_probe``, attention's fast path is off.
     """
 
     def __init__(
@@ -156,10 +145,7 @@ def _intercepted_autocast(original: Callable[[torch.autocast], Any]) -> Callable
 def _summands(
     tensors: Tensor | Sequence[Tensor], grad_tensors: Tensor | Sequence[Tensor] | None = None, *_: Any, **__: Any
 ) -> list[Tensor]:
-    """Return the scalars that ``torch.autograd.backward``, called with these arguments, sums and differentiates.
-
-    NaN if it is called with edges of the graph, whose values are not known.
-    """
+    """Return the scalars that ``torch.autograd.backward(...)`` sums and differentiates; NaN for edges of the graph."""
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     if not all(isinstance(each, Tensor) for each in tensors):
         return [torch.tensor(float("nan"))]
@@ -180,11 +166,7 @@ class _Setting(NamedTuple):
 
 
 class _Replacement:
-    """Settings that are replaced while anything holds them, from any number of threads.
-
-    Args:
-        settings: What is replaced.
-    """
+    """Settings that are replaced while anything holds them, from any number of threads."""
 
     def __init__(self, *settings: _Setting) -> None:
         self._settings = settings
@@ -238,18 +220,11 @@ _fast_path = _Replacement(
 
 @contextmanager
 def postponed_step_hooks(optimizer: torch.optim.Optimizer, unfinished: Unfinished) -> Iterator[Callable[[], None]]:
-    """Keep the step post hooks of an optimizer from being called inside the context.
+    """Keep an optimizer's step post hooks from being called inside the context; yield what calls them later.
 
     torch has no public way to do that: it needs the table ``_optimizer_step_post_hooks``. Without it, hooks that write
     to the parameters or average them would run at a point that is only tried out. Optimizers that skip their parent's
     set-up have no such table, and no hooks. torch's global hooks are not postponed.
-
-    Args:
-        optimizer: The optimizer that steps inside the context.
-        unfinished: What ends the step, whatever happens.
-
-    Yields:
-        A function that calls the hooks, for later.
     """
     table: dict[int, Callable[..., Any]] = getattr(optimizer, "_optimizer_step_post_hooks", {})
 

@@ -27,20 +27,12 @@ def check_callable(name: str, value: Closure | None) -> Closure | None:
 
 
 def check_given_loss(loss: Any) -> Loss:
-    """Return the argument ``loss`` if it is one.
-
-    Raises:
-        TypeError: If it is neither a real number nor a floating-point tensor with one element.
-    """
+    """Return the argument ``loss`` if it is a real number or a one-element floating-point tensor, else raise."""
     return _checked(loss, "loss must be a float or a one-element tensor, but got", "Give the loss itself")
 
 
 def check_loss(loss: Any, caller: str) -> Loss:
-    """Return ``loss``, the return value of ``caller``, if it is one.
-
-    Raises:
-        TypeError: If ``loss`` is neither a real number nor a floating-point tensor with one element.
-    """
+    """Return ``loss``, the return value of ``caller``, if it is one; as :func:`check_given_loss`."""
     expected = f"{caller} must return the loss as a float or a one-element tensor, but returned"
     advice = (
         "End it with `return loss`. If a framework has passed this closure, as Lightning does in manual optimization "
@@ -68,20 +60,12 @@ def agree(one: float, other: float, rounding: float) -> bool:
 
 
 def rounding_of(losses: Iterable[Loss], computed_in: Collection[torch.dtype] = ()) -> float:
-    """Return the unit of rounding of the coarsest dtype in which losses were returned or computed.
+    """Return the unit of rounding of the coarsest dtype in which losses were returned, or computed (under autocast).
 
     For a dtype of at least 32 bits it is the machine epsilon. For a smaller one it is a sixteenth of that: sums of
     half-precision numbers are accumulated in float32, so that the loss is rounded once, at the end, and the errors of
     many activations largely cancel (measured: a quarter of an epsilon and less in the median). Plain numbers count as
     torch's default dtype.
-
-    Args:
-        losses: Losses as the closure returned them.
-        computed_in: Further dtypes that they were computed in, those of autocast.
-
-    Example:
-        >>> rounding_of([torch.tensor(1.0)]) == torch.finfo(torch.float32).eps
-        True
     """
     dtypes = {loss.dtype if isinstance(loss, Tensor) else torch.get_default_dtype() for loss in losses}
     infos = map(torch.finfo, dtypes.union(computed_in))

@@ -119,11 +119,8 @@ class ParallelModules:
     """The parallel modules that a closure calls, as they were before its first call.
 
     ``DistributedDataParallel`` broadcasts buffers before a forward pass and prepares a backward pass after it.
-    ``fully_shard`` gathers parameters, and records their order. A probe runs no backward pass to end that.
-
-    Raises:
-        RuntimeError: If one of them is a FullyShardedDataParallel, whose parameters cannot be found, or is within
-            ``join()``.
+    ``fully_shard`` gathers parameters, and records their order. A probe runs no backward pass to end that. A
+    FullyShardedDataParallel, whose parameters cannot be found, and a module within ``join()`` are refused.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -185,9 +182,7 @@ def is_fully_sharded(module: nn.Module) -> bool:
 def check_twice_differentiable(parameters: Iterable[Tensor]) -> None:
     """Refuse parameters whose loss cannot be differentiated twice.
 
-    Raises:
-        RuntimeError: If ``fully_shard`` has been applied to a module that owns one of them, or if one is a DTensor and
-            torch is older than 2.13, where second derivatives of DTensors are silently wrong.
+    That is so under ``fully_shard``, and of DTensors before torch 2.13, whose second derivatives are silently wrong.
     """
     parameters = list(parameters)
     if _FSDP in sys.modules and any(map(is_fully_sharded, owners_of(parameters))):

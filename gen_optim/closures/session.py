@@ -36,29 +36,9 @@ Group = dict[str, Any]
 class ClosureCaller:
     """Calls the closures of one optimizer.
 
-    Args:
-        modules: What a closure calls besides the modules that own the optimizer's parameters.
-
-    Attributes:
-        modules: The argument.
-        is_probing: Whether a probe runs.
-        unfinished: What ends the step that is being taken.
-        needs_graph: Whether probes are called with gradients enabled, for losses that differentiate inside (a
-            physics-informed network, a gradient penalty) or hook activations. None until a probe has returned.
-
-    Example:
-        >>> weight = nn.Parameter(torch.ones(2))
-        >>> groups = [{"params": [weight]}]
-        >>> caller = ClosureCaller()
-        >>> session = caller.session(groups, weight.sum, "closure", Ranks(), tolerance=8.0)
-        >>> first = session.first(weight.sum)
-        >>> with session.probing():
-        ...     _ = weight.data.mul_(2.0)
-        ...     probed = session.probe()
-        >>> session.read([first, probed])
-        ([2.0, 4.0], [])
-        >>> weight.grad
-        tensor([1., 1.])
+    ``modules`` are called besides those that own the optimizer's parameters. ``unfinished`` ends the step that is being
+    taken. ``needs_graph`` says whether probes are called with gradients enabled, for losses that differentiate inside
+    (a physics-informed network, a gradient penalty) or hook activations; None until a probe has returned.
     """
 
     def __init__(self, modules: Sequence[nn.Module] = ()) -> None:
@@ -72,11 +52,7 @@ class ClosureCaller:
         self._owned: frozenset[int] | None = None
 
     def call(self, closure: Closure, groups: Sequence[Group]) -> Loss:
-        """Call ``closure`` with gradients enabled, and differentiate its loss if it has not provided gradients.
-
-        Raises:
-            TypeError: If the closure does not return a loss, or returns one without a graph and there are no gradients.
-        """
+        """Call ``closure`` with gradients enabled, and differentiate its loss if it has not provided gradients."""
         repair()
         watch = GradientWatch(groups)
         self.unfinished.add(watch.end)
@@ -87,17 +63,11 @@ class ClosureCaller:
         return loss
 
     def complete(self, closure: Closure, loss: Loss, watch: GradientWatch) -> bool:
-        """Differentiate ``loss`` if its closure leaves that to the optimizer.
+        """Differentiate ``loss`` if its closure leaves that to the optimizer; return whether it did.
 
         A closure that has ever computed gradients itself leaves them out on purpose if it does not: its loss is
         infinite, or its batch is empty. The same holds for a closure that returns a loss that is not finite, or a
         tensor without a graph, before it has shown what it does. There are no gradients in such a step.
-
-        Returns:
-            Whether ``loss`` has been differentiated.
-
-        Raises:
-            TypeError: If there are no gradients to use, and the loss is a plain number.
         """
         # Closures of the same code count as one, since loops define a new one per batch.
         code = getattr(getattr(closure, "func", closure), "__code__", type(closure))
@@ -159,20 +129,8 @@ class ClosureCaller:
 class Session:
     """The closure calls of one probe step.
 
-    Args:
-        caller: What is known of the optimizer's closures.
-        groups: The optimizer's parameter groups.
-        probed: The closure that probes call.
-        probed_name: The name of the argument that ``probed`` comes from, for error messages.
-        ranks: The processes that take part. A failure on this one is kept until the next :meth:`read`.
-        tolerance: Relative error of a loss, in units of rounding.
-
-    Attributes:
-        modules: The modules whose buffers and gradients are put back.
-        ranks: The processes that take part.
-
-    Raises:
-        RuntimeError: If the parameters belong to a FullyShardedDataParallel module.
+    ``probed_name`` is the argument that ``probed`` comes from, for error messages. ``tolerance`` is the relative error
+    of a loss, in units of rounding. A failure on this one of the ``ranks`` is kept until the next :meth:`read`.
     """
 
     def __init__(
@@ -203,18 +161,9 @@ class Session:
     def first(self, closure: Closure, measure: Callable[[], Tensor | None] = lambda: None) -> Loss:
         """Call ``closure`` with gradients enabled; probes will see what this call saw.
 
-        As :meth:`ClosureCaller.call`, except that backward passes are followed.
-
-        Args:
-            closure: The closure.
-            measure: Called at the end of each backward pass, before the closure can clip the gradients, for instance.
-
-        Returns:
-            The loss, cloned, since closures may write each loss to the same tensor. NaN after a failure that the other
-            ranks are told of.
-
-        Raises:
-            TypeError: If the closure does not return a loss, or returns one without a graph and there are no gradients.
+        As :meth:`ClosureCaller.call`, but backward passes are followed: ``measure`` is called at the end of each,
+        before the closure can clip the gradients, for instance. The loss is cloned, since closures may write each loss
+        to the same tensor. It is NaN after a failure that the other ranks are told of.
         """
         origin = self._origin = GradientOrigin(self._groups, measure)
 
@@ -255,17 +204,10 @@ class Session:
             yield
 
     def probe(self, *, keeps_failure: bool = True) -> Loss:
-        """Call the probed closure without gradients, as if for the first time.
+        """Call the probed closure as if for the first time, without gradients, and return its loss without a graph.
 
-        Args:
-            keeps_failure: Whether a failure is kept for the next :meth:`read` if there are other ranks. If not, it is
-                raised here.
-
-        Returns:
-            The loss, without a graph. NaN after a failure that the other ranks are told of.
-
-        Raises:
-            TypeError: If the closure does not return a loss.
+        If there are other ranks, a failure is kept for the next :meth:`read` and the loss is NaN, unless
+        ``keeps_failure`` is False.
         """
 
         def call() -> Loss:
@@ -277,11 +219,8 @@ class Session:
     def differentiable(self) -> Tensor:
         """Call the probed closure as if for the first time, and return its loss with a graph.
 
-        If the closure returns a loss without one, that is the sum of what it calls ``backward()`` on. A failure is
-        raised, not kept.
-
-        Raises:
-            TypeError: If there is no graph.
+        If the closure returns a loss without one, that is the sum of what it calls ``backward()`` on; if neither has
+        one, a TypeError is raised. Failures are raised, not kept.
         """
         collected: list[Tensor] = []
         loss = self._replay(with_graph=True, on_backward=lambda _, scalars: collected.extend(scalars()))
@@ -308,17 +247,10 @@ class Session:
         return self._origin.adds_to_used
 
     def read(self, losses: Sequence[Loss], others: Sequence[Loss] = ()) -> tuple[list[float], list[float]]:
-        """Read numbers, averaged over the ranks, by one all-reduce.
+        """Read numbers, averaged over the ranks by one all-reduce, so that they are the same on all ranks.
 
-        Args:
-            losses: Losses, and derivatives of losses. Under ``maximize`` they are negated, to be minimised.
-            others: Other numbers.
-
-        Returns:
-            ``losses`` and ``others`` as floats, the same on all ranks.
-
-        Raises:
-            RuntimeError: If a call has failed on another rank; a rank whose own call has failed raises that.
+        ``losses``, which may be derivatives of losses, are negated under ``maximize``, to be minimised; ``others`` are
+        not. A rank that has kept a failure raises it here, and the others a RuntimeError.
         """
         numbers = self.ranks.mean([*losses, *others])
         return [self._sign * each for each in numbers[: len(losses)]], numbers[len(losses) :]
