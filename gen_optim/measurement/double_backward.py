@@ -67,32 +67,11 @@ class Exact(Mode):
 
 
 def slope_and_curvature(loss: Tensor, parameters: Sequence[Tensor], step: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    r"""First and second derivative of a loss along a step, by double backward.
+    """First and second derivative of a loss along a step u, ∇L(θ)·u and uᵀ∇²L(θ)u, by double backward.
 
-    With u the step taken from the parameters,
-
-    .. math:: \text{slope} = \nabla L(\theta)^\top u, \qquad \text{curvature} = u^\top \nabla^2 L(\theta)\, u,
-
-    which are slope and curvature of L(θ − αu) at α = 0 (Bu and Xu, arXiv:2407.02772, eq. 4). The graph of ``loss`` is
-    freed.
-
-    Args:
-        loss: A scalar with a graph.
-        parameters: Tensors that require a gradient.
-        step: The step u, one tensor a parameter, of its shape.
-
-    Returns:
-        Slope and curvature, scalars in float64. Where parameters are DTensors, this rank's shares of them: their mean
-        over the ranks is meant.
-
-    Raises:
-        RuntimeError: If an operation in the loss has no second derivative; names it.
-
-    Example:
-        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> slope, curvature = slope_and_curvature(weight.pow(2).sum(), [weight], [torch.ones(2)])
-        >>> slope.item(), curvature.item()
-        (6.0, 4.0)
+    They are slope and curvature of L(θ − αu) at α = 0 (Bu and Xu, arXiv:2407.02772, eq. 4), in float64. Where
+    parameters are DTensors, they are this rank's shares: their mean over the ranks is meant. The graph of ``loss`` is
+    freed. If an operation in it has no second derivative, a RuntimeError names it.
     """
     try:
         # With a seed that requires a gradient, functions marked as once differentiable show themselves.

@@ -27,19 +27,9 @@ class Interpolation:
     It copies θ when it is made, before the base optimizer steps; :meth:`arrive` copies θ_after. Every point is computed
     from the two copies, and none by undoing another, so that nothing drifts however many points are visited.
 
-    Args:
-        groups: The parameters that move, one sequence per parameter group. Of a DTensor, each rank moves its own part.
-        on_host: Whether the copies are in the host's memory.
-        keeps_infinities: Whether elements that are infinite stay so between both ends, which takes one more pass.
-
-    Example:
-        >>> weight = torch.tensor([1.0])
-        >>> step = Interpolation([[weight]])
-        >>> _ = weight.sub_(0.5)  # the base optimizer's step
-        >>> step.arrive()
-        >>> step.write(-1.0)
-        >>> weight
-        tensor([1.5000])
+    ``groups`` are the parameters that move, by parameter group; of a DTensor, each rank moves its own part. With
+    ``on_host`` the copies are in the host's memory. With ``keeps_infinities`` elements that are infinite stay so
+    between both ends, which takes one more pass.
     """
 
     @torch.no_grad()

@@ -72,11 +72,6 @@ def parabola_from_end(lr: float, start: float, end: float, slope_at_end: float, 
 
     ``slope_at_end`` is the derivative along the whole step, positive if the loss rises; ``rounding`` is the relative
     error of a loss.
-
-    Example:
-        >>> parabola = parabola_from_end(0.5, start=1.0, end=0.5, slope_at_end=-0.5)  # 1 − 0.5 s, a straight line
-        >>> parabola.slope, parabola.curvature
-        (1.0, 0.0)
     """
     curvature = 2.0 * (slope_at_end - end + start)
     slope = curvature - slope_at_end

@@ -22,26 +22,12 @@ class StartPoint:
     """Where a step began. The parameters can be put there, or anywhere between there and the end of the step, and back.
 
     At any time it holds one copy of the parameters, of the end of the step that they are not at; a second copy is made
-    only if a point between both ends is visited.
+    only if a point between both ends is visited. Of a DTensor, each rank keeps its own part.
 
-    Args:
-        parameters: The parameters that move. Of a DTensor, each rank keeps its own part.
-        lr: The learning rate of the step, with the scheduler's factor.
-        last: The start point of the step before. If the parameters have just left it, its copies already hold their
-            present values, and are used again.
-        on_host: Whether the copies are in the host's memory.
-        keeps_infinities: Whether elements that are infinite stay so between both ends, and do not count in the slope.
-
-    Example:
-        >>> weight = torch.tensor([1.0])
-        >>> start = StartPoint([weight], lr=0.5)
-        >>> _ = weight.sub_(0.5)  # the base optimizer's step
-        >>> start.write(0.0)
-        >>> weight
-        tensor([1.])
-        >>> start.leave()
-        >>> weight
-        tensor([0.5000])
+    ``lr`` is the learning rate of the step, with the scheduler's factor. ``last`` is the start point of the step
+    before: if the parameters have just left it, its copies already hold their present values, and are used again. With
+    ``on_host`` the copies are in the host's memory. With ``keeps_infinities`` elements that are infinite stay so
+    between both ends, and do not count in the slope.
     """
 
     @torch.no_grad()
@@ -96,9 +82,8 @@ class StartPoint:
     def arrive(self, *, measures_length: bool = False) -> None:
         """Note that the step has been taken. Whatever is written to the parameters from now on comes from elsewhere.
 
-        Args:
-            measures_length: Whether to allow writes that do not lengthen the step: a clamp, or a projection onto a
-                convex set that holds the start point. The step then ends where these leave the parameters.
+        ``measures_length`` allows writes that do not lengthen the step: a clamp, or a projection onto a convex set that
+        holds the start point. The step then ends where these leave the parameters.
         """
         self._marks = self._present_marks()
         self._length = self._present_length() if measures_length else 0.0
