@@ -36,18 +36,8 @@ def _effective_count(count: int, smoothing: float) -> float:
 class LossAverages:
     """Moving averages of the losses at the start of probe steps.
 
-    Attributes:
-        mean: Average of the losses.
-        deviation: Average of their absolute deviation from ``mean``.
-        count: Number of losses averaged.
-        lowest: Lowest ``mean`` so far; it rises slowly towards the present one.
-
-    Example:
-        >>> averages = LossAverages()
-        >>> for loss in (3.0, 2.0, 4.0):
-        ...     averages = averages.with_loss(loss, smoothing=0.9)
-        >>> averages.mean, averages.lowest
-        (3.0, 2.55)
+    ``deviation`` is the average of their absolute deviation from ``mean``. ``lowest`` is the lowest ``mean`` so far; it
+    rises slowly towards the present one.
     """
 
     mean: float = 0.0
@@ -86,23 +76,10 @@ class ParabolaAverages:
     change, so that what was measured while losses were large does not outweigh everything later. The weight of earlier
     ones falls as the learning rate grows, so that what was measured at tiny steps does not either.
 
-    Attributes:
-        slope: Average of slopes, in units of the change.
-        curvature: Average of curvatures, in units of the change.
-        change: Average change.
-        rise: Average of the absolute difference between the losses at the end and the start of a step.
-        first_order: Average fraction of the first order in the change, negative for ascending directions.
-        first_order_square: Average square of that fraction.
-        count: Number of parabolas averaged.
-        weight: Sum of their weights in ``slope`` and ``curvature``, in units of the weight of the last one.
-        lr: Learning rate of the last one's step, the scheduler's factor included.
-
-    Example:
-        >>> averages = ParabolaAverages()
-        >>> for slope in (1.0, 3.0):
-        ...     averages = averages.with_parabola(Parabola(0.0, slope, 2.0), lr=0.5, rise=0.0, smoothing=0.9)
-        >>> averages.count, averages.change
-        (2, 1.5)
+    ``rise`` is the average of the absolute difference between the losses at both ends of a step. ``first_order`` is the
+    average fraction of the first order in the change, negative for ascending directions, ``first_order_square`` that of
+    its square. ``weight`` is the sum of the weights in ``slope`` and ``curvature``, in units of the last one's. ``lr``
+    is the learning rate of the last one's step, the scheduler's factor included.
     """
 
     slope: float = 0.0
@@ -116,13 +93,10 @@ class ParabolaAverages:
     lr: float = 0.0
 
     def with_parabola(self, parabola: Parabola, lr: float, rise: float, smoothing: float) -> ParabolaAverages:
-        """The averages with one more parabola; unchanged if its change is 0 or not finite.
+        """The averages with one more finite parabola; unchanged if its change is 0 or not finite.
 
-        Args:
-            parabola: A finite parabola.
-            lr: The learning rate of its step, the scheduler's factor included.
-            rise: The absolute difference between the losses at the end and the start of the step; 0 if unknown.
-            smoothing: The smoothing of the averages.
+        ``lr`` includes the scheduler's factor. ``rise`` is the absolute difference between the losses at the end and
+        the start of the step; 0 if unknown.
         """
         first, second = parabola.slope * lr, parabola.curvature * lr * lr
         change = abs(first) + abs(second)

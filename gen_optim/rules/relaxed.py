@@ -67,16 +67,10 @@ _URGENT = frozenset(
 class RelaxedState(RuleState):
     """What the relaxed rule remembers.
 
-    Attributes:
-        started: Whether an initial learning rate was found.
-        loss_initial: The loss where training began.
-        loss: Averages of the losses at the start of probe steps.
-        parabola: Averages of the parabolas.
-        lr_unstable: The learning rate at which training was last unstable; 0 if it never was.
-        lr_initial: The learning rate at which training began.
-        lr_borne: The largest learning rate of a step, with its factor, that training was seen to bear.
-        factor: The scheduler's factor at the last parabola.
-        factor_last: The scheduler's factor in the last step.
+    ``loss`` averages the losses at the start of probe steps, and ``loss_initial`` is that where training began.
+    ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
+    largest learning rate of a step, with its factor, that training was seen to bear. ``factor`` is the scheduler's at
+    the last parabola, ``factor_last`` in the last step.
     """
 
     started: bool = False

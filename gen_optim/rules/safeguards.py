@@ -43,14 +43,8 @@ def first_safeguard(
     - ``NON_FINITE_PROBE``: the parabola is not finite;
     - ``BELOW_NOISE``: the parabola is no more than rounding (:func:`is_below_noise`).
 
-    Args:
-        parabola: The parabola along the measured step.
-        parabolas: The averages of earlier parabolas.
-        losses: The averages of earlier losses.
-        loss_start: The loss at the start of the step.
-        loss_end: The loss at its end; None if the step is not taken yet.
-        loss_initial: The loss where training began.
-        smoothing: The smoothing of the averages.
+    ``parabolas`` and ``losses`` are averages of earlier ones. ``loss_end`` is None if the step is not taken yet.
+    ``loss_initial`` is the loss where training began.
     """
     safeguards = (
         (
@@ -96,11 +90,9 @@ def is_contradicted(target: float, own_target: float, taken: float, *, is_near_u
     An unstable direction grows by a power from step to step, and the averages show it too late. In noise a single
     parabola contradicts nothing.
 
-    Args:
-        target: The learning rate that the averages call for.
-        own_target: What the last parabola calls for; 0 does not contradict.
-        taken: The learning rate of the last step, the scheduler's factor included.
-        is_near_unstable: Whether training was unstable not far above; then any larger ``target`` is contradicted.
+    ``target`` is what the averages call for, ``own_target`` what the last parabola does; 0 does not contradict.
+    ``taken`` includes the scheduler's factor. If training was unstable not far above, any larger ``target`` is
+    contradicted.
     """
     margin = 1.0 if is_near_unstable else _CONTRADICTED
     return 0.0 < own_target < taken and target > margin * taken
