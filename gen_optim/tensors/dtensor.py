@@ -39,10 +39,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def placed_like(part: Tensor, tensor: Tensor) -> Tensor:
-    """Return the DTensor with the placements, shape and stride of ``tensor`` whose part on this rank is ``part``.
-
-    For a plain tensor, ``part`` is returned. There is no communication.
-    """
+    """Make a DTensor like ``tensor`` of this rank's ``part``, without communication; ``part`` for a plain one."""
     if not is_dtensor(tensor):
         return part
     return type(tensor).from_local(
@@ -56,19 +53,13 @@ def whole(tensor: T) -> T:
 
 
 def dot(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
-    """Return this rank's share of the real part of the inner product of two lists of tensors.
+    """Return this rank's share of the real part of the inner product, which is the mean of the shares over the ranks.
 
-    The mean of the shares over the ranks is the inner product. There is no communication here: the share is scaled
-    for :meth:`Ranks.mean`, which reduces other numbers anyway, so that split tensors are summed and replicated ones
-    count once. Without DTensors the share is the inner product.
+    There is no communication here: the share is scaled for :meth:`Ranks.mean`, which reduces other numbers anyway, so
+    that split tensors are summed and replicated ones count once. Without DTensors the share is the inner product. None
+    on the left counts as zero. Right of a DTensor is one with the same placements, or this rank's part of one.
 
-    None on the left counts as zero. Right of a DTensor is one with the same placements, or this rank's part of one.
-
-    Returns:
-        A tensor without axes on the device of the tensors, in :func:`~gen_optim.tensors.scalars.summing_dtype`.
-
-    Raises:
-        ValueError: If the lists have different lengths, or two tensors have different placements.
+    The share is in :func:`~gen_optim.tensors.scalars.summing_dtype`, on the device of the tensors.
     """
     pairs = [(one, other) for one, other in zip(left, right, strict=True) if one is not None]
     device = local(right[0]).device if right else torch.device("cpu")

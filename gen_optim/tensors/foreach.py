@@ -28,20 +28,10 @@ _LEAST = 2**15
 
 
 def chunks(*lists: Sequence[Tensor], cut: bool = True) -> Iterator[tuple[list[Tensor], ...]]:
-    """Iterate over corresponding chunks of several lists of tensors.
+    """Iterate over corresponding chunks, which are views, of lists of tensors of the same order and shapes.
 
     Each batch has one device and one dtype per list, as ``torch._foreach_*`` needs it. With ``cut=True`` a copy of a
-    batch takes about 1 % of the memory of all tensors.
-
-    Args:
-        lists: Lists of tensors, in the same order and of the same shapes.
-        cut: Whether large tensors are cut. If not, each large tensor is a batch of its own.
-
-    Yields:
-        For each list, the chunks of one batch. Chunks are views of the tensors.
-
-    Raises:
-        ValueError: If the lists have different lengths.
+    batch takes about 1 % of the memory of all tensors; without it, each large tensor is a batch of its own.
     """
     share = sum(each.numel() for each in lists[0]) // _SHARE if cut else _SIZE_ELSEWHERE
     batch: list[tuple[Tensor, ...]] = []
@@ -145,10 +135,8 @@ def inner_product(
     """Return the real part of ⟨gradients, ends − starts⟩, without temporaries as large as the tensors.
 
     ``starts`` may be on the host. With ``keeps_infinities``, elements that are infinite at both ends have not moved.
-
-    Returns:
-        A tensor without axes in :func:`~gen_optim.tensors.scalars.summing_dtype`, on the device of the first tensors; 0
-        on the CPU if the lists are empty.
+    The result is in :func:`~gen_optim.tensors.scalars.summing_dtype`, on the device of the first tensors; 0 on the CPU
+    if there are none.
     """
     shares: list[Tensor] = []
     for gradient, end, start in chunks(gradients, ends, starts):

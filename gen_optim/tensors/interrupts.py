@@ -74,11 +74,7 @@ class Unfinished:
 
 
 def despite_interrupts(*writes: Callable[[], object]) -> None:
-    """Call functions one after the other; raise an interrupt only when all have been called.
-
-    Args:
-        writes: Functions that may be called a second time when the first call was interrupted.
-    """
+    """Call functions in order; raise an interrupt only when all have been called, the interrupted one again."""
     rest = deque(writes)
     try:
         while rest:

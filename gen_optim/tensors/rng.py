@@ -13,18 +13,7 @@ __all__ = ["RandomStreams", "random_devices"]
 
 
 class RandomStreams:
-    """Saves the state of the global random streams at construction, to restore it later.
-
-    Args:
-        devices: The devices besides the CPU whose streams are saved; see :func:`random_devices`.
-
-    Example:
-        >>> streams = RandomStreams([])
-        >>> first = torch.rand(3)
-        >>> streams.restore()
-        >>> torch.equal(first, torch.rand(3))
-        True
-    """
+    """The state of the global random streams at construction, with torch's on ``devices`` besides the CPU."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._python = random.getstate()

@@ -19,12 +19,7 @@ def summing_dtype(device: torch.device) -> torch.dtype:
 
 
 def to_floats(numbers: Sequence[Scalar]) -> list[float]:
-    """Read numbers from whatever devices they are on, with at most one transfer per device.
-
-    Example:
-        >>> to_floats([1.0, torch.tensor([2.5])])
-        [1.0, 2.5]
-    """
+    """Read numbers from whatever devices they are on, with at most one transfer per device."""
     tensors = [number.detach().reshape(()) for number in numbers if isinstance(number, Tensor)]
     if not tensors:
         return [float(number) for number in numbers]
