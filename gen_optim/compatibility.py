@@ -56,15 +56,10 @@ _MOST_COPIED = 2**24
 
 
 def check_wrappable(base_optim: Any) -> None:
-    """Refuse a base optimizer that GeN cannot wrap.
+    """Refuse a base optimizer that GeN cannot wrap, with a TypeError or a ValueError.
 
-    Raises:
-        TypeError: If it is no ``torch.optim.Optimizer``, or one that evaluates the closure itself.
-        ValueError: As :func:`check_groups`; if parameters are on the meta device; if its update is not proportional to
-            its learning rate, or depends on earlier ones.
-
-    Warns:
-        UserWarning: If no twin could be made or stepped, so that this is not known.
+    It must step without a closure, pass :func:`check_groups`, and make updates proportional to its present learning
+    rate alone. If no twin could be made or stepped, a warning says that this is not known.
     """
     name = type(base_optim).__name__
     if not isinstance(base_optim, Optimizer):
@@ -100,12 +95,7 @@ def check_wrappable(base_optim: Any) -> None:
 
 
 def check_groups(groups: Sequence[Group]) -> None:
-    """Refuse parameter groups whose steps GeN cannot measure.
-
-    Raises:
-        ValueError: If one lacks a learning rate or has one that is negative or not finite, is ``differentiable``, or
-            has parameters on the meta device; if they disagree on ``maximize``.
-    """
+    """Refuse parameter groups whose steps GeN cannot measure, with a ValueError."""
     for index, group in enumerate(groups):
         if "lr" not in group:
             raise ValueError(
@@ -148,12 +138,7 @@ def _closure_required(name: str) -> TypeError:
 
 @dataclass
 class _Twin:
-    """An optimizer that may be stepped, and the parameters that it moves, by group.
-
-    Attributes:
-        optimizer: The optimizer.
-        is_sparse: Whether it takes sparse gradients.
-    """
+    """An optimizer that may be stepped, and the parameters that it moves, by group."""
 
     optimizer: Optimizer
     is_sparse: bool = False
@@ -192,17 +177,12 @@ def _updates(
     near: bool = False,
     returns: bool = False,
 ) -> list[_Update]:
-    """Return the updates of a twin.
+    """Return the updates of a twin in steps at the learning rate ``earlier``, but the last one at ``last``.
 
-    Args:
-        make: Makes the twin.
-        streams: Put back at first, so that all twins see the same noise.
-        steps: The number of steps.
-        earlier: The learning rate before the last step.
-        last: The learning rate of the last step.
-        near: Whether these are multiples of learning rates of training.
-        returns: Whether the last step begins where the first one did, and weights do not decay. With long steps decay
-            would be all there is, and if it is part of the gradient, momentum remembers the way covered, as it should.
+    The random streams are put back at first, so that all twins see the same noise. With ``near``, both are multiples of
+    learning rates of training. With ``returns``, the last step begins where the first one did, and weights do not
+    decay: with long steps decay would be all there is, and if it is part of the gradient, momentum remembers the way
+    covered, as it should.
     """
     streams.restore()
     twin = make()
@@ -321,10 +301,8 @@ def _constructed(base_optim: Optimizer) -> Optimizer:
 def _copied(base_optim: Optimizer, *, is_small: bool) -> Optimizer:
     """Return a copy of an optimizer, for classes whose constructors ask for more than parameters and options.
 
-    Args:
-        base_optim: The optimizer.
-        is_small: Whether each group has only its first parameter in the copy, and a small one. Tensors of the state
-            that are equal to their parameter are equal to it in the copy, others of its shape are zero.
+    With ``is_small``, each group has only its first parameter in the copy, and a small one. Tensors of the state that
+    are equal to their parameter are equal to it in the copy, others of its shape are zero.
     """
     memo: dict[int, Any] = {}
     for group in base_optim.param_groups:

@@ -26,18 +26,9 @@ _MANUAL = 3
 class Controller:
     """Chooses the learning rates of an optimizer's groups, and remembers what that takes.
 
-    The state is an object between steps. Its numbers enter the parameter groups when a checkpoint is made, and leave
-    them when one is loaded; the keys are there from the beginning, because flattened distributed checkpoints keep only
-    those that the groups have already.
-
-    Args:
-        base_optim: The optimizer whose groups they are.
-        rule: How learning rates are chosen.
-
-    Attributes:
-        rule: The rule.
-        state: What it remembers, after the last step.
-        rates: The learning rates of the groups.
+    ``state`` is what the rule remembers, after the last step. Its numbers enter the parameter groups when a checkpoint
+    is made, and leave them when one is loaded; the keys are there from the beginning, because flattened distributed
+    checkpoints keep only those that the groups have already.
     """
 
     def __init__(self, base_optim: Optimizer, rule: Rule) -> None:
@@ -57,14 +48,7 @@ class Controller:
     # --- before a step ------------------------------------------------------------------------------------------------
 
     def recall(self) -> RuleState:
-        """Take in what schedulers and the user have written to the groups since the last step.
-
-        Returns:
-            The state, with the learning rate α that holds now.
-
-        Raises:
-            ValueError: If a learning rate is negative or not finite.
-        """
+        """Take in what schedulers and the user have written since the last step; return the state that holds now."""
         groups = self.groups
         if not self.rates.is_unchanged(groups, self.state.lr):
             lr = self.rates.update(groups, self.state.lr, self._base_optim.defaults.get("lr"))
@@ -104,15 +88,7 @@ class Controller:
     # --- the step -----------------------------------------------------------------------------------------------------
 
     def step_base(self, lr: float, unfinished: Unfinished) -> list[float]:
-        """Let the base optimizer take its step at α = ``lr``.
-
-        Args:
-            lr: The learning rate α.
-            unfinished: What ends the step, whatever happens.
-
-        Returns:
-            Each group's learning rate in it.
-        """
+        """Let the base optimizer take its step at α = ``lr``; return each group's learning rate in it."""
         groups = self.groups
         if self.rates.is_unchanged(groups, lr):
             self._base_optim.step()
@@ -135,11 +111,7 @@ class Controller:
         self.rates.save()
 
     def load(self) -> None:
-        """Read it back; what is missing, as in a checkpoint of the base optimizer alone, begins anew.
-
-        Raises:
-            ValueError: If a learning rate is negative or not finite.
-        """
+        """Read it back; what is missing, as in a checkpoint of the base optimizer alone, begins anew."""
         groups = self.groups
         names = self.rule.initial_state(0.0).to_numbers()
         numbers = {name: groups[0][_PREFIX + name] for name in names if _PREFIX + name in groups[0]}
@@ -151,11 +123,7 @@ class Controller:
         self.save()
 
     def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Check the numbers in the groups of a checkpoint, before anything of it is loaded; they may be missing.
-
-        Raises:
-            ValueError: If one is of another type or out of range.
-        """
+        """Check the numbers in the groups of a checkpoint, before anything of it is loaded; they may be missing."""
         for index, group in enumerate(groups):
             check_lr(index, group.get("lr"))
         self.rates.check_numbers(groups)

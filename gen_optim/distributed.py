@@ -29,17 +29,9 @@ Instead = TypeVar("Instead")
 class Ranks:
     """The processes that measure one loss together, each on its own part of the data; made for one step.
 
-    A process that trains alone has no groups. Nothing is reduced then, and failures are raised at once.
-
-    Args:
-        groups: The process groups to reduce over, one after the other; together they hold all ranks that take part.
-        device: The device of the parameters.
-        is_joined: Whether backward passes of different ranks wait for each other.
-
-    Example:
-        >>> ranks = Ranks()
-        >>> ranks.mean([ranks.attempt(lambda: 0.5, instead=math.nan), torch.tensor(2.0)])
-        [0.5, 2.0]
+    It reduces over the groups one after the other; together they hold all ranks that take part. A process that trains
+    alone has none: nothing is reduced then, and failures are raised at once. ``is_joined`` says whether backward passes
+    of different ranks wait for each other.
     """
 
     def __init__(
@@ -74,11 +66,9 @@ class Ranks:
             return instead
 
     def keep(self, failure: BaseException) -> bool:
-        """Keep a failure that this rank alone may have met for the next :meth:`mean`; the first failure counts.
+        """Keep a failure that this rank alone may have met for the next :meth:`mean`; return whether it is kept.
 
-        Returns:
-            Whether it is kept, to be raised there. Interrupts are not, nor is any failure of a process that trains
-            alone.
+        The first failure counts. Interrupts are not kept, nor is any failure of a process that trains alone.
         """
         if not self._groups or not isinstance(failure, Exception):
             return False
@@ -88,13 +78,9 @@ class Ranks:
     def mean(self, numbers: Sequence[Scalar]) -> list[float]:
         """The mean of each number over the ranks, the same bits on all of them: one all-reduce (one a group).
 
-        For a sum over shards, pass what :func:`~gen_optim.tensors.dtensor.dot` returns. NaN on one rank is NaN on all.
-
-        Args:
-            numbers: Numbers or one-element tensors, the same number of them on every rank.
-
-        Raises:
-            RuntimeError: If another rank has kept a failure; a rank that has kept one raises that.
+        Every rank must pass equally many. For a sum over shards, pass what :func:`~gen_optim.tensors.dtensor.dot`
+        returns. NaN on one rank is NaN on all. A rank that has kept a failure raises it here, and the others a
+        RuntimeError.
         """
         if not self._groups:
             return to_floats(numbers)
@@ -133,16 +119,9 @@ def ranks_of(
 ) -> Ranks:
     """Return the processes that train these parameters together.
 
-    Args:
-        process_group: The option of that name: a group, ``"local"`` for this process alone, or None for those of the
-            DistributedDataParallel modules and of the meshes of the parameters that are DTensors.
-        parameters: The parameters of an optimizer.
-        modules: The modules to which they belong.
-        warns: Whether to warn if there are several processes and nothing says whether they train one model.
-
-    Raises:
-        TypeError: If ``process_group`` is none of these.
-        ValueError: If parameters are spread over ranks that it leaves out, or this process is not a member.
+    If ``process_group`` is None, they are those of the DistributedDataParallel modules and of the meshes of the
+    parameters that are DTensors; ``"local"`` is this process alone. With ``warns``, it warns if there are several
+    processes and nothing says whether they train one model.
     """
     groups: list[dist.ProcessGroup]
     meshes = list(dict.fromkeys(each.device_mesh for each in parameters if is_dtensor(each)))

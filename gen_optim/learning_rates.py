@@ -52,12 +52,9 @@ _NOMINAL = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 class GroupRate:
     """What is remembered of the learning rate of one parameter group.
 
-    Attributes:
-        group: The parameter group.
-        ratio: The group's learning rate over α; 0 if the group is frozen.
-        written_lr: The value of ``group["lr"]`` when it was last written or accepted; another value is a manual one.
-        last_lr: The learning rate that the last step used, the scheduler's factor included.
-        is_scheduled: Whether a scheduler has been noticed.
+    ``ratio`` is its learning rate over α; 0 if the group is frozen. ``written_lr`` is ``group["lr"]`` when it was last
+    written or accepted; another value is a manual one. ``last_lr`` is that of the last step, the scheduler's factor
+    included.
     """
 
     def __init__(self, group: Group) -> None:
@@ -155,11 +152,7 @@ class LearningRates:
 
     @staticmethod
     def check_numbers(groups: Sequence[Mapping[str, Any]]) -> None:
-        """Check the numbers that groups of a checkpoint carry; a group may carry none.
-
-        Raises:
-            ValueError: If a group carries only some of them, or one is of another type or out of range.
-        """
+        """Check the numbers that groups of a checkpoint carry; a group carries all of them or none."""
         for index, group in enumerate(groups):
             if not any(key in group for key in _KEYS.values()):
                 continue
@@ -176,11 +169,7 @@ class LearningRates:
     # --- groups ------------------------------------------------------------------------------------------------------
 
     def begin(self, groups: Sequence[Group]) -> float:
-        """Start with groups of which nothing is remembered, and return α; 0 if all are frozen.
-
-        Raises:
-            ValueError: If a learning rate is negative or not finite.
-        """
+        """Start with groups of which nothing is remembered, and return α; 0 if all are frozen."""
         self._rates = [GroupRate(group) for group in groups]
         return self._share([rate.nominal_lr() for rate in self._rates])
 
@@ -190,9 +179,6 @@ class LearningRates:
         A group with an lr joins at the ratio of that to the lr which the first unfrozen group shows now, whether or
         not a scheduler wrote it. A group without one joins at ratio 1. If a scheduler is attached, the group gets the
         first group's factor. If all other groups are frozen, α becomes the group's own lr at the next step.
-
-        Raises:
-            ValueError: If its learning rate is negative or not finite.
         """
         first = next((rate for rate in self._rates if rate.ratio > 0.0), None)
         shown = lr if first is None else first.read("lr")
@@ -238,11 +224,7 @@ class LearningRates:
     def update(self, groups: Sequence[Group], lr: float, default_lr: Any) -> float | None:
         """Take in what others did since the last step: groups that came or went, schedulers, manual values.
 
-        Returns:
-            The new α if the user wrote a learning rate, else None. Groups whose lr is ``default_lr`` brought none.
-
-        Raises:
-            ValueError: If a learning rate is negative or not finite.
+        Return the new α if the user wrote a learning rate, else None. Groups whose lr is ``default_lr`` brought none.
         """
         self._recognise(groups, lr, default_lr)
         chosen = [rate.chosen(lr) for rate in self._rates]
@@ -295,12 +277,7 @@ class LearningRates:
 
     @contextmanager
     def in_force(self, rates: Sequence[float], unfinished: Unfinished) -> Iterator[None]:
-        """Have the groups show ``rates``, for a step of the base optimizer; put back what they showed.
-
-        Args:
-            rates: A learning rate for each group.
-            unfinished: What ends the step, whatever happens.
-        """
+        """Have the groups show ``rates`` for a step of the base optimizer, and put back what they showed."""
         shown = [rate.read("lr") for rate in self._rates]
         with unfinished.ending_with(partial(self._show, shown)):
             self._show(rates)
@@ -346,11 +323,7 @@ def _is_rate(value: Any) -> bool:
 
 
 def check_lr(index: int, rate: Any) -> None:
-    """Check the learning rate of a group.
-
-    Raises:
-        ValueError: If it is no number, negative or not finite.
-    """
+    """Raise a ValueError if the learning rate of a group is no number, negative or not finite."""
     if not (isinstance(rate, Real | Tensor) and 0.0 <= float(rate) < math.inf):
         raise ValueError(f"param_groups[{index}]['lr'] must be a finite number of at least 0, got {rate!r}")
 

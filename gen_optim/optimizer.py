@@ -615,11 +615,7 @@ class GeNOptimizer(OptimizerWrapper):
     # --- checkpoints, copies and pickles ------------------------------------------------------------------------------
 
     def _save_numbers(self) -> None:
-        """Write what GeN remembers to the parameter groups; called before a state dictionary is made.
-
-        Raises:
-            RuntimeError: Inside :meth:`averaged`.
-        """
+        """Write what GeN remembers to the parameter groups; called before a state dictionary is made."""
         self._averages.refuse_if_swapped("state_dict()")
         self._drop_stale_start_point()
         self._context.controller.save()

@@ -41,10 +41,7 @@ __all__ = ["Probed", "StepContext", "StepResult", "lazy_step", "look_ahead_step"
 class Probed(NamedTuple):
     """What a probe step evaluates again: the closure, or the probe that was given next to it or alone.
 
-    Attributes:
-        call: The closure or the probe.
-        name: Which of them it is.
-        loss: What the caller says that it returns now; None if the caller does not say it.
+    ``loss`` is what the caller says that it returns now; None if the caller does not say it.
     """
 
     call: Closure
@@ -63,21 +60,11 @@ class StepResult(NamedTuple):
 class StepContext:
     """What the steps of one optimizer share.
 
-    Attributes:
-        base_optim: The optimizer that proposes directions.
-        controller: Chooses the learning rate.
-        mode: Measures slope and curvature.
-        caller: Calls closures.
-        offload_copies: Whether copies of the parameters are in the host's memory.
-        process_group: Over which processes losses are averaged, as the optimizer's option says.
-        start_point: Where the last step began, if the next one is going to look back at it.
-        has_warned: Whether a probe that failed has been reported.
-        has_warned_of_gradients: Whether gradients that are never zeroed have been reported.
-        trusts_losses: Whether a loss that the caller has given was the one that the probe returned; None until the two
-            have been compared.
-        allows_writes: Whether a step may end where something else has written after it, if that does not lengthen it.
-            True from the first such write on, since it costs a pass over the parameters.
-        has_infinities: Whether parameters are infinite; None if that is not known yet.
+    ``start_point`` is where the last step began, if the next one is going to look back at it. ``has_warned`` is about
+    probes that failed, ``has_warned_of_gradients`` about gradients that are never zeroed. ``trusts_losses`` says
+    whether a loss that the caller has given was the one that the probe returned; None until the two have been compared.
+    ``allows_writes`` says whether a step may end where something else has written after it, if that does not lengthen
+    it: True from the first such write on, since it costs a pass over the parameters.
     """
 
     base_optim: Optimizer
@@ -154,11 +141,7 @@ class StepContext:
             step_loss.losses[multiple] = whole(given.detach()).clone() if isinstance(given, Tensor) else given
 
     def call(self, session: Session, closure: Closure, measure: Callable[[], Tensor | None] = lambda: None) -> Loss:
-        """Make the first call of a probe step; see :meth:`~gen_optim.closures.session.Session.first`.
-
-        Raises:
-            RuntimeError: If the closure steps the base optimizer.
-        """
+        """Make the first call of a probe step (``session.first``); one that steps the base optimizer is refused."""
         with _refusing_steps(self.base_optim):
             loss = session.first(closure, measure)
         if session.adds_to_used_gradients and not self.has_warned_of_gradients:
@@ -194,13 +177,7 @@ class StepContext:
 
 
 def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: bool = True) -> StepResult:
-    """The base optimizer's step at the last learning rate, and nothing else.
-
-    Args:
-        context: What the steps of the optimizer share.
-        closure: Called once, with gradients, if there is one.
-        keeps_start: Whether the next step may look back at this one.
-    """
+    """The base optimizer's step at the last learning rate; with ``keeps_start`` the next step may look back at it."""
     loss = None if closure is None else context.caller.call(closure, context.groups)
     state = context.controller.recall_after_closure()
     _step_base(context, context.controller.rule.skip(state), keeps_start=keeps_start)
@@ -212,11 +189,7 @@ def look_back_step(
 ) -> StepResult:
     """Measure the loss along the last step on the new batch, decide, and let the base optimizer step.
 
-    Args:
-        context: What the steps of the optimizer share.
-        closure: Evaluates the loss, with gradients, at the end of the last step; None if the caller has done that.
-        probed: What is evaluated again.
-        start_point: Where the last step began.
+    ``closure`` evaluates the loss, with gradients, where the last step ended; None if the caller has done that.
     """
     controller = context.controller
     session = context.session(probed)
@@ -266,11 +239,8 @@ def look_back_step(
 def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probed, *, searches: bool) -> StepResult:
     """Let the base optimizer propose a step, measure the loss along it, decide, and write the multiple that results.
 
-    Args:
-        context: What the steps of the optimizer share.
-        closure: Evaluates the loss, with gradients, where the step begins; None if the caller has done that.
-        probed: What is evaluated again.
-        searches: Whether to search along the step for an initial learning rate, in any mode.
+    ``closure`` evaluates the loss, with gradients, where the step begins; None if the caller has done that. If it
+    ``searches``, it looks along the step for an initial learning rate, in any mode.
     """
     controller = context.controller
     session = context.session(probed)

@@ -33,9 +33,6 @@ class OptimizerWrapper(Optimizer):
 
     Both optimizers are optimizers to torch: its global hooks (``register_optimizer_step_pre_hook``,
     ``register_optimizer_step_post_hook``) and the profiler see two steps, the base optimizer's inside the wrapper's.
-
-    Args:
-        base_optim: The optimizer to wrap.
     """
 
     base_optim: Optimizer
@@ -205,13 +202,10 @@ class _Relay:
 
 
 def copy_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
-    """Copy an optimizer with all its attributes, without hooks.
+    """Copy an optimizer with all its attributes, and the optimizers that it holds, without hooks.
 
-    ``copy.deepcopy`` keeps state, groups and defaults only, and drops what else a class has.
-
-    Args:
-        optimizer: The optimizer to copy. Optimizers that it holds are copied in the same way.
-        memo: Copies that exist already, by the id of the original, as in ``copy.deepcopy``: mostly parameters.
+    ``copy.deepcopy`` keeps state, groups and defaults only, and drops what else a class has. ``memo`` has the copies
+    that exist already by the id of the original, mostly parameters.
     """
     twin: Optimizer = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin

@@ -40,9 +40,9 @@ class GradientWatch:
     """Notices whether a closure provides gradients, and computes them if it does not.
 
     The first gradient is looked at before and after the call. If it is another tensor, the closure has assigned it. If
-    it is the same tensor, written to, either a backward pass has added to it, which a hook on its parameter notices, or
-    something else has written to it: the closure, which may have filled it with zeros, or ``fully_shard``, which need
-    not call the hook.
+    it is the same tensor, written to, either a backward pass has added to it, which a hook on its parameter notices,
+    or something else has written to it: the closure, which may have filled it with zeros, or ``fully_shard``, which
+    need not call the hook.
 
     A class with ``__enter__`` because each lazy step uses one: a generator would take twice as long.
     """
