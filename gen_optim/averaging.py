@@ -39,12 +39,14 @@ class AveragedWeights:
 
     .. math:: \bar\theta \leftarrow \bar\theta + (1 - \beta_n)(\theta - \bar\theta), \quad \beta_n = (1 - 1/n)^p,
 
-    so that the k-th parameters weigh :math:`(k^p - (k - 1)^p) / n^p` in it. With p = 16 the window is about the last
-    sixteenth of the run, whenever the run ends.
+    so that the k-th parameters weigh :math:`(k^p - (k - 1)^p) / n^p` in it, p being the ``exponent``. With p = 16 the
+    window is about the last sixteenth of the run, whenever the run ends. An update is due every ``every`` steps; groups
+    and state of the optimizer are read at each call.
 
-    Averages are in float32 for half precision, in the parameter's dtype otherwise. Of a DTensor each rank averages its
-    part. A parameter with ``requires_grad=False`` gets none. A parameter that is added later, or that changes its shape
-    or placement, begins at its present value with the common count. An average that is not finite begins again.
+    Averages are in float32 for half precision, in the parameter's dtype otherwise. With ``on_host`` they are in the
+    host's memory, pinned for CUDA, except those of DTensors. Of a DTensor each rank averages its part. A parameter with
+    ``requires_grad=False`` gets none. A parameter that is added later, or that changes its shape or placement, begins
+    at its present value with the common count. An average that is not finite begins again.
 
     The average of a parameter ``p`` is ``optimizer.state[p]["gen_average"]``, and the number of steps is
     ``optimizer.param_groups[0]["gen_average_steps"]``, so that every kind of checkpoint, copy and pickle has them.
@@ -55,32 +57,6 @@ class AveragedWeights:
     - ``Optimizer.load_state_dict`` casts state to the parameter's dtype, which would round the float32 average of a
       bfloat16 parameter. :meth:`take_from` takes the averages out before the optimizer loads, and :meth:`load` puts
       them in afterwards. If the optimizer is loaded without these two, the average continues from the rounded values.
-
-    Args:
-        optimizer: The optimizer whose parameters are averaged. Its groups and state are read at each call.
-        every: Steps per update.
-        exponent: The exponent p.
-        on_host: Whether averages are in the host's memory, pinned for CUDA, instead of on the parameter's device.
-            Averages of DTensors are always on their device.
-
-    Raises:
-        ValueError: If ``every`` is not a positive integer or ``exponent`` is not a positive number.
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.tensor([0.0]))
-        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
-        >>> weights = AveragedWeights(optimizer, every=1)
-        >>> for _ in range(100):
-        ...     weight.grad = torch.tensor([-1.0])
-        ...     optimizer.step()
-        ...     weights.update()
-        >>> weight
-        Parameter containing:
-        tensor([10.0000], requires_grad=True)
-        >>> with weights.swapped():
-        ...     weight
-        Parameter containing:
-        tensor([9.4604], requires_grad=True)
     """
 
     def __init__(self, optimizer: Optimizer, *, every: int = 4, exponent: float = 16.0, on_host: bool = False) -> None:
@@ -118,9 +94,6 @@ class AveragedWeights:
         """Count a step, and update the average if it is due.
 
         To be called after the optimizer has stepped and before gradients are set to None.
-
-        Raises:
-            RuntimeError: Inside :meth:`swapped`.
         """
         self.refuse_if_swapped("update()")
         steps = self._optimizer.param_groups[0][_STEPS] = self._steps + 1
@@ -145,8 +118,7 @@ class AveragedWeights:
     def _pairs(self, *, begins: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         """Return this rank's parts of the parameters that have an average, and of the averages.
 
-        Args:
-            begins: Whether averages that are missing begin now.
+        With ``begins``, averages that are missing begin now.
         """
         parameters: list[Tensor] = []
         averages: list[Tensor] = []
@@ -208,11 +180,7 @@ class AveragedWeights:
             despite_interrupts(swap.leave, self._forget_cached, partial(setattr, self, "_swap", None))
 
     def write(self) -> None:
-        """Write the average into the parameters for good. Before the first update it changes nothing.
-
-        Raises:
-            RuntimeError: Inside :meth:`swapped`.
-        """
+        """Write the average into the parameters for good. Before the first update it changes nothing."""
         self.refuse_if_swapped("writing the average into the model")
         parameters, averages = self._repaired_pairs()
         with torch.no_grad():
@@ -241,16 +209,9 @@ class AveragedWeights:
     # --- checkpoints, copies ------------------------------------------------------------------------------------------
 
     def take_from(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, Tensor]]:
-        """Take the averages out of a state dictionary of the optimizer, which is left as it is.
+        """Return a copy of the optimizer's state dictionary without averages, and these by position, for :meth:`load`.
 
-        Args:
-            state_dict: As ``Optimizer.state_dict()`` returns it. Parameters may have names instead of numbers.
-
-        Returns:
-            A copy of it without averages, for the optimizer to load, and the averages by position, for :meth:`load`.
-
-        Raises:
-            RuntimeError: Inside :meth:`swapped`.
+        Parameters may have names instead of numbers.
         """
         self.refuse_if_swapped("loading the optimizer")
         states, averages = dict(state_dict["state"]), {}
@@ -277,11 +238,7 @@ class AveragedWeights:
         self._optimizer.param_groups[0].setdefault(_STEPS, 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles keep; they have averages and parameters of their own.
-
-        Raises:
-            RuntimeError: Inside :meth:`swapped`.
-        """
+        """Return what copies and pickles keep; they have averages and parameters of their own."""
         self.refuse_if_swapped("copying the optimizer")
         return self.__dict__.copy()
 
