@@ -59,11 +59,7 @@ def first_safeguard(
 
 
 def is_diverging(parabolas: ParabolaAverages, loss_start: float, loss_end: float, *, loss_initial: float) -> bool:
-    """Whether a step raised the loss so far that it must be reverted.
-
-    It did if the loss at its end is not finite, or if it is above ``loss_initial`` and the rise is far larger than
-    usual and than rounding.
-    """
+    """Whether a step must be reverted: its end loss is not finite, or above the initial one and risen unusually far."""
     if not math.isfinite(loss_end):
         return True
     rise = max(_DIVERGING * parabolas.rise, _ROUNDING * abs(loss_start))

@@ -82,10 +82,9 @@ def near(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def write(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy each source of a batch to its target.
+    """Copy each source of a batch to its target; from the host to a device this does not block.
 
-    A copy from the host to a device does not block. One from a device to the host does: the host's copies are read
-    without synchronizing, by ``torch.save`` for example.
+    A copy to the host blocks, since that is read without synchronizing, by ``torch.save`` for example.
     """
     torch._foreach_copy_(targets, sources, non_blocking=targets[0].device.type != "cpu")
 

@@ -18,9 +18,8 @@ class Unfinished:
     """Calls that end what a step has begun: they put back what it has changed, or complete it.
 
     A ``finally`` alone is not enough, because an interrupt may arrive on its first line; nor is ``with``, because one
-    may arrive between the ends of two contexts. A call is known here before anything is changed, and is forgotten when
-    it has returned. What is left when a step fails is called by :meth:`finish`, so every call must do no harm when it
-    is repeated.
+    may arrive between the ends of two contexts. A call is known here before anything is changed, and forgotten when it
+    has returned. :meth:`finish` calls what is left when a step fails, so every call must do no harm when repeated.
 
     Example:
         >>> unfinished = Unfinished()
