@@ -241,20 +241,25 @@ class RelaxedRule(Rule):
         if not (parabolas.is_settled(self.smoothing) and signal > _AGREE):
             return lr * annealing, status
 
+        is_certain = signal > _CERTAIN
         is_near_unstable = 0.0 < _NEAR * state.lr_unstable < lr
         own = _target(self.relaxation, last.slope, last.curvature)
         if is_contradicted(target, own, taken, is_near_unstable=is_near_unstable):
-            return lr * max(_FALL if signal > _CERTAIN else _LATER_FALL, own / taken), ProbeStatus.UNSTABLE
+            return lr * max(_FALL if is_certain else _LATER_FALL, own / taken), ProbeStatus.UNSTABLE
         target *= self._annealing(self.burn_in, state.step, factor)
-        if target > taken:
+        # What the scheduler takes off is made up for without noise only: in noise smaller steps call for larger ones.
+        compared = taken if is_certain else lr
+        if target > compared:
             growth = _LATER_GROWTH
             if is_near_unstable:
                 growth = _CAREFUL_GROWTH
-            elif signal > _CERTAIN:
+            elif is_certain:
                 growth, status = _CAREFUL_GROWTH, ProbeStatus.GROWING
-            # The limit is that of the step, α · factor: what the scheduler took off since does not count.
-            growth *= max(1.0, state.factor / factor)
-            return lr * min(growth, target / taken), status
+            if is_certain:  # the limit is that of the step, α · factor
+                growth *= max(1.0, state.factor / factor)
+            return lr * min(growth, target / compared), status
+        if not is_certain:
+            return lr * annealing, status
         longest = _target(self.relaxation, parabolas.slope, parabolas.curvature)
         return lr * min(max(_LATER_FALL, longest / taken), annealing), status
 

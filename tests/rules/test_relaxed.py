@@ -582,8 +582,20 @@ def test_near_where_it_was_unstable_the_learning_rate_grows_carefully() -> None:
     far, _ = rule._next_lr(replace(steep, lr_unstable=100.0), CONVEX, 1.0)
     assert near == pytest.approx(relaxed._CAREFUL_GROWTH)
     assert free == far == pytest.approx(relaxed._LATER_GROWTH)
-    down, _ = rule._next_lr(changed(steep, parabola_slope=0.1, lr_unstable=1.5), CONVEX, 1.0)
-    assert down == pytest.approx(relaxed._LATER_FALL)
+
+
+@pytest.mark.parametrize(("signal", "fall"), [(0.8, 1.0), (0.95, relaxed._LATER_FALL)])
+def test_a_step_that_no_longer_descends_lowers_the_learning_rate_unless_that_may_be_noise(
+    signal: float, fall: float
+) -> None:
+    lr, _ = RelaxedRule()._next_lr(agreeing(0.1, signal=signal, factor=0.5), CONVEX, 0.5)
+    assert lr == pytest.approx(fall)
+
+
+def test_in_noise_the_learning_rate_does_not_grow_because_a_scheduler_made_steps_small() -> None:
+    calls_for_this = agreeing(0.8, signal=0.8, factor=0.5)
+    assert RelaxedRule()._next_lr(calls_for_this, CONVEX, 0.5)[0] == 1.0
+    assert RelaxedRule()._next_lr(agreeing(0.8, factor=0.5), CONVEX, 0.5)[0] > 1.0
 
 
 # --- explosions ------------------------------------------------------------------------------------------------------
