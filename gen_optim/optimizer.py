@@ -23,14 +23,13 @@ from gen_optim.closures.modules import check_modules
 from gen_optim.closures.session import ClosureCaller
 from gen_optim.compatibility import check_groups, check_wrappable
 from gen_optim.controller import Controller
+from gen_optim.diagnostics import Diagnostics
 from gen_optim.distributed import ranks_of
 from gen_optim.measurement import Mode, make_mode
 from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
-from gen_optim.rules import RULES, ProbeStatus, Rule, RuleState, make_rule
+from gen_optim.rules import RULES, Rule, make_rule
 from gen_optim.steps import Probed, StepContext, StepResult, lazy_step, look_ahead_step, look_back_step
-from gen_optim.tensors.dtensor import local
-from gen_optim.warning import PATIENCE, warn
 from gen_optim.wrapper import OptimizerWrapper
 
 __all__ = ["GeNOptimizer"]
@@ -178,7 +177,6 @@ class GeNOptimizer(OptimizerWrapper):
     closure: Closure | None
     probe: Closure | None
     last_probe: ProbeRecord | None
-    _non_finite_losses: int
 
     @_refusing_options_of_others
     def __init__(
@@ -334,7 +332,7 @@ class GeNOptimizer(OptimizerWrapper):
         elif closure is not None:
             probed = Probed(closure, "closure")
         else:
-            self._warn_of_bare_steps(state)
+            self._diagnostics.look_at_bare_step(state)
             return lazy_step(self._context, None, keeps_start=False)
         rule = controller.rule
         if not rule.is_probe_due(state) or not any(controller.rates.shares(state.lr)):
@@ -364,45 +362,10 @@ class GeNOptimizer(OptimizerWrapper):
         record = result.record
         if record is not None:
             self.last_probe = record
-            self._warn_of_record(record)
+            self._diagnostics.look_at(record, self.param_groups, probes=self._context.controller.state.probes)
             for hook in list(self._probe_hooks.values()):
                 hook(self, record)
         return result.loss
-
-    def _warn_of_record(self, record: ProbeRecord) -> None:
-        if record.status is ProbeStatus.START_FAILED and self._context.controller.state.probes == PATIENCE:
-            cause = (
-                "Does the closure return the same loss when it is called twice, and does it depend on the parameters? "
-                "check_closure(optimizer, closure) looks for what differs."
-            )
-            warn(
-                f"GeNOptimizer has found no learning rate that lowers the loss in {PATIENCE} steps, and takes no "
-                f"step: at step {record.step} the loss is {record.loss:.3g}. {self._half_precision_advice() or cause}"
-            )
-        self._non_finite_losses += 1
-        if record.status is not ProbeStatus.NON_FINITE_LOSS:
-            self._non_finite_losses = 0
-        if self._non_finite_losses == PATIENCE:
-            parameters = self._parameters()
-            spoilt = sum(not bool(local(each.detach()).isfinite().all()) for each in parameters)
-            cause = (
-                f"{spoilt} of {len(parameters)} parameters are not finite either: go back to a checkpoint."
-                if spoilt
-                else "All parameters are finite: look at the data and at the loss."
-            )
-            warn(
-                f"The loss was not finite in {PATIENCE} probe steps in a row. At step {record.step} it is "
-                f"{record.loss}. GeNOptimizer learns nothing from such steps, and takes them at its last learning rate "
-                f"of {record.lr_after:.3g}. {cause} {self._half_precision_advice()}".rstrip()
-            )
-
-    def _half_precision_advice(self) -> str:
-        if all(each.dtype != torch.float16 for each in self._parameters()):
-            return ""
-        return (
-            "Parameters are in float16, in which small gradients and Adam's eps are 0: keep them in float32 and use "
-            "torch.autocast with a GradScaler, or bfloat16."
-        )
 
     def _parameters(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -414,28 +377,11 @@ class GeNOptimizer(OptimizerWrapper):
             self._context.start_point = start_point = None
             self._context.allows_writes = True
         if start_point is not None:
-            self._missed_probes = 0
+            self._diagnostics.missed_probes = 0
             return start_point
-        self._missed_probes += self._context.controller.rates.factor() > 0.0
-        state = self._context.controller.state
-        if self._missed_probes == PATIENCE:
-            warn(
-                f"GeNOptimizer could not look back in {PATIENCE} steps in a row in which a probe was due, up to step "
-                f"{state.step + 1}, and keeps its learning rate of {state.lr:.3g}: something else writes to the "
-                "parameters between its steps (the loop, a forward pass, an optimizer that shares them), or some steps "
-                "have neither a closure nor a probe. Write to parameters in "
-                "base_optim.register_step_post_hook(...), give every step a closure or a probe, or use "
-                "mode='approximate' with a probe on another batch."
-            )
+        if self._context.controller.rates.factor() > 0.0:
+            self._diagnostics.miss(self._context.controller.state)
         return None
-
-    def _warn_of_bare_steps(self, state: RuleState) -> None:
-        if state.probes == 0 and state.step + 1 == PATIENCE:
-            warn(
-                f"GeNOptimizer has taken {PATIENCE} steps without a closure or a probe, at the base optimizer's "
-                f"learning rate of {state.lr:.3g}: nothing was measured. Call step(closure), or step(probe=...) if "
-                "the loop calls backward() itself."
-            )
 
     # --- averaged weights -------------------------------------------------------------------------------------------
 
@@ -727,8 +673,7 @@ class GeNOptimizer(OptimizerWrapper):
             "last_probe",
             "_context",
             "_probe_hooks",
-            "_missed_probes",
-            "_non_finite_losses",
+            "_diagnostics",
         ):
             kept.pop(name, None)
         context = self._context
@@ -762,5 +707,4 @@ class GeNOptimizer(OptimizerWrapper):
     def _begin_reports(self) -> None:
         self.last_probe = None
         self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
-        self._missed_probes = 0
-        self._non_finite_losses = 0
+        self._diagnostics = Diagnostics()

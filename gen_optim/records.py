@@ -98,7 +98,9 @@ class ProbeRecord:
         else:
             losses = f"the last step took the loss from {start:.3g} to {self.loss_end:.3g}"
         is_parabola = math.isfinite(self.slope)
-        if self.optimal_lr is not None:
+        if self.optimal_lr is not None and self.optimal_lr <= 0.0:
+            lowest = "the parabola is lowest behind where the step began"
+        elif self.optimal_lr is not None:
             lowest = f"{'the parabola' if is_parabola else 'it'} is lowest at {self.optimal_lr:.3g}"
         else:
             lowest = "the parabola has no lowest point" if is_parabola else "no lowest point was found"
@@ -133,6 +135,10 @@ class ProbeRecord:
         """
         readers: dict[str, Callable[[Any], Any]] = {"multiples": tuple, "losses": tuple, "status": ProbeStatus}
         return cls(**{name: readers[name](value) if name in readers else value for name, value in values.items()})
+
+
+_OTHERS = ("step", "multiples", "losses", "status")
+_NUMBERS = ("step", "loss", *(each.name for each in fields(ProbeRecord) if each.name not in _OTHERS))
 
 
 class History:
@@ -174,8 +180,12 @@ class History:
                 or another number of a :class:`ProbeRecord`.
 
         Raises:
-            AttributeError: If records have no such field.
+            AttributeError: If records have no such number.
         """
+        if name not in _NUMBERS:
+            raise AttributeError(
+                f"name must be one of {', '.join(_NUMBERS)}, got {name!r}; columns() has the statuses, too"
+            )
         values = [getattr(record, name) for record in self.records]
         return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
@@ -188,10 +198,7 @@ class History:
         Example:
             >>> frame = pandas.DataFrame(history.columns())  # doctest: +SKIP
         """
-        names = [
-            field.name for field in fields(ProbeRecord) if field.name not in ("multiples", "losses", "step", "status")
-        ]
-        numbers = {name: self.column(name).tolist() for name in ("loss", *names)}
+        numbers = {name: self.column(name).tolist() for name in _NUMBERS if name != "step"}
         steps, statuses = [record.step for record in self], [record.status.value for record in self]
         return {"step": steps, "status": statuses, **numbers}
 

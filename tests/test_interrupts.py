@@ -95,7 +95,7 @@ class Scene:
         """Put everything back."""
         self.of.model.load_state_dict(self.model)
         self.of.optimizer.load_state_dict(copy.deepcopy(self.state))
-        self.of.optimizer._missed_probes = 0  # of steps that were interrupted
+        self.of.optimizer._diagnostics.missed_probes = 0  # of steps that were interrupted
         torch.manual_seed(1)
 
     def step(self) -> None:

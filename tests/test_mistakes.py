@@ -168,3 +168,62 @@ def test_parameters_in_float16_are_named_if_no_learning_rate_is_found() -> None:
     ):
         training.optimizer.step(lambda: training.closure().detach().float() + 1e6)
     assert training.optimizer.last_probe.status is ProbeStatus.START_FAILED
+
+
+def test_a_base_optimizer_whose_moments_became_nan_is_warned_of_though_every_step_is_taken_back() -> None:
+    training = Training.of(gen_adamw)
+    training.train(5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training.optimizer.step(lambda: training.loss() * float("nan"))
+        before = parameters_of(training.model)
+        for parameter in training.model.parameters():
+            training.optimizer.base_optim.state[parameter]["exp_avg"].fill_(float("nan"))
+        training.train(4 * PATIENCE)
+    assert same(parameters_of(training.model), before)
+    assert training.optimizer.last_probe.status is ProbeStatus.REVERTED
+    [message] = [str(each.message) for each in caught if "not finite" in str(each.message)]
+    assert "takes such steps back, so that training stands still. The base optimizer's state is likely not" in message
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def warnings_of_batches(repeats: int, steps: int = 40, dtype: torch.dtype = torch.float32) -> list[str]:
+    """What is said of repeated batches if each serves ``repeats`` steps."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = gen_adamw(model.parameters())
+    inputs, targets = torch.randn(64, 16, 4), torch.randn(64, 16, 1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(inputs[number]), targets[number]).to(dtype)
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            number = step // repeats
+            optimizer.step(closure)
+    return [str(each.message) for each in caught if "batch of the step before" in str(each.message)]
+
+
+@pytest.mark.parametrize("repeats", [2, 4])
+def test_several_steps_on_a_batch_are_warned_of_once(repeats: int) -> None:
+    [message] = warnings_of_batches(repeats)
+    assert "the learning rate becomes too large" in message
+    assert "probe= on another batch" in message
+
+
+@pytest.mark.parametrize(
+    ("repeats", "dtype"),
+    [
+        (1, torch.float32),  # as it should be
+        (1000, torch.float32),  # the whole training set at every step
+        (1, torch.bfloat16),  # in which losses of different batches may coincide
+    ],
+)
+def test_other_batches_are_not_warned_of(repeats: int, dtype: torch.dtype) -> None:
+    assert warnings_of_batches(repeats, dtype=dtype) == []

@@ -225,3 +225,9 @@ def test_histories_share_nothing() -> None:
     first, second = history_of(RECORD), History()
     assert len(first) == 1
     assert len(second) == 0
+
+
+@pytest.mark.parametrize("name", ["status", "losses", "lr"])
+def test_a_column_that_is_no_number_is_refused_with_the_names_of_those_that_are(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"one of step, loss, slope, .*, got {name!r}; columns"):
+        History().column(name)

@@ -46,7 +46,7 @@ MECHANISMS = {
     for each in (
         Mechanism("start fraction", "0.03 instead of 0.1", {"start_fraction": 0.03}),
         Mechanism("start fraction, larger", "0.3 instead of 0.1", {"start_fraction": 0.3}),
-        Mechanism("growth in the burn-in", "10 % instead of 20 %", constants={(_RELAXED, "_GROWTH"): 1.1}),
+        Mechanism("growth in the burn-in", "20 % instead of 10 %", constants={(_RELAXED, "_GROWTH"): 1.2}),
         Mechanism("fall in the burn-in", "10 % instead of 20 %", constants={(_RELAXED, "_FALL"): 0.9}),
         Mechanism("burn-in, shorter", "25 steps instead of 50", {"burn_in": 25}),
         Mechanism("burn-in, longer", "100 steps instead of 50", {"burn_in": 100}),

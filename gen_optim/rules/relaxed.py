@@ -24,9 +24,8 @@ from gen_optim.rules.state import Decision, ProbeStatus, RuleState
 
 __all__ = ["RelaxedRule", "RelaxedState"]
 
-_GROWTH, _FALL = 1.2, 0.8
-"""Largest changes of the learning rate in a probe step of the burn-in. Training must show what the last one did, but a
-slow rise costs: networks that began with small steps stay behind for thousands of steps."""
+_GROWTH, _FALL = 1.1, 0.8
+"""Largest changes of the learning rate in a probe step of the burn-in: training must show what the last one did."""
 
 _LATER_GROWTH, _LATER_FALL, _CAREFUL_GROWTH = 1.05, 0.95, 1.02
 """Largest changes after the burn-in, and the largest growth near where training was unstable. With momentum 0.9, a
@@ -93,16 +92,18 @@ class RelaxedRule(Rule):
     - **Initial search.** Training begins at ``start_fraction`` of the best learning rate along the first direction. The
       first gradient has an untypically large slope, and no momentum is built up yet.
     - **Burn-in.** The first ``burn_in`` steps are all probe steps. The learning rate follows κ · mean slope / mean
-      curvature, by at most 20 % up or down at each. κ = 2 − the signal fraction, the part of the slopes that is
+      curvature, by at most 10 % up and 20 % down at each. κ = 2 − the signal fraction, the part of the slopes that is
       not noise: without noise that is the minimum of the parabola; in pure noise it is the learning rate at which steps
       no longer descend, since what noise adds to the curvature averages out over a run.
     - **Hold.** After it the learning rate stays as it is while slopes are mostly noise. Under a scheduler its factor
       does the annealing. Without one the learning rate falls like t^(−1/4), so that a value that is too high at first
       matters less, and an average of the weights removes the rest of the noise.
-    - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step, or by 2 %
-      at every step if there is next to no noise; without a scheduler, what they call for is annealed too. It falls if
-      a step no longer descends. If the averages call for more, but the last step was too long by its own parabola, it
-      falls too: a direction has become unstable that the averages do not show yet. Near there it grows by 2 %.
+    - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step; without a
+      scheduler, what they call for is annealed too. If the averages call for more, but the last step was too long by
+      its own parabola, it falls by up to 5 %: a direction has become unstable that the averages do not show yet. Near
+      there it grows by 2 %.
+    - **No noise.** If there is next to no noise, it grows by 2 % at every step, to what slopes call for in spite of a
+      scheduler, falls by up to 20 % where it is unstable, and by 5 % if a step no longer descends.
     - **Rise.** If the mean loss has risen far above its lowest value, the learning rate falls.
     - **Safeguards** (:mod:`gen_optim.rules.safeguards`). A step that raised the loss far above its start, on the same
       batch, is reverted. After that, after a loss that exploded, and after a probe that is not finite, the learning

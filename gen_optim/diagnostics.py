@@ -1,0 +1,144 @@
+"""Warnings about a training that goes wrong in silence: what a user would otherwise find out after hours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_optim.records import ProbeRecord
+from gen_optim.rules import ProbeStatus, RuleState
+from gen_optim.tensors.dtensor import local
+from gen_optim.warning import PATIENCE, warn
+
+__all__ = ["Diagnostics"]
+
+Group = dict[str, Any]
+
+_REPEATS = 5
+"""How many steps on the batch of the step before, and on another one, are no coincidence."""
+
+
+class Diagnostics:
+    """Counts what happens in the steps of one optimizer, and warns once it has happened too often in a row."""
+
+    def __init__(self) -> None:
+        self.missed_probes = 0
+        self._lost_steps = 0
+        self._last: ProbeRecord | None = None
+        self._repeats = self._changes = 0
+        self._has_warned_of_repeats = False
+
+    def look_at(self, record: ProbeRecord, groups: Sequence[Group], *, probes: int) -> None:
+        """Warn of what the record of the ``probes``-th probe step shows, together with those before it."""
+        if record.status is ProbeStatus.START_FAILED and probes == PATIENCE:
+            _warn_of_failed_start(record, groups)
+        # A step may also be reverted because it ends at NaN, again and again.
+        is_lost = record.status is ProbeStatus.NON_FINITE_LOSS or (
+            record.status is ProbeStatus.REVERTED and not math.isfinite(record.loss)
+        )
+        self._lost_steps = self._lost_steps + 1 if is_lost else 0
+        if self._lost_steps == PATIENCE:
+            _warn_of_lost_steps(record, groups)
+        self._count_repeats(record)
+
+    def _count_repeats(self, record: ProbeRecord) -> None:
+        """Warn if some steps, but not all, are on the batch of the step before.
+
+        On the same batch, the loss where the last step began is the one that the step before has recorded. If all
+        batches are the same, that batch is the whole training set, and all is well.
+        """
+        last, self._last = self._last, record
+        if last is None or record.step != last.step + 1 or record.loss_end is None or 0.0 not in record.multiples:
+            return
+        loss = record.losses[record.multiples.index(0.0)]
+        if loss == last.loss:
+            self._repeats += _is_exact(loss)
+        elif math.isfinite(loss) and math.isfinite(last.loss):
+            self._changes += 1
+        if min(self._repeats, self._changes) < _REPEATS or self._has_warned_of_repeats:
+            return
+        self._has_warned_of_repeats = True
+        warn(
+            f"Up to step {record.step}, {self._repeats} steps were on the batch of the step before. GeNOptimizer looks "
+            "back at a step on the next batch. On the batch that the step has fitted it looks better than it is, and "
+            "the learning rate becomes too large. Let the batches alternate, give step() a probe= on another batch, "
+            "or set lr_max."
+        )
+
+    def miss(self, state: RuleState) -> None:
+        """Count a probe step that was due and could not look back, and warn if that has become the rule."""
+        self.missed_probes += 1
+        if self.missed_probes == PATIENCE:
+            warn(
+                f"GeNOptimizer could not look back in {PATIENCE} steps in a row in which a probe was due, up to step "
+                f"{state.step + 1}, and keeps its learning rate of {state.lr:.3g}: something else writes to the "
+                "parameters between its steps (the loop, a forward pass, an optimizer that shares them), or some steps "
+                "have neither a closure nor a probe. Write to parameters in "
+                "base_optim.register_step_post_hook(...), give every step a closure or a probe, or use "
+                "mode='approximate' with a probe on another batch."
+            )
+
+    def look_at_bare_step(self, state: RuleState) -> None:
+        """Warn if no step so far had a closure or a probe."""
+        if state.probes == 0 and state.step + 1 == PATIENCE:
+            warn(
+                f"GeNOptimizer has taken {PATIENCE} steps without a closure or a probe, at the base optimizer's "
+                f"learning rate of {state.lr:.3g}: nothing was measured. Call step(closure), or step(probe=...) if "
+                "the loop calls backward() itself."
+            )
+
+
+def _warn_of_failed_start(record: ProbeRecord, groups: Sequence[Group]) -> None:
+    cause = (
+        "Does the closure return the same loss when it is called twice, and does it depend on the parameters? "
+        "check_closure(optimizer, closure) looks for what differs."
+    )
+    warn(
+        f"GeNOptimizer has found no learning rate that lowers the loss in {PATIENCE} steps, and takes no "
+        f"step: at step {record.step} the loss is {record.loss:.3g}. {_half_precision_advice(groups) or cause}"
+    )
+
+
+def _warn_of_lost_steps(record: ProbeRecord, groups: Sequence[Group]) -> None:
+    parameters = _parameters(groups)
+    spoilt = sum(not bool(local(each.detach()).isfinite().all()) for each in parameters)
+    if record.status is ProbeStatus.REVERTED:
+        done = "takes such steps back, so that training stands still"
+        cause = (
+            "The base optimizer's state is likely not finite, since a gradient once was not: go back to a checkpoint, "
+            "and call step() with finite losses only."
+        )
+    else:
+        done = f"learns nothing from such steps, and takes them at its last learning rate of {record.lr_after:.3g}"
+        cause = (
+            f"{spoilt} of {len(parameters)} parameters are not finite either: go back to a checkpoint."
+            if spoilt
+            else "All parameters are finite: look at the data and at the loss."
+        )
+    warn(
+        f"The loss was not finite in {PATIENCE} probe steps in a row. At step {record.step} it is {record.loss}. "
+        f"GeNOptimizer {done}. {cause} {_half_precision_advice(groups)}".rstrip()
+    )
+
+
+def _half_precision_advice(groups: Sequence[Group]) -> str:
+    if all(each.dtype != torch.float16 for each in _parameters(groups)):
+        return ""
+    return (
+        "Parameters are in float16, in which small gradients and Adam's eps are 0: keep them in float32 and use "
+        "torch.autocast with a GradScaler, or bfloat16."
+    )
+
+
+def _parameters(groups: Sequence[Group]) -> list[Tensor]:
+    return list(chain.from_iterable(group["params"] for group in groups))
+
+
+def _is_exact(loss: float) -> bool:
+    """Whether a loss has more digits than half precision has, in which losses of different batches often coincide."""
+    return float(torch.tensor(loss).bfloat16()) != loss and float(torch.tensor(loss).half()) != loss
