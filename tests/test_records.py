@@ -127,6 +127,7 @@ def test_the_loss_is_that_where_the_step_began() -> None:
 
 
 LOOKED_BACK = {"loss_end": 0.75, "lr_after": 0.5, "factor": 0.25}
+BEHIND = {"status": ProbeStatus.NO_MINIMUM, "optimal_lr": -0.5}
 NO_MINIMUM = {"status": ProbeStatus.NO_MINIMUM, "optimal_lr": None}
 STARTED = {"status": ProbeStatus.STARTED, "slope": math.nan}
 NON_FINITE = {"status": ProbeStatus.NON_FINITE_LOSS, "losses": (1, math.nan, 1), "slope": math.nan, "optimal_lr": None}
@@ -143,6 +144,12 @@ NON_FINITE = {"status": ProbeStatus.NON_FINITE_LOSS, "losses": (1, math.nan, 1),
             "stays at 0.5, times the scheduler's factor 0.25.",
         ),
         (NO_MINIMUM, "(no minimum): the loss is 1", "the parabola has no lowest point", "goes from 0.5 to 0.55."),
+        (
+            BEHIND,
+            "(no minimum): the loss is 1",
+            "the parabola is lowest behind where the step began",
+            "goes from 0.5 to 0.55.",
+        ),
         (STARTED, "(started): the loss is 1", "it is lowest at 1", "goes from 0.5 to 0.55."),
         (NON_FINITE, "(non finite loss): the loss is nan", "no lowest point was found", "goes from 0.5 to 0.55."),
     ],

@@ -232,14 +232,16 @@ def best_shortened(cell: Cell, candidate: Candidate, fraction: float, results: R
 
 
 def shorter_runs(cell: Cell, results: Results, seeds: Sequence[int]) -> list[Config]:
-    """Returns shorter runs of what is tuned, once the sweep is finished.
+    """Returns shorter runs of what is tuned, once the sweep is finished but for the cosine schedule.
+
+    If a run with that schedule is better, the shorter runs are of that one, as soon as it is known.
 
     Args:
         cell: A workload with a base optimizer.
         results: The known results.
         seeds: The seeds: on the first one, both learning rates of ``shortened``; on others the better one.
     """
-    if not all(config in results for config in extended_sweep(cell, results)):
+    if not all(config in results for config in extended_sweep(cell, results) if config.schedule != COSINE.schedule):
         return []
     candidate = tuned(cell, results)
     if candidate is None:
