@@ -181,11 +181,7 @@ def cyclic_learning_rate(run: Run) -> float:
     )
 
 
-@program(
-    sgd=0.1,
-    adamw=0.05,
-    fails={"sgd": "2 times the loss: the burn-in ends within the warm-up, at a sixth of the best learning rate"},
-)
+@program(sgd=0.1, adamw=0.05)
 def one_cycle(run: Run) -> float:
     return fit_with(run, lambda optimizer: OneCycleLR(optimizer, run.lr, total_steps=301))
 
@@ -255,7 +251,11 @@ def body_that_is_frozen_at_first(run: Run) -> float:
     return data.loss(model)
 
 
-@program(sgd=0.02, adamw=0.03)
+@program(
+    sgd=0.02,
+    adamw=0.03,
+    fails={"sgd": "8.8 times the loss: one seed of three ends 44 times above the bare one"},
+)
 def two_adapters_in_turn(run: Run) -> float:
     """One optimizer over two low-rank adapters, one of which is frozen at every other step."""
     data = Data()
@@ -438,11 +438,7 @@ def closure_that_steps_another_optimizer(run: Run) -> float:
     return data.loss(lambda x: model(x) + bias)
 
 
-@program(
-    sgd=0.05,
-    adamw=0.03,
-    fails={"adamw": "2.2 times the loss: one seed of three is thrown back late and ends four times above the bare one"},
-)
+@program(sgd=0.05, adamw=0.03)
 def recurrent_state_carried_over(run: Run) -> float:
     """Truncated backpropagation through time: the closure keeps the hidden state for the next batch."""
     cell, out = run.model(nn.RNNCell(1, 16)), run.model(nn.Linear(16, 1))
@@ -514,11 +510,7 @@ def learned_standard_deviation(run: Run) -> float:
         return 1.5 + float(-Normal(model(data.x), std).log_prob(data.y).mean())
 
 
-@program(
-    sgd=0.01,
-    adamw=0.02,
-    fails={"sgd": "1.6 times the loss: a step beside the wall is long"},
-)
+@program(sgd=0.01, adamw=0.02)
 def learned_loss_weights(run: Run) -> float:
     """Two losses weighted by learned variances, L₁/2σ₁² + L₂/2σ₂² + log σ₁σ₂."""
     data, model, sigma = Data(), run.net(4, 2), nn.Parameter(torch.ones(2))
@@ -550,7 +542,10 @@ def cross_entropy_of_raw_probabilities(run: Run) -> float:
 @program(
     sgd=0.01,
     adamw=0.02,
-    fails={"sgd": "1.8 times the loss: a step beside the wall is long, and the loss stays above its start"},
+    fails={
+        "sgd": "1.8 times the loss: a step beside the wall is long, and the loss stays above its start",
+        "adamw": "one seed of three raises the LinAlgError at the end of a step that GeN chose",
+    },
 )
 def covariance_that_must_be_positive_definite(run: Run) -> float:
     """A Gaussian fitted by its raw covariance matrix, whose Cholesky factorization may fail."""
@@ -649,7 +644,7 @@ def scaled(run: Run, factor: float, offset: float = 0.0) -> float:
 @program(
     sgd=0.05,
     adamw=0.03,
-    fails={"sgd": "1.7 times the loss: rounding of a loss of 1e6 hides every parabola"},
+    fails={"adamw": "1.6 times the loss: rounding of a loss of 1e6 hides every parabola"},
 )
 def loss_with_a_large_offset(run: Run) -> float:
     return scaled(run, 1.0, 1e6)
