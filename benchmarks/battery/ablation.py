@@ -52,7 +52,7 @@ MECHANISMS = {
         Mechanism("burn-in, longer", "100 steps instead of 50", {"burn_in": 100}),
         Mechanism("smoothing", "0.8 instead of 0.9", {"smoothing": 0.8}),
         Mechanism("annealing", "none: the learning rate is held without a scheduler too", {"annealing": 0.0}),
-        Mechanism("annealing, faster", "t^(−1/2) instead of t^(−1/4)", {"annealing": 0.5}),
+        Mechanism("annealing, faster", "t^(−1/4) instead of t^(−1/8)", {"annealing": 0.25}),
         Mechanism("agreement", "after the burn-in parabolas are never followed", constants={(_RELAXED, "_AGREE"): 1.0}),
         Mechanism("certainty", "no growth at every step, smaller falls", constants={(_RELAXED, "_CERTAIN"): 1.0}),
         Mechanism("contradiction", "none", constants={(_SAFEGUARDS, "_CONTRADICTED"): _NEVER}),

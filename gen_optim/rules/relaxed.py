@@ -96,7 +96,7 @@ class RelaxedRule(Rule):
       not noise: without noise that is the minimum of the parabola; in pure noise it is the learning rate at which steps
       no longer descend, since what noise adds to the curvature averages out over a run.
     - **Hold.** After it the learning rate stays as it is while slopes are mostly noise. Under a scheduler its factor
-      does the annealing. Without one the learning rate falls like t^(−1/4), so that a value that is too high at first
+      does the annealing. Without one the learning rate falls like t^(−1/8), so that a value that is too high at first
       matters less, and an average of the weights removes the rest of the noise.
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step; without a
       scheduler, what they call for is annealed too. If the averages call for more, but the last step was too long by
@@ -136,7 +136,7 @@ class RelaxedRule(Rule):
     start_fraction: float = 0.1
     burn_in: int = 50
     relaxation: float = 1.8
-    annealing: float = 0.25
+    annealing: float = 0.125
 
     state_type: ClassVar[type[RuleState]] = RelaxedState
 
