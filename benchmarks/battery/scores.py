@@ -25,17 +25,18 @@ def has_ended_well(record: Record) -> bool:
 
 
 def score(record: Record, workload: Workload, *, is_averaged: bool = False) -> float:
-    """Returns a run's validation loss, with the floor if there is one; infinite if the run diverged.
+    """Returns a run's validation loss, with the floor if there is one; infinite if the run, or its average, diverged.
 
     Args:
         record: The run.
         workload: Its workload.
         is_averaged: Whether to take the loss at averaged weights, which the run must have kept.
     """
-    if not has_ended_well(record):
+    loss = record.averaged_validation_losses[-1] if is_averaged else record.validation_loss
+    has_diverged = not loss <= record.initial_validation_loss if is_averaged else record.diverged
+    if has_diverged or record.error:
         return math.inf
-    floor = FLOOR * record.initial_validation_loss if workload.approaches_zero else 0.0
-    return (record.averaged_validation_losses[-1] if is_averaged else record.validation_loss) + floor
+    return loss + (FLOOR * record.initial_validation_loss if workload.approaches_zero else 0.0)
 
 
 def best_of_sweep(sweep: Sequence[Config], results: Results) -> list[Config]:

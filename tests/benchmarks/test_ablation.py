@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 
-from benchmarks.battery import ablation
+from benchmarks.battery import ablation, scores
 from benchmarks.battery.config import Config, cells
 from benchmarks.battery.records import Results
 from benchmarks.battery.runs import run
@@ -43,7 +44,7 @@ def test_the_report_compares_each_seed_with_the_same_one() -> None:
         return (1.0 + config.seed) * (3.0 if config.options.get("without") == "annealing" else 1.0)
 
     def averaged(config: Config) -> dict[str, object]:
-        return {"averaged_validation_losses": (2.0 * loss(config),), "evaluated": (60,)}
+        return {"averaged_validation_losses": (0.5 * loss(config),), "evaluated": (60,)}
 
     results = Results()
     planned = ablation.plan(CELLS)
@@ -58,3 +59,14 @@ def test_the_report_compares_each_seed_with_the_same_one() -> None:
     assert [float(ratio) for ratio in rows["annealing"][2:6:2]] == pytest.approx([3.0, 3.0], rel=0.01)
     assert rows["smoothing"][2:6] == ["1.000", "-", "1.000", "-"]  # no models among these cells
     assert rows["annealing"][-1] == str(2 * len(CELLS))
+
+
+def test_an_average_may_be_well_where_the_last_step_went_up() -> None:
+    config = CELLS[0].config("gen", "constant", 1e-5, 0, {"rule_version": 7})
+    run_up = record(config, 11.0, averaged_validation_losses=(2.0,), evaluated=(60,))
+    lost = record(config, 1.0, averaged_validation_losses=(12.0,), evaluated=(60,))
+    workload = CELLS[0].workload
+    assert scores.score(run_up, workload) == math.inf
+    assert scores.score(run_up, workload, is_averaged=True) == pytest.approx(2.0, rel=1e-2)
+    assert scores.score(lost, workload, is_averaged=True) == math.inf
+    assert scores.score(lost, workload) < math.inf
