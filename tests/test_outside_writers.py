@@ -90,7 +90,7 @@ def stepped_without_a_closure(training: Training) -> None:
 
 @pytest.mark.parametrize("write", [written_between_steps, shared_with_another, stepped_without_a_closure])
 def test_a_run_that_cannot_be_looked_back_at_is_warned_of_once(write: Callable[[Training], None]) -> None:
-    training = Training.of(lambda parameters: gen_sgd(parameters, period=1))
+    training = Training.of(lambda parameters: gen_sgd(parameters, period=1, lr_max=1e-3))  # steps shorter than writes
     training.train(1)
     for _ in range(9):
         write(training)
