@@ -228,7 +228,11 @@ def learning_rate_as_a_new_tensor_at_each_step(run: Run) -> float:
 # --- parameter groups ------------------------------------------------------------------------------------------------
 
 
-@program(sgd=0.05, adamw=0.03)
+@program(
+    sgd=0.05,
+    adamw=0.03,
+    fails={"sgd": "2.5 times the loss with one thread: one seed of three ends four times above the bare one"},
+)
 def body_unfrozen_at_the_learning_rate_shown(run: Run) -> float:
     data, model = Data(), run.net()
     body, head = model[0], model[2]
@@ -240,7 +244,11 @@ def body_unfrozen_at_the_learning_rate_shown(run: Run) -> float:
     return data.loss(model)
 
 
-@program(sgd=0.05, adamw=0.03)
+@program(
+    sgd=0.05,
+    adamw=0.03,
+    fails={"sgd": "2.5 times the loss with one thread: one seed of three ends four times above the bare one"},
+)
 def body_that_is_frozen_at_first(run: Run) -> float:
     data, model = Data(), run.net()
     optimizer = run.optimizer(model.parameters())
