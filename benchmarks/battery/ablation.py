@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.battery import scores
 from benchmarks.battery.config import SEEDS, Cell, Config
 from benchmarks.battery.methods import OURS
 from benchmarks.battery.number_formats import NOTHING, number
 from benchmarks.battery.records import Results
-from benchmarks.battery.scores import geometric_mean, ratio_of
+from benchmarks.battery.scores import CAP, geometric_mean, mean_ratio
 from benchmarks.battery.study import USUAL
 from benchmarks.markdown import markdown_table
 
@@ -124,19 +123,17 @@ def page(cells: Sequence[Cell], results: Results, command: str) -> str:
 
 def _ratios(mechanism: Mechanism, schedule: str, cells: Sequence[Cell], results: Results) -> list[tuple[Cell, float]]:
     """The mean loss without a mechanism over that with it, of each cell, on the seeds on which both are known."""
+    is_averaged = schedule == "constant"
     found = []
     for cell in cells:
-        pairs = []
-        for seed in SEEDS:
-            both = [
-                results.get(cell.config("gen", schedule, USUAL, seed, _options(each))) for each in (mechanism, None)
-            ]
-            if both[0] is not None and both[1] is not None:
-                is_averaged = schedule == "constant"
-                pairs.append([scores.score(each, cell.workload, is_averaged=is_averaged) for each in both if each])
-        if pairs:
-            above, below = (sum(losses) for losses in zip(*pairs, strict=True))
-            found.append((cell, ratio_of(above, below)))
+        above, below = (
+            [cell.config("gen", schedule, USUAL, seed, _options(each)) for seed in SEEDS] for each in (mechanism, None)
+        )
+        ratio = mean_ratio(
+            above, below, cell.workload, results, is_averaged=is_averaged, is_baseline_averaged=is_averaged
+        )
+        if ratio is not None:
+            found.append((cell, ratio.value))
     return found
 
 
@@ -144,4 +141,4 @@ _READING = f"""\
 The default rule with one mechanism switched off, or one number changed, over the default rule: ratios of final
 validation losses, geometric means over workloads × bases, on the same seeds. Above 1 the rule is worse without it.
 *Linear*: under a linear schedule. *Averaged*: without a scheduler, at averaged weights. *Models*: without the test
-functions (Rosenbrock, Beale, quadratics). A ratio counts as {scores.CAP:g} at most, and as that if a run diverged."""
+functions (Rosenbrock, Beale, quadratics). A ratio counts as {CAP:g} at most, and as that if a run diverged."""

@@ -195,8 +195,8 @@ class Battery(ABC):
         rows = cells(self.workloads, self.data, steps=QUICK_STEPS)
         plan = [config for config in self.trial(rows) if matches(config, options.only)]
         results, stem = Results(), f"{self.stem}-quick"
-        with tempfile.TemporaryDirectory() as folder, results_file.writing(Path(folder) / f"{stem}.jsonl") as writer:
-            work(lambda _: plan, results, writer, self.data, jobs=options.jobs, minutes=options.budget)
+        with tempfile.TemporaryDirectory() as folder:
+            self._execute(plan, results, Path(folder) / f"{stem}.jsonl")
         self.write_report(rows, results, stem)
 
     def tune(self) -> None:
@@ -206,11 +206,15 @@ class Battery(ABC):
         results, known = results_file.read(path), results_file.read(options.output / f"{self.stem}.jsonl")
         rows = cells(self.workloads, self.data)
         plan = [config for config in self.tuning(rows) if matches(config, options.only)]
-        with results_file.writing(path) as writer:
-            work(lambda _: plan, results, writer, self.data, jobs=options.jobs, minutes=options.budget)
+        self._execute(plan, results, path)
         chosen = {(config.workload, config.base) for config in plan}
         shown = [cell for cell in rows if (cell.workload.name, cell.base) in chosen]
         print(f"{self.tuning_table(shown, known, plan, results)}\n\n{_command()}")
+
+    def _execute(self, plan: Sequence[Config], results: Results, path: Path) -> None:
+        """Executes those runs of a plan that are missing, and adds them to the results and their file."""
+        with results_file.writing(path) as writer:
+            work(lambda _: plan, results, writer, self.data, jobs=self.options.jobs, minutes=self.options.budget)
 
     def _rows(self, results: Results) -> list[Cell]:
         """The cells; a report alone takes the data that most results are of, whatever data there are."""
@@ -260,15 +264,8 @@ class ShortBattery(Battery):
         path = options.output / f"{self.stem}-ablation.jsonl"
         results, known = results_file.read(path), results_file.read(options.output / f"{self.stem}.jsonl")
         rows = cells(self.workloads, self.data)
-        with results_file.writing(path) as writer:
-            work(
-                lambda _: [config for config in ablation.plan(rows) if matches(config, options.only)],
-                results,
-                writer,
-                self.data,
-                jobs=options.jobs,
-                minutes=options.budget,
-            )
+        plan = [config for config in ablation.plan(rows) if matches(config, options.only)]
+        self._execute(plan, results, path)
         both = Results({**known.records, **results.records})
         report = path.with_suffix(".md")
         report.write_text(ablation.page(rows, both, _command()), "utf-8")

@@ -107,6 +107,7 @@ def mean_ratio(
     results: Results,
     *,
     is_averaged: bool = False,
+    is_baseline_averaged: bool = False,
 ) -> Ratio | None:
     """Returns the mean over runs, over the mean of the baseline on the seeds of those runs.
 
@@ -116,20 +117,21 @@ def mean_ratio(
         workload: The workload of all of them.
         results: The known results.
         is_averaged: Whether the runs to compare count with their averaged weights.
+        is_baseline_averaged: Whether the baseline does.
 
     Returns:
         None if nothing can be compared yet.
     """
-    reference = {
-        config.seed: score(record, workload) for config in baseline if (record := results.get(config)) is not None
-    }
-    found = [
-        (config.seed, score(record, workload, is_averaged=is_averaged))
-        for config in runs
-        if config.seed in reference
-        and (record := results.get(config)) is not None
-        and (record.averaged_validation_losses or not is_averaged)
-    ]
+
+    def scored(configs: Sequence[Config], *, is_averaged: bool) -> list[tuple[int, float]]:
+        return [
+            (config.seed, score(record, workload, is_averaged=is_averaged))
+            for config in configs
+            if (record := results.get(config)) is not None and (record.averaged_validation_losses or not is_averaged)
+        ]
+
+    reference = dict(scored(baseline, is_averaged=is_baseline_averaged))
+    found = [(seed, value) for seed, value in scored(runs, is_averaged=is_averaged) if seed in reference]
     if not found:
         return None
     above = sum(each for _, each in found) / len(found)
