@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import compatibility, curvature, directions, precision, replay
+from benchmarks import balance, compatibility, curvature, directions, precision, replay
 from benchmarks.battery import job as battery
 from benchmarks.cost import job as cost
 from benchmarks.main_job import job as main_job
@@ -43,6 +43,12 @@ JOBS = (
         "how far the curvature from three probes is from the exact one, along training runs in float32",
         curvature.add_options,
         curvature.run,
+    ),
+    Job(
+        "balance",
+        "what noise costs and what training gains at fixed learning rates, in long runs of the bare optimizer",
+        balance.add_options,
+        balance.run,
     ),
     Job(
         "directions",

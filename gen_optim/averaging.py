@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 
 from gen_optim.closures.buffers import Buffers
 from gen_optim.closures.modules import owners_of, release
-from gen_optim.tensors.dtensor import is_dtensor, local
+from gen_optim.tensors.dtensor import gradient_dot, is_dtensor, local
 from gen_optim.tensors.foreach import chunks, copy, near, room_for, write
 from gen_optim.tensors.interrupts import despite_interrupts, exchange
 from gen_optim.tensors.scalars import to_floats
@@ -114,6 +114,26 @@ class AveragedWeights:
         Distributed checkpoints load only what the state dictionary has after a step at learning rate 0.
         """
         self._pairs(begins=True)
+
+    @torch.no_grad()
+    def excess_loss(self) -> Tensor | None:
+        r"""Estimate how far the loss is above that at the average, from the gradients at the present parameters.
+
+        It is :math:`\frac12 \nabla L(\theta) \cdot (\theta - \bar\theta)`. If the average is the lowest point of a
+        parabola between the two, that is exact. Parameters whose gradient is None count as zero.
+
+        Returns:
+            A one-element tensor, of DTensors this rank's share; None before the first update.
+        """
+        states = self._optimizer.state
+        averages = {
+            parameter: average
+            for parameter in self._parameters()
+            if (average := states.get(parameter, {}).get(_AVERAGE)) is not None and average.shape == parameter.shape
+        }
+        if not (averages and self.updates):
+            return None
+        return 0.5 * gradient_dot(list(averages), list(map(local, averages.values())))
 
     def _pairs(self, *, begins: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         """Return this rank's parts of the parameters that have an average, and of the averages.

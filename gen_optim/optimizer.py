@@ -132,8 +132,9 @@ class GeNOptimizer(OptimizerWrapper):
         modules: A module or several that the closure calls, whose buffers (statistics of BatchNorm) and gradients
             probes must leave as they are. By default the modules to which the parameters belong, and those above them.
             A module that owns none of the parameters, such as a teacher or a discriminator, has to be named here.
-        average: Whether an average of the weights is kept, for :meth:`averaged`. By default it is while no scheduler is
-            attached. It takes one more copy of the parameters, in float32 if they are in half precision.
+        average: Whether an average of the weights is kept, for :meth:`averaged`, and for the default rule, which sees
+            in it what noise costs. By default it is while no scheduler is attached. It takes one more copy of the
+            parameters, in float32 if they are in half precision.
         offload_average: Whether that copy is in the host's memory.
         offload_copies: Whether the copies of the parameters that measuring needs are kept in the host's memory (pinned
             if the parameters are on a CUDA device), for models that nearly fill their device. Probe steps then wait for
@@ -340,7 +341,7 @@ class GeNOptimizer(OptimizerWrapper):
         if (searches := rule.needs_search(state)) or not self.mode.looks_back:
             return look_ahead_step(self._context, closure, probed, searches=searches)
         if (start_point := self._pending_start_point()) is not None:
-            return look_back_step(self._context, closure, probed, start_point)
+            return look_back_step(self._context, closure, probed, start_point, self._excess_loss)
         return lazy_step(self._context, closure)
 
     def _set_up_state(self) -> None:
@@ -425,6 +426,10 @@ class GeNOptimizer(OptimizerWrapper):
         """
         if self._is_averaging:
             self._averages.write()
+
+    def _excess_loss(self) -> Tensor | None:
+        """How far the loss is above that at averaged weights, if there are any; called while gradients are there."""
+        return self._averages.excess_loss() if self._is_averaging else None
 
     @property
     def _is_averaging(self) -> bool:

@@ -42,6 +42,8 @@ class ProbeRecord:
         slope_noise: How large a slope rounding alone can produce.
         curvature_noise: How large a curvature rounding alone can produce.
         loss_end: The loss where the measured step ended; None if it had not been taken yet.
+        excess_loss: How far that is above the loss at averaged weights, estimated from the gradient; None if it is not
+            known.
     """
 
     step: int
@@ -57,6 +59,7 @@ class ProbeRecord:
     slope_noise: float = 0.0
     curvature_noise: float = 0.0
     loss_end: float | None = None
+    excess_loss: float | None = None
 
     @classmethod
     def of(cls, before: RuleState, measurement: Measurement, decision: Decision, factor: float) -> ProbeRecord:
@@ -75,6 +78,7 @@ class ProbeRecord:
             slope_noise=measurement.parabola.slope_noise,
             curvature_noise=measurement.parabola.curvature_noise,
             loss_end=measurement.loss_end,
+            excess_loss=measurement.excess_loss,
         )
 
     @property

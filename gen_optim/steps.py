@@ -140,7 +140,7 @@ class StepContext:
         elif self.trusts_losses and given is not None:
             step_loss.losses[multiple] = whole(given.detach()).clone() if isinstance(given, Tensor) else given
 
-    def call(self, session: Session, closure: Closure, measure: Callable[[], Tensor | None] = lambda: None) -> Loss:
+    def call(self, session: Session, closure: Closure, measure: Callable[[], Any] = lambda: None) -> Loss:
         """Make the first call of a probe step (``session.first``); one that steps the base optimizer is refused."""
         with _refusing_steps(self.base_optim):
             loss = session.first(closure, measure)
@@ -184,33 +184,48 @@ def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: boo
     return StepResult(loss)
 
 
+class _AtEnd(NamedTuple):
+    """What the gradients at the end of the last step tell; None of what is not known."""
+
+    slope: Tensor | None = None
+    excess_loss: Tensor | None = None
+
+
 def look_back_step(
-    context: StepContext, closure: Closure | None, probed: Probed, start_point: StartPoint
+    context: StepContext,
+    closure: Closure | None,
+    probed: Probed,
+    start_point: StartPoint,
+    excess_loss: Callable[[], Tensor | None] = lambda: None,
 ) -> StepResult:
     """Measure the loss along the last step on the new batch, decide, and let the base optimizer step.
 
     ``closure`` evaluates the loss, with gradients, where the last step ended; None if the caller has done that.
+    ``excess_loss`` estimates from these gradients how far the loss there is above that at averaged weights.
     """
     controller = context.controller
     session = context.session(probed)
     is_own = probed.call is closure
-    loss = (
-        None if closure is None else context.call(session, closure, start_point.end_slope if is_own else lambda: None)
-    )
+
+    def measure() -> _AtEnd:
+        return _AtEnd(start_point.end_slope(), excess_loss()) if is_own else _AtEnd()
+
+    loss = None if closure is None else context.call(session, closure, measure)
     state = controller.recall_after_closure()
     context.start_point = None  # it serves once; but a closure that has failed may be called again
     start_point.begin_visits()
     context.unfinished.add(start_point.leave)
     after, is_reverted = controller.rule.skip(state), False
     try:
-        differentiated, end_slope = (session.differentiated() if is_own else None) or ([], None)
+        differentiated, at_end = (session.differentiated() if is_own else None) or ([], _AtEnd())
         with session.probing():
             step_loss = StepLoss(
                 start_point,
                 start_point.lr,
                 session,
                 {1.0: loss if is_own else None},
-                end_slope=end_slope,
+                end_slope=at_end.slope,
+                excess_loss=at_end.excess_loss,
                 differentiated=differentiated,
                 valid=1.0,
             )

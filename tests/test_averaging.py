@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import pickle
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,36 @@ class Walk:
 def values_inside(walk: Walk) -> list[Tensor]:
     with walk.weights.swapped():
         return [each.detach().clone() for each in walk.parameters]
+
+
+# --- the excess loss --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on_host", [False, True])
+def test_the_excess_loss_over_an_average_at_the_minimum_is_exact(dtype: torch.dtype, on_host: bool) -> None:
+    walk = Walk(torch.randn(5, dtype=dtype), torch.randn(3, 2, dtype=dtype), on_host=on_host).go(20)
+    curvatures = [torch.rand(5), torch.rand(3, 2)]
+    loss = torch.zeros((), dtype=torch.float64)
+    for parameter, average, curvature in zip(walk.parameters, map(walk.average, (0, 1)), curvatures, strict=True):
+        distance = parameter.detach().double() - average.double()
+        loss += 0.5 * (curvature * distance**2).sum()
+        parameter.grad = (curvature * distance).to(dtype)
+    excess = walk.weights.excess_loss()
+    assert excess is not None
+    assert excess.item() == pytest.approx(loss.item(), rel=1e-5 if dtype is not torch.bfloat16 else 1e-2)
+
+
+def test_the_excess_loss_is_unknown_before_the_first_update_and_counts_no_parameter_without_a_gradient() -> None:
+    walk = Walk(torch.randn(4), torch.randn(4))
+    assert walk.go(3).weights.excess_loss() is None
+    first, second = walk.go(9).parameters
+    assert first.grad is not None
+    second.grad = None
+    expected = 0.5 * (first.grad * (first - walk.average())).sum().item()
+    excess = walk.weights.excess_loss()
+    assert excess is not None
+    assert excess.item() == pytest.approx(expected, rel=1e-5)
 
 
 # --- the average ------------------------------------------------------------------------------------------------------
@@ -854,17 +886,40 @@ def averages_of(training: GeNTraining) -> list[Tensor]:
 
 @pytest.mark.parametrize("make", [gen_adamw, gen_sgd])
 def test_evaluating_the_average_changes_nothing_of_the_training(make: Any) -> None:
-    training, other, without = in_training(make), in_training(make), in_training(make, average=False)
+    training, other = in_training(make), in_training(make)
     for _ in range(30):
-        assert training.train(1) == other.train(1) == without.train(1)
+        assert training.train(1) == other.train(1)
         with training.optimizer.averaged(), torch.no_grad():
             training.model(training.inputs)
     assert same(parameters_of(training.model), parameters_of(other.model))
     assert same(averages_of(training), averages_of(other))
-    assert same(averages_of(without), parameters_of(without.model))
     assert not same(averages_of(training), parameters_of(training.model))
     training.optimizer.write_averaged()
     assert same(parameters_of(training.model), averages_of(other))
+
+
+@pytest.mark.parametrize("error", [10.0, 0.1])
+def test_a_learning_rate_found_wrong_is_corrected_while_an_average_is_kept(error: float) -> None:
+    """Linear regression with noise: right from the burn-in, and then a tenth or ten times of that."""
+
+    def train(steps: int, *, average: bool, error: float = 1.0) -> float:
+        torch.manual_seed(0)
+        model, truth = nn.Linear(20, 1), torch.randn(20, 1)
+        optimizer = GeNOptimizer(SGD(model.parameters(), momentum=0.9), average=average)
+        for step in range(steps):
+            inputs = torch.randn(8, 20)
+            targets = inputs @ truth + torch.randn(8, 1)
+            optimizer.step(lambda: mse_loss(model(inputs), targets))  # noqa: B023
+            if step == 60:
+                controller = optimizer._context.controller
+                controller.state = replace(controller.state, lr=error * controller.state.lr)
+                controller.rates.settle(controller.state.lr, optimizer.get_last_lr())
+        return optimizer.get_last_lr()[0]
+
+    found = {average: train(3000, average=average, error=error) for average in (True, False)}
+    right = train(3000, average=True)
+    assert abs(math.log(found[True] / right)) < 0.7 * abs(math.log(error))
+    assert abs(math.log(found[True] / right)) < abs(math.log(found[False] / right))
 
 
 def test_a_step_and_a_checkpoint_inside_the_block_are_refused() -> None:
@@ -891,7 +946,6 @@ def test_a_scheduler_takes_the_place_of_the_average() -> None:
     assert same(averages_of(scheduled), parameters_of(scheduled.model))
     assert not any("gen_average" in each for each in scheduled.optimizer.state.values())
     assert not same(averages_of(both), parameters_of(both.model))
-    assert same(parameters_of(both.model), parameters_of(scheduled.model))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 9])

@@ -77,6 +77,7 @@ def test_record_as_a_dictionary_is_plain() -> None:
         "slope_noise": 0.0,
         "curvature_noise": 0.0,
         "loss_end": None,
+        "excess_loss": None,
     }
 
 
@@ -193,7 +194,7 @@ def test_columns_of_a_data_frame() -> None:
     columns = history_of(RECORD, replace(RECORD, step=17, optimal_lr=None, loss_end=0.5)).columns()
     assert list(columns) == [
         *("step", "status", "loss", "slope", "curvature", "optimal_lr", "lr_before", "lr_after", "factor"),
-        *("slope_noise", "curvature_noise", "loss_end"),
+        *("slope_noise", "curvature_noise", "loss_end", "excess_loss"),
     ]
     assert columns["step"] == [9, 17]
     assert columns["status"] == ["fitted", "fitted"]

@@ -50,8 +50,14 @@ MECHANISMS = {
         Mechanism("burn-in, shorter", "25 steps instead of 50", {"burn_in": 25}),
         Mechanism("burn-in, longer", "100 steps instead of 50", {"burn_in": 100}),
         Mechanism("smoothing", "0.8 instead of 0.9", {"smoothing": 0.8}),
-        Mechanism("annealing", "none: the learning rate is held without a scheduler too", {"annealing": 0.0}),
-        Mechanism("annealing, faster", "t^(−1/4) instead of t^(−1/8)", {"annealing": 0.25}),
+        Mechanism("balance", "none: annealing by t^(−1/8)", constants={(_RELAXED, "_REPEATS"): 0}),
+        Mechanism("balance, smaller", "0.15 instead of 0.3", {"balance": 0.15}),
+        Mechanism("balance, larger", "0.6 instead of 0.3", {"balance": 0.6}),
+        Mechanism(
+            "speed of the balance", "at most t^(±1) instead of t^(±1/2)", constants={(_RELAXED, "_STEEPEST"): 1.0}
+        ),
+        Mechanism("one batch", "is balanced too", constants={(_RELAXED, "_REPEATS"): _NEVER}),
+        Mechanism("annealing", "none: on one batch it is held", {"annealing": 0.0}),
         Mechanism("agreement", "after the burn-in parabolas are never followed", constants={(_RELAXED, "_AGREE"): 1.0}),
         Mechanism("certainty", "no growth at every step, smaller falls", constants={(_RELAXED, "_CERTAIN"): 1.0}),
         Mechanism("contradiction", "none", constants={(_SAFEGUARDS, "_CONTRADICTED"): _NEVER}),

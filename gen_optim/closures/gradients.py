@@ -136,13 +136,13 @@ class GradientOrigin:
     that the last step has used.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], measure: Callable[[], Tensor | None] = lambda: None) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], measure: Callable[[], Any] = lambda: None) -> None:
         self._groups, self._measure = groups, measure
         self._scalars: list[Tensor] = []
         self._left: list[tuple[int, int]] | None = None
         self._is_clean = True
         self.saw_backward = self.adds_to_used = False
-        self.measured: Tensor | None = None
+        self.measured: Any = None
 
     def watch(self, run: Callable[[], None], scalars: Callable[[], list[Tensor]]) -> None:
         """Run a backward pass, and note what it differentiates; a ``BackwardHandler``."""

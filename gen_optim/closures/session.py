@@ -158,7 +158,7 @@ class Session:
         self._origin = GradientOrigin(groups)
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
 
-    def first(self, closure: Closure, measure: Callable[[], Tensor | None] = lambda: None) -> Loss:
+    def first(self, closure: Closure, measure: Callable[[], Any] = lambda: None) -> Loss:
         """Call ``closure`` with gradients enabled; probes will see what this call saw.
 
         As :meth:`ClosureCaller.call`, but backward passes are followed: ``measure`` is called at the end of each,
@@ -233,7 +233,7 @@ class Session:
             "differentiate. Return the tensor itself, neither .item() nor .detach(), or use mode='approximate'."
         )
 
-    def differentiated(self) -> tuple[list[Tensor], Tensor | None] | None:
+    def differentiated(self) -> tuple[list[Tensor], Any] | None:
         """Return scalars that the first call has differentiated, and what was measured of the gradients of their sum.
 
         None if it is unknown what was differentiated.

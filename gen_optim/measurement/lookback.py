@@ -43,22 +43,27 @@ class LookBack(Mode):
         # Evaluated before the reading if no other rank has a say, so that there is only one reading.
         middle = loss.evaluate(0.5) if loss.is_alone and not is_known else None
         # One reading decides for all ranks: the slope must be known on each.
-        (loss_start, loss_end, end_slope, of_gradients, loss_middle), (known, rounding) = loss.read(
-            [start, end, _or_zero(loss.end_slope), differentiated, _or_zero(middle)],
+        excess = math.nan if loss.excess_loss is None else loss.excess_loss
+        (loss_start, loss_end, end_slope, excess_loss, of_gradients, loss_middle), (known, rounding) = loss.read(
+            [start, end, _or_zero(loss.end_slope), excess, differentiated, _or_zero(middle)],
             [float(is_known), loss.session.rounding([start, end])],
         )
         learning_rates: tuple[float, ...] = (0.0, loss.lr)
         losses: tuple[float, ...] = (loss_start, loss_end)
+        belongs = agree(of_gradients, loss_end, rounding)  # the gradients belong to the loss
         if not (math.isfinite(loss_start) and math.isfinite(loss_end)):
             parabola = Parabola(math.nan, math.nan, math.nan)
-        elif known == 1.0 and math.isfinite(end_slope) and agree(of_gradients, loss_end, rounding):
+        elif known == 1.0 and math.isfinite(end_slope) and belongs:
             parabola = parabola_from_end(loss.lr, loss_start, loss_end, end_slope, rounding=rounding)
         else:
             if middle is None:
                 [loss_middle], _ = loss.read([loss.evaluate(0.5)])
             learning_rates, losses = (0.0, 0.5 * loss.lr, loss.lr), (loss_start, loss_middle, loss_end)
             parabola = fit_parabola(learning_rates, losses, rounding=rounding)
-        return Measurement(learning_rates, losses, parabola, loss_start, loss_end)
+        is_excess_known = belongs and math.isfinite(excess_loss)
+        return Measurement(
+            learning_rates, losses, parabola, loss_start, loss_end, excess_loss if is_excess_known else None
+        )
 
 
 def _or_zero(number: Loss | None) -> Loss:

@@ -43,7 +43,9 @@ class StepLoss:
         losses: The losses evaluated so far, by multiple of the step.
         end_slope: The derivative of the loss along the whole step at its end; None if it is not known. Of DTensors it
             is this rank's share, whose mean over the ranks is the slope.
-        differentiated: Scalars whose sum the gradients at the end belong to, if ``end_slope`` is known.
+        excess_loss: How far the loss at the end is above that at averaged weights, estimated from the gradients at the
+            end; None if it is not known, this rank's share of DTensors.
+        differentiated: Scalars whose sum the gradients at the end belong to, if they are known.
         failure: The first exception that a point of the step has raised; None if there was none.
     """
 
@@ -55,6 +57,7 @@ class StepLoss:
         losses: Mapping[float, Loss | None],
         *,
         end_slope: Loss | None = None,
+        excess_loss: Loss | None = None,
         differentiated: Sequence[Tensor] = (),
         valid: float = 0.0,
     ) -> None:
@@ -63,6 +66,7 @@ class StepLoss:
         self.session = session
         self.losses = {multiple: loss for multiple, loss in losses.items() if loss is not None}
         self.end_slope = end_slope
+        self.excess_loss = excess_loss
         self.differentiated = differentiated
         self.failure: Exception | None = None
         self._valid = valid
@@ -153,6 +157,7 @@ class Measurement:
         found: The parabola through them, or the outcome of the search for an initial learning rate.
         loss_start: The loss where the measured step began.
         loss_end: The loss where the measured step ended; None if the step has not been taken yet.
+        excess_loss: How far that is above the loss at averaged weights; None if it is not known.
     """
 
     learning_rates: tuple[float, ...]
@@ -160,6 +165,7 @@ class Measurement:
     found: Parabola | InitialSearch
     loss_start: float
     loss_end: float | None = None
+    excess_loss: float | None = None
 
     @property
     def parabola(self) -> Parabola:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_optim.tensors.dtensor import is_dtensor, local, parts_of, placed_like
-from gen_optim.tensors.foreach import chunks, clone, copy, inner_product, lerp, near, write
+from gen_optim.tensors.dtensor import gradient_dot, is_dtensor, local, placed_like
+from gen_optim.tensors.foreach import chunks, clone, copy, lerp, near, write
 from gen_optim.tensors.interrupts import despite_interrupts, exchange
 
 __all__ = ["StartPoint"]
@@ -154,19 +154,11 @@ class StartPoint:
         None if a parameter has moved that has no gradient now: the slope is not known then. Of DTensors it is this
         rank's share, as :func:`~gen_optim.tensors.dtensor.dot` returns it.
         """
-        alike: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for parameter, end, start in zip(self._parameters, self._locals(), self._copies, strict=True):
-            gradient = parameter.grad
-            if gradient is not None and parameter.requires_grad:
-                parts = parts_of(gradient, parameter)
-                alike.setdefault(parts, []).append((local(gradient).to_dense(), end, start))
-            elif not torch.equal(near([start], end.device)[0], end):
+            is_known = parameter.grad is not None and parameter.requires_grad
+            if not (is_known or torch.equal(near([start], end.device)[0], end)):
                 return None
-        shares = [
-            parts * inner_product(*zip(*tensors, strict=True), keeps_infinities=self._keeps_infinities)
-            for parts, tensors in alike.items()
-        ]
-        return torch.stack([share.to(shares[0].device) for share in shares]).sum() if shares else torch.zeros(())
+        return gradient_dot(self._parameters, self._copies, keeps_infinities=self._keeps_infinities)
 
     @torch.no_grad()
     def write(self, multiple: float) -> None:

@@ -1,7 +1,7 @@
-"""Moving averages over probe steps, and what they estimate.
+"""Averages over probe steps, and what they estimate.
 
 A moving average with ``smoothing`` is the plain mean of its first ``1 / (1 − smoothing)`` values; from then on each
-value takes the weight ``1 − smoothing``.
+value takes the weight ``1 − smoothing``. A power-law average forgets more slowly the longer a run is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from gen_optim.rules.parabola import Parabola
 
-__all__ = ["LossAverages", "ParabolaAverages"]
+__all__ = ["LossAverages", "ParabolaAverages", "PowerAverage"]
 
 _FORGETTING = 0.1
 """Fraction of the distance by which the lowest mean loss moves up to the present one, in case the task has changed."""
@@ -142,3 +142,20 @@ class ParabolaAverages:
     def is_settled(self, smoothing: float) -> bool:
         """Whether enough parabolas are averaged."""
         return self.count >= 1.0 / (1.0 - smoothing)
+
+
+@dataclass(frozen=True)
+class PowerAverage:
+    """A power-law average: about the mean over the last part of the steps so far, whatever their number.
+
+    With the exponent p the value of the s-th of t steps weighs as s^(p − 1). The mean of ln (s / t) is then −1 / p, so
+    that of a quantity that falls like −ln s it is the value at t · e^(−1/p). ``step`` is that of the last value.
+    """
+
+    mean: float = 0.0
+    step: int = 0
+
+    def with_value(self, value: float, step: int, exponent: float) -> PowerAverage:
+        """The average with the finite value of a later step."""
+        weight = 1.0 - (self.step / step) ** exponent
+        return PowerAverage(self.mean + weight * (value - self.mean), step)

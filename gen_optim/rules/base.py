@@ -153,6 +153,19 @@ class Rule(ABC):
             next_probe=state.step + 1 + steps_to_next,
         )
 
+    def with_excess_loss(self, state: Any, excess_loss: float) -> RuleState:
+        """The state before :meth:`decide`, which is called next, told what the noise in the parameters costs.
+
+        Called if an average of the weights is kept and the gradient at the end of the last step is known.
+
+        Args:
+            state: The state before the step.
+            excess_loss: An estimate of how far the loss at the present parameters is above that at their average. It
+                may be negative, or not finite.
+        """
+        unchanged: RuleState = state
+        return unchanged
+
     @abstractmethod
     def decide(
         self,

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from gen_optim.rules.averages import LossAverages, ParabolaAverages
+from gen_optim.rules.averages import LossAverages, ParabolaAverages, PowerAverage
 from gen_optim.rules.base import Rule
 from gen_optim.rules.initial_search import InitialSearch
 from gen_optim.rules.parabola import Parabola
@@ -46,6 +46,19 @@ _RISEN = 1.0
 """The learning rate falls if the mean loss is above its lowest value by this many mean absolute deviations of the
 losses, twice that after the burn-in. A mean of them varies by about a third of one."""
 
+_EARLIER, _RECENT = 2.0, 8.0
+"""Exponents of the averages of the losses, over the last half and the last eighth of the steps. Their difference is the
+gain of 3/8 of an e-fold increase of the number of steps. The excess loss is averaged over the last eighth."""
+
+_STEEPEST = 0.5
+"""Largest exponent with which the learning rate falls or grows like a power of the steps, to be corrected."""
+
+_REPEATS = 5
+"""How many steps in a row on the batch of the step before show that there is one batch only, and no noise."""
+
+_SAME = 2.0**-20
+"""Relative difference up to which losses on two batches are the same, since it is one batch."""
+
 _STATUSES = {0.0: ProbeStatus.NO_MINIMUM, math.inf: ProbeStatus.CONCAVE}
 """The statuses of these targets."""
 
@@ -69,7 +82,9 @@ class RelaxedState(RuleState):
     ``loss`` averages the losses at the start of probe steps, and ``loss_initial`` is that where training began.
     ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
     largest learning rate of a step, with its factor, that training was seen to bear. ``factor`` is the scheduler's at
-    the last parabola, ``factor_last`` in the last step.
+    the last parabola, ``factor_last`` in the last step. ``earlier`` and ``recent`` average the losses at the end of
+    steps, ``excess`` averages the excess loss. ``loss_end`` is the last of these losses in the burn-in, and
+    ``repeats`` counts steps in a row on the batch of the step before.
     """
 
     started: bool = False
@@ -81,6 +96,11 @@ class RelaxedState(RuleState):
     lr_borne: float = 0.0
     factor: float = 1.0
     factor_last: float = 1.0
+    earlier: PowerAverage = field(default_factory=PowerAverage)
+    recent: PowerAverage = field(default_factory=PowerAverage)
+    excess: PowerAverage = field(default_factory=PowerAverage)
+    loss_end: float = 0.0
+    repeats: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +115,13 @@ class RelaxedRule(Rule):
       curvature, by at most 10 % up and 20 % down at each. κ = 2 − the signal fraction, the part of the slopes that is
       not noise: without noise that is the minimum of the parabola; in pure noise it is the learning rate at which steps
       no longer descend, since what noise adds to the curvature averages out over a run.
-    - **Hold.** After it the learning rate stays as it is while slopes are mostly noise. Under a scheduler its factor
-      does the annealing. Without one the learning rate falls like t^(−1/8), so that a value that is too high at first
-      matters less, and an average of the weights removes the rest of the noise.
+    - **Balance.** While slopes are mostly noise, they do not tell whether the learning rate is too high. What does is
+      the excess loss, that at the present weights over that at their average, which is what noise costs, and the gain,
+      by which the loss falls while the number of steps grows e-fold. Both grow out of the same steps: the excess loss
+      with the learning rate, the gain against it. Where their ratio is above ``balance``, the learning rate falls by a
+      power of the steps, and where it is below, it grows.
+    - **Hold.** Without an average of the weights it stays as it is. The factor of a scheduler does the annealing; if
+      there is none, the learning rate falls like t^(−1/8).
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step; without a
       scheduler, what they call for is annealed too. If the averages call for more, but the last step was too long by
       its own parabola, it falls by up to 5 %: a direction has become unstable that the averages do not show yet. Near
@@ -118,7 +142,8 @@ class RelaxedRule(Rule):
         start_fraction: Fraction of the learning rate found by the search at which training begins, in (0, 1].
         burn_in: Number of probe steps at the beginning that follow each other at every step.
         relaxation: κ above which a step is too long if slopes agree, in [1, 2].
-        annealing: Exponent p of the fall t^(−p) without a scheduler, in [0, 1].
+        balance: Ratio of the excess loss to the gain at which the learning rate is right, above 0.
+        annealing: Exponent p of the fall t^(−p) without a scheduler if the excess loss is not known, in [0, 1].
 
     Raises:
         ValueError: If an option is out of range.
@@ -136,6 +161,7 @@ class RelaxedRule(Rule):
     start_fraction: float = 0.1
     burn_in: int = 50
     relaxation: float = 1.8
+    balance: float = 0.3
     annealing: float = 0.125
 
     state_type: ClassVar[type[RuleState]] = RelaxedState
@@ -149,6 +175,7 @@ class RelaxedRule(Rule):
             "burn_in", "a whole number of at least 0", lambda value: isinstance(value, int) and value >= 0
         )
         self.check_option("relaxation", "in [1, 2]", lambda value: 1 <= value <= 2)
+        self.check_option("balance", "a finite number above 0", lambda value: 0 < value < math.inf)
         self.check_option("annealing", "in [0, 1]", lambda value: 0 <= value <= 1)
 
     def needs_search(self, state: RelaxedState) -> bool:
@@ -181,7 +208,21 @@ class RelaxedRule(Rule):
             lr_unstable=0.0,
             lr_initial=lr,
             lr_borne=0.0,
+            earlier=PowerAverage(),
+            recent=PowerAverage(),
+            excess=PowerAverage(),
         )
+
+    def with_excess_loss(self, state: RelaxedState, excess_loss: float) -> RelaxedState:
+        """The state before :meth:`decide`, with the excess loss averaged; see :meth:`Rule.with_excess_loss`."""
+        step = state.step + 1
+        if not (math.isfinite(excess_loss) and self._is_past_transient(step)):
+            return state
+        return replace(state, excess=state.excess.with_value(excess_loss, step, _RECENT))
+
+    def _is_past_transient(self, step: int) -> bool:
+        """Whether the loss has left behind the fall of the first steps, which would count as gain for long."""
+        return 2 * step >= self.burn_in
 
     def decide(
         self,
@@ -214,6 +255,7 @@ class RelaxedRule(Rule):
         if fired is not None:
             return self._cut(state, loss_start, fired)
 
+        state = self._with_losses(state, loss_start, loss_end)
         rise = 0.0 if loss_end is None else abs(loss_end - loss_start)
         taken = state.lr * factor
         state = replace(state, parabola=state.parabola.with_parabola(found, taken, rise, self.smoothing))
@@ -239,14 +281,18 @@ class RelaxedRule(Rule):
         if state.loss.has_risen(2.0 * _RISEN, self.smoothing):
             return lr * _LATER_FALL, status
         annealing = self._annealing(state.step, state.step + self.period, factor)
+        correction = self._correction(state, factor)
+        in_noise = lr * (annealing if correction is None else correction)
         if not (parabolas.is_settled(self.smoothing) and signal > _AGREE):
-            return lr * annealing, status
+            return in_noise, status
 
         is_certain = signal > _CERTAIN
         is_near_unstable = 0.0 < _NEAR * state.lr_unstable < lr
         own = _target(self.relaxation, last.slope, last.curvature)
         if is_contradicted(target, own, taken, is_near_unstable=is_near_unstable):
             return lr * max(_FALL if is_certain else _LATER_FALL, own / taken), ProbeStatus.UNSTABLE
+        if not is_certain and correction is not None and correction < 1.0:
+            return in_noise, status
         target *= self._annealing(self.burn_in, state.step, factor)
         # What the scheduler takes off is made up for without noise only: in noise smaller steps call for larger ones.
         compared = taken if is_certain else lr
@@ -260,13 +306,42 @@ class RelaxedRule(Rule):
                 growth *= max(1.0, state.factor / factor)
             return lr * min(growth, target / compared), status
         if not is_certain:
-            return lr * annealing, status
+            return in_noise, status
         longest = _target(self.relaxation, parabolas.slope, parabolas.curvature)
         return lr * min(max(_LATER_FALL, longest / taken), annealing), status
 
     def _annealing(self, begin: int, end: int, factor: float) -> float:
         """The fall of the learning rate from one step to another: t^(−p) without a scheduler, else none."""
         return (max(begin, 1) / max(end, 1)) ** self.annealing if factor == 1.0 else 1.0
+
+    def _correction(self, state: RelaxedState, factor: float) -> float | None:
+        """The change of the learning rate that brings the excess loss to ``balance`` times the gain.
+
+        It is a power of the steps until the next probe step, since both are averages over a part of the run. None if
+        the excess loss at this step is not known, or comes from no noise.
+        """
+        if not 0 < state.excess.step == state.recent.step or state.repeats >= _REPEATS:
+            return None
+        gain = (state.earlier.mean - state.recent.mean) / (1.0 / _EARLIER - 1.0 / _RECENT)
+        # A scheduler's factor lowers the excess loss, and not what the learning rate found is worth.
+        right = self.balance * gain * factor
+        ratio = state.excess.mean / right if right > 0.0 else math.inf
+        exponent = min(max(math.log(ratio) if ratio > 0.0 else -math.inf, -_STEEPEST), _STEEPEST)
+        return math.pow(state.step / (state.step + self.period), exponent)
+
+    def _with_losses(self, state: RelaxedState, loss_start: float, loss_end: float | None) -> RelaxedState:
+        """The state with the losses at both ends of the last step averaged, or that where the next step begins."""
+        step, loss = state.step + 1, loss_start if loss_end is None else loss_end
+        if state.probes < self.burn_in:  # all of them at steps that follow each other
+            is_same = abs(loss_start - state.loss_end) <= _SAME * abs(loss_start)
+            state = replace(state, loss_end=loss, repeats=state.repeats + 1 if is_same else 0)
+        if not self._is_past_transient(step):
+            return state
+        return replace(
+            state,
+            earlier=state.earlier.with_value(loss, step, _EARLIER),
+            recent=state.recent.with_value(loss, step, _RECENT),
+        )
 
     def _start(self, state: RelaxedState, search: InitialSearch, loss: float) -> Decision:
         """Begin training at a fraction of the learning rate that the search found, if it found one."""

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gen_optim.tensors.foreach import inner_product
 from gen_optim.tensors.scalars import summing_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["dot", "is_dtensor", "local", "parts_of", "placed_like", "whole"]
+__all__ = ["dot", "gradient_dot", "is_dtensor", "local", "parts_of", "placed_like", "whole"]
 
 T = TypeVar("T")
 
@@ -68,6 +69,25 @@ def dot(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
         mine, theirs = local(one).detach(), local(other).detach()
         total += parts_of(one, other) * torch.sum(mine.conj() * theirs).real.to(total)
     return total
+
+
+def gradient_dot(parameters: Sequence[Tensor], starts: Sequence[Tensor], *, keeps_infinities: bool = False) -> Tensor:
+    """Return this rank's share of ⟨gradients, parameters − starts⟩; parameters without a gradient count as zero.
+
+    ``starts`` are this rank's parts, and may be on the host. The share is as in :func:`dot`, and ``keeps_infinities``
+    as in :func:`~gen_optim.tensors.foreach.inner_product`.
+    """
+    alike: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for parameter, start in zip(parameters, starts, strict=True):
+        gradient = parameter.grad
+        if gradient is not None and parameter.requires_grad:
+            parts = parts_of(gradient, parameter)
+            alike.setdefault(parts, []).append((local(gradient).to_dense(), local(parameter), start))
+    shares = [
+        parts * inner_product(*zip(*tensors, strict=True), keeps_infinities=keeps_infinities)
+        for parts, tensors in alike.items()
+    ]
+    return torch.stack([share.to(shares[0].device) for share in shares]).sum() if shares else torch.zeros(())
 
 
 def parts_of(left: Tensor, right: Tensor) -> int:

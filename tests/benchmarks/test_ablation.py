@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.battery import ablation, scores
 from benchmarks.battery.config import Config, cells
+from benchmarks.battery.methods import OURS
 from benchmarks.battery.records import Results
 from benchmarks.battery.runs import run
 from gen_optim.rules import make_rule
@@ -32,7 +33,7 @@ def test_a_mechanism_changes_something_of_the_rule_and_all_is_as_before_afterwar
 def test_a_run_without_a_mechanism_is_another_run() -> None:
     by_key = {config.options.get("without"): config for config in ablation.plan(CELLS[:1], (0,))}
     assert list(by_key) == list(ablation.MECHANISMS)
-    default = CELLS[0].config("gen", "constant", 1e-5, 0, {"rule_version": 7})
+    default = CELLS[0].config("gen", "constant", 1e-5, 0, {"rule_version": OURS["gen"]})
     usual, slower, again = (run(each, DATA) for each in (default, by_key["growth in the burn-in"], default))
     assert usual.learning_rates == again.learning_rates != slower.learning_rates
     assert len(usual.averaged_validation_losses) == 1
@@ -50,7 +51,7 @@ def test_the_report_compares_each_seed_with_the_same_one() -> None:
     planned = ablation.plan(CELLS)
     for cell in CELLS:
         for schedule in ("linear", "constant"):
-            planned += [cell.config("gen", schedule, 1e-5, seed, {"rule_version": 7}) for seed in (0, 1)]
+            planned += [cell.config("gen", schedule, 1e-5, seed, {"rule_version": OURS["gen"]}) for seed in (0, 1)]
     for config in planned:
         results.add(record(config, loss(config), **(averaged(config) if config.schedule == "constant" else {})))
     lines = ablation.page(CELLS, results, "command").splitlines()
@@ -62,7 +63,7 @@ def test_the_report_compares_each_seed_with_the_same_one() -> None:
 
 
 def test_an_average_may_be_well_where_the_last_step_went_up() -> None:
-    config = CELLS[0].config("gen", "constant", 1e-5, 0, {"rule_version": 7})
+    config = CELLS[0].config("gen", "constant", 1e-5, 0, {"rule_version": OURS["gen"]})
     run_up = record(config, 11.0, averaged_validation_losses=(2.0,), evaluated=(60,))
     lost = record(config, 1.0, averaged_validation_losses=(12.0,), evaluated=(60,))
     workload = CELLS[0].workload

@@ -23,6 +23,7 @@ from gen_optim.measurement import MODES
         (["digits", "--quick", "--no-picture"], ["digits-quick.md"]),
         (["--quick", "--no-picture", "--schedule", "constant"], ["digits-constant-quick.md"]),
         (["curvature", "--quick"], ["curvature-quick.md", "curvature-quick.png"]),
+        (["balance", "--quick"], ["balance-quick.md"]),
         (["directions", "--quick", "--only", "digits-cnn"], ["direction-digits-cnn-quick.png"]),
         (["precision", "--quick"], ["precision-quick.md"]),
         (["cost", "--quick"], ["cost-quick.md"]),

@@ -91,6 +91,16 @@ def test_if_gradients_are_not_known_to_be_the_losss_the_middle_says_the_same(opt
     assert found.parabola.curvature == pytest.approx(8.0 / 0.25)
 
 
+def test_the_excess_loss_is_measured_if_the_gradients_are_those_of_the_loss() -> None:
+    known: dict[str, Any] = {"end": 2.0, "end_slope": torch.tensor(6.0), "excess_loss": torch.tensor(0.25)}
+    assert measured(**known, differentiated=[torch.tensor(2.0)])[0].excess_loss == 0.25
+    assert measured(**known, differentiated=[torch.tensor(2.5)])[0].excess_loss is None
+    known["excess_loss"] = None
+    assert measured(**known, differentiated=[torch.tensor(2.0)])[0].excess_loss is None
+    known["excess_loss"] = torch.tensor(math.nan)
+    assert measured(**known, differentiated=[torch.tensor(2.0)])[0].excess_loss is None
+
+
 class Two:
     """Two ranks that see the same."""
 

@@ -13,7 +13,7 @@ import math
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -74,6 +74,10 @@ class Run:
     def net(self, inputs: int = 4, outputs: int = 1, width: int = 16) -> Any:
         """Make and register a network with one hidden layer."""
         return self.model(nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, outputs)))
+
+    def averaged(self, optimizer: Any) -> AbstractContextManager[None]:
+        """Have averaged weights to evaluate, as one does without a scheduler; a bare optimizer has none."""
+        return optimizer.averaged() if self.is_wrapped else nullcontext()  # type: ignore[no-any-return]
 
     def step(self, optimizer: Any, probe: Callable[[], Tensor]) -> None:
         """Take a step after the loop has called ``backward()``."""
@@ -585,7 +589,8 @@ def guard_that_raises_at_a_loss_that_is_not_finite(run: Run) -> float:
 
     for x, y in data.batches(250):
         optimizer.step(closure_of(optimizer, lambda x=x, y=y: loss_of(x, y)))  # type: ignore[misc]
-    return data.loss(model)
+    with run.averaged(optimizer):
+        return data.loss(model)
 
 
 @program(sgd=0.05, adamw=0.03)
@@ -743,7 +748,8 @@ def closure_that_returns_a_number(run: Run) -> float:
             return loss.item()
 
         optimizer.step(closure)
-    return data.loss(model)
+    with run.averaged(optimizer):
+        return data.loss(model)
 
 
 @program(sgd=0.05, adamw=0.03)
@@ -777,7 +783,8 @@ def gradient_penalty(run: Run) -> float:
 
     for x, y in data.batches(200):
         optimizer.step(closure_of(optimizer, lambda x=x, y=y: loss_of(x, y)))  # type: ignore[misc]
-    return data.loss(model)
+    with run.averaged(optimizer):
+        return data.loss(model)
 
 
 @program(sgd=0.05, adamw=0.03)

@@ -1,0 +1,154 @@
+"""The relaxed rule in noise: the excess loss against the gain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gen_optim.rules import Parabola, RelaxedRule, relaxed
+from gen_optim.rules.averages import PowerAverage
+from gen_optim.rules.relaxed import RelaxedState
+from tests.rules.cases import STARTED_LONG_AGO
+
+BURNT_IN = replace(STARTED_LONG_AGO, step=50, probes=50, next_probe=51)
+NOISE = (Parabola(1.0, 1.0, 1.0), Parabola(1.0, -1.0, 1.0))  # slopes that agree on nothing
+
+
+def train(
+    rule: RelaxedRule,
+    state: RelaxedState,
+    *,
+    steps: int,
+    excess: Callable[[RelaxedState], float],
+    gain: float = 0.1,
+    factor: float = 1.0,
+) -> RelaxedState:
+    """Training that gains ``gain`` while the number of steps grows e-fold, with slopes that are pure noise."""
+    for _ in range(steps):
+        if not rule.is_probe_due(state):
+            state = rule.skip(state)
+            continue
+        loss = 10.0 - gain * math.log(state.step + 1)
+        state = rule.with_excess_loss(state, excess(state))
+        found = NOISE[state.probes % 2]
+        state = rule.decide(state, found, loss_start=loss - 1e-3, loss_end=loss, factor=factor).state
+    return state
+
+
+# --- where it leads --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lr", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("balance", [0.3, 0.6])
+def test_the_excess_loss_settles_at_the_balance_times_the_gain(lr: float, balance: float) -> None:
+    """An excess loss of 0.03 · α, and a gain of 0.1: balanced at α = balance · 0.1 / 0.03."""
+    state = replace(BURNT_IN, lr=lr)
+    after = train(RelaxedRule(balance=balance), state, steps=100_000, excess=lambda state: 0.03 * state.lr)
+    assert after.lr == pytest.approx(balance * 0.1 / 0.03, rel=0.15)
+
+
+def test_the_factor_of_a_scheduler_does_not_count_as_a_learning_rate_that_is_too_low() -> None:
+    found = [
+        train(
+            RelaxedRule(),
+            replace(BURNT_IN, lr=3.0, factor=factor, factor_last=factor),
+            steps=50_000,
+            excess=lambda state, factor=factor: 0.03 * state.lr * factor,  # type: ignore[misc]
+            factor=factor,
+        ).lr
+        for factor in (1.0, 0.5, 0.1)
+    ]
+    assert found == pytest.approx([1.0] * 3, rel=0.2)
+
+
+@pytest.mark.parametrize("excess", [0.0, -1.0])
+def test_without_an_excess_loss_it_grows_like_the_square_root_of_the_steps(excess: float) -> None:
+    after = train(RelaxedRule(), BURNT_IN, steps=5000, excess=lambda _: excess)
+    assert after.lr == pytest.approx((5050 / 50) ** 0.5, rel=0.2)
+
+
+@pytest.mark.parametrize("gain", [0.0, -0.1])
+def test_without_a_gain_it_falls_like_one_over_the_square_root_of_the_steps(gain: float) -> None:
+    after = train(RelaxedRule(), BURNT_IN, steps=5000, excess=lambda _: 0.1, gain=gain)
+    assert after.lr == pytest.approx((50 / 5050) ** 0.5, rel=0.2)
+
+
+# --- where it does not apply -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("excess", [math.nan, math.inf])
+def test_if_the_excess_loss_is_not_known_the_learning_rate_is_annealed(excess: float) -> None:
+    after = train(RelaxedRule(annealing=0.25), BURNT_IN, steps=5000, excess=lambda _: excess)
+    assert after.lr == pytest.approx((50 / 5050) ** 0.25, rel=0.1)
+
+
+def test_an_excess_loss_that_was_known_once_does_not_count_for_ever() -> None:
+    rule = RelaxedRule(annealing=0.0)
+    known = train(rule, BURNT_IN, steps=2000, excess=lambda _: 1.0)
+    assert train(rule, known, steps=20, excess=lambda _: 1.0).lr < known.lr
+    assert train(rule, known, steps=2000, excess=lambda _: math.nan).lr == known.lr
+
+
+def test_a_manual_value_forgets_what_was_measured_at_another_learning_rate() -> None:
+    rule = RelaxedRule()
+    state = rule.set_lr(train(rule, BURNT_IN, steps=2000, excess=lambda _: 1.0), 0.5)
+    assert (state.earlier, state.recent, state.excess) == (PowerAverage(),) * 3
+
+
+def one_batch(changes_at: int | None = None, burn_in: int = 50) -> RelaxedState:
+    """A burn-in whose step looks back at the batch of the step before, but for one."""
+    rule, state, loss = RelaxedRule(burn_in=burn_in), replace(BURNT_IN, step=1, probes=1, next_probe=2), 5.0
+    for step in range(1, burn_in):
+        start = loss + (0.1 if step == changes_at else 0.0)
+        loss -= 0.01
+        state = rule.decide(state, NOISE[step % 2], loss_start=start, loss_end=loss).state
+    assert state.probes == burn_in
+    return state
+
+
+def test_on_one_batch_there_is_no_noise_to_balance() -> None:
+    rule = RelaxedRule()
+    for state, is_balanced in ((one_batch(), False), (one_batch(10), False), (one_batch(48), True)):
+        before = train(rule, replace(state, lr=1.0), steps=200, excess=lambda _: 1.0)
+        after = train(rule, before, steps=2000, excess=lambda _: 1.0)
+        power = relaxed._STEEPEST if is_balanced else rule.annealing
+        assert after.lr / before.lr == pytest.approx((before.step / after.step) ** power, rel=0.05)
+
+
+def test_the_burn_in_is_not_corrected() -> None:
+    rule = RelaxedRule()
+    states = [replace(BURNT_IN, step=30, probes=30, next_probe=31)] * 2
+    for index, excess in enumerate((0.0, 100.0)):
+        states[index] = train(rule, states[index], steps=19, excess=lambda _, excess=excess: excess)  # type: ignore[misc]
+    assert states[0].lr == states[1].lr
+    assert states[0].excess != states[1].excess
+
+
+# --- the average -----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.floats(-10.0, 10.0), st.integers(1, 20)), min_size=1, max_size=30), st.floats(1.0, 16.0))
+def test_a_power_average_weighs_values_by_powers_of_their_steps(seen: list[tuple[float, int]], exponent: float) -> None:
+    average, step, values, steps = PowerAverage(), 0, [], [0]
+    for value, distance in seen:
+        step += distance
+        average = average.with_value(value, step, exponent)
+        values.append(value)
+        steps.append(step)
+    weights = [(end / step) ** exponent - (begin / step) ** exponent for begin, end in zip(steps, steps[1:])]  # noqa: B905, RUF007
+    expected = sum(weight * value for weight, value in zip(weights, values, strict=True))
+    assert average.mean == pytest.approx(expected, abs=1e-9)
+    assert average.step == step
+
+
+@pytest.mark.parametrize("exponent", [2.0, 8.0])
+def test_of_a_loss_that_falls_like_the_logarithm_it_is_the_value_a_constant_factor_ago(exponent: float) -> None:
+    average = PowerAverage()
+    for step in range(1, 20_001):
+        average = average.with_value(-math.log(step), step, exponent)
+    assert average.mean == pytest.approx(-math.log(20_000) + 1.0 / exponent, abs=1e-3)
