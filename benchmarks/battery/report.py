@@ -165,7 +165,8 @@ constant ones (for each that diverges there, the next best too) and the fixed on
 base optimizer. Our runs begin at learning rates {", ".join(f"{lr:g}" for lr in GIVEN)}, on the same seeds; a ratio is
 their mean over the mean of the baseline on the same seeds, and *spread* the largest loss over the smallest over the
 initial learning rates, the worst of seeds and schedules. All runs of a workload and a seed have the same initial
-weights and batches. *We are ahead on*: each against our rule under the same schedule.
+weights and batches. *We are ahead on*: each against our rule under the same schedule, or
+at averaged weights if there is none.
 
 Losses that approach zero (Rosenbrock, Beale, the quadratics, the physics-informed network) are compared with a floor:
 {scores.FLOOR:g} of the initial loss is added above and below the line. A run diverged if a final loss is not finite

@@ -100,9 +100,9 @@ def chosen_loss(config: Config) -> float:
     if config.method == "gen-published":
         return math.inf if (config.schedule, config.lr, config.seed) == ("linear", 10.0, 1) else 1.2
     if config.method == "momo":
-        return 2.0  # ahead of ours without a scheduler, behind with a linear one
+        return 2.0  # ahead of ours at the last weights without a scheduler, behind it at averaged ones
     if config.method == "dog":
-        return 2.8  # the same as ours
+        return 1.4  # the same as ours at averaged weights
     return 5.0
 
 
@@ -154,9 +154,9 @@ def test_ratios_by_initial_learning_rate(report: str) -> None:
     assert [cell.strip() for cell in published.strip("|").split("|")][2:] == ["1.000", "1.000", "1.000", "100"]
 
 
-def test_being_ahead_is_under_the_same_schedule_and_ties_are_not(report: str) -> None:
+def test_being_ahead_is_under_the_same_schedule_or_at_averaged_weights_and_ties_are_not(report: str) -> None:
     ahead = table(report, "Peers, over tuned SGD")["**we are ahead on**"]
-    assert ahead["MoMo, no scheduler"] == "0/1"
+    assert ahead["MoMo, no scheduler"] == "1/1"
     assert ahead["DoG, no scheduler"] == "0/1"
     assert ahead["Mechanic, linear"] == "1/1"
     assert table(report, "Peers, over tuned SGD")["digits-mlp"]["MoMo, no scheduler"] == "1.667"
