@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from itertools import filterfalse
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gen_optim.closures.buffers import Buffers
 from gen_optim.closures.losses import check_loss
@@ -126,8 +128,12 @@ def _version(gradient: Tensor | None) -> int:
     return 0 if gradient is None else gradient._version
 
 
+def _size(module: nn.Module) -> int:
+    return sum(each.numel() for each in filterfalse(is_lazy, module.parameters()))
+
+
 def _warn_of_modules(changed: Collection[nn.Module]) -> None:
-    names = ", ".join(dict.fromkeys(type(each).__name__ for each in changed))
+    names = ", ".join(f"{type(each).__name__} ({_size(each)} parameters)" for each in changed)
     warn(
         f"Probes of the closure change buffers or gradients of modules that own none of the optimizer's parameters: "
         f"{names}. GeNOptimizer does not know them and cannot put them back. Name them in its option modules=: one "

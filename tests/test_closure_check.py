@@ -277,7 +277,9 @@ def test_a_network_whose_buffers_probes_would_change_is_to_be_named() -> None:
     other = Discriminator()
     optimizer, closure = adversarial(other)
     before = [each.clone() for each in other.buffers()]
-    with pytest.warns(UserWarning, match=r"parameters: Discriminator\. .*Name them in its option modules=") as caught:
+    with pytest.warns(
+        UserWarning, match=r"parameters: Discriminator \(\d+ parameters\)\. .*Name them in its option modules="
+    ) as caught:
         check_closure(optimizer, closure)
     assert caught[0].filename == __file__
     assert same(list(other.buffers()), before)
@@ -294,7 +296,7 @@ def test_a_network_whose_gradients_probes_would_zero_is_to_be_named() -> None:
         return closure()
 
     check_closure(optimizer, closure)
-    with pytest.warns(UserWarning, match=r"parameters: Discriminator\."):
+    with pytest.warns(UserWarning, match=r"parameters: Discriminator \(\d+ parameters\)\."):
         check_closure(optimizer, zeroing)
 
 
