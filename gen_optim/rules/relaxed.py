@@ -19,7 +19,7 @@ from gen_optim.rules.averages import LossAverages, ParabolaAverages, PowerAverag
 from gen_optim.rules.base import Rule
 from gen_optim.rules.initial_search import InitialSearch
 from gen_optim.rules.parabola import Parabola
-from gen_optim.rules.safeguards import first_safeguard, is_contradicted
+from gen_optim.rules.safeguards import ROUNDING, first_safeguard, is_contradicted
 from gen_optim.rules.state import Decision, ProbeStatus, RuleState
 
 __all__ = ["RelaxedRule", "RelaxedState"]
@@ -56,9 +56,6 @@ _STEEPEST = 0.5
 _REPEATS = 5
 """How many steps in a row on the batch of the step before show that there is one batch only, and no noise."""
 
-_SAME = 2.0**-20
-"""Relative difference up to which losses on two batches are the same, since it is one batch."""
-
 _STATUSES = {0.0: ProbeStatus.NO_MINIMUM, math.inf: ProbeStatus.CONCAVE}
 """The statuses of these targets."""
 
@@ -83,8 +80,8 @@ class RelaxedState(RuleState):
     ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
     largest learning rate of a step, with its factor, that training was seen to bear. ``factor`` is the scheduler's at
     the last parabola, ``factor_last`` in the last step. ``earlier`` and ``recent`` average the losses at the end of
-    steps, ``excess`` averages the excess loss. ``loss_end`` is the last of these losses in the burn-in, and
-    ``repeats`` counts steps in a row on the batch of the step before.
+    steps, ``excess`` averages the excess loss, all three by the number of steps from ``began`` on. ``loss_end`` is the
+    last of these losses in the burn-in, and ``repeats`` counts steps in a row on the batch of the step before.
     """
 
     started: bool = False
@@ -99,6 +96,7 @@ class RelaxedState(RuleState):
     earlier: PowerAverage = field(default_factory=PowerAverage)
     recent: PowerAverage = field(default_factory=PowerAverage)
     excess: PowerAverage = field(default_factory=PowerAverage)
+    began: int = 0
     loss_end: float = 0.0
     repeats: int = 0
 
@@ -215,14 +213,18 @@ class RelaxedRule(Rule):
 
     def with_excess_loss(self, state: RelaxedState, excess_loss: float) -> RelaxedState:
         """The state before :meth:`decide`, with the excess loss averaged; see :meth:`Rule.with_excess_loss`."""
-        step = state.step + 1
-        if not (math.isfinite(excess_loss) and self._is_past_transient(step)):
+        if not (math.isfinite(excess_loss) and self._is_past_transient(state)):
             return state
-        return replace(state, excess=state.excess.with_value(excess_loss, step, _RECENT))
+        steps = state.step + 1 - self._began(state)
+        return replace(state, excess=state.excess.with_value(excess_loss, steps, _RECENT))
 
-    def _is_past_transient(self, step: int) -> bool:
+    def _is_past_transient(self, state: RelaxedState) -> bool:
         """Whether the loss has left behind the fall of the first steps, which would count as gain for long."""
-        return 2 * step >= self.burn_in
+        return 2 * (state.step + 1) >= self.burn_in
+
+    def _began(self, state: RelaxedState) -> int:
+        """The step from which on losses are averaged by the number of steps: 0, but after a manual value."""
+        return state.began if state.recent.step else state.step + 1 - max(self.burn_in // 2, 1)
 
     def decide(
         self,
@@ -327,20 +329,24 @@ class RelaxedRule(Rule):
         right = self.balance * gain * factor
         ratio = state.excess.mean / right if right > 0.0 else math.inf
         exponent = min(max(math.log(ratio) if ratio > 0.0 else -math.inf, -_STEEPEST), _STEEPEST)
-        return math.pow(state.step / (state.step + self.period), exponent)
+        steps = state.step - state.began
+        return math.pow(steps / (steps + self.period), exponent)
 
     def _with_losses(self, state: RelaxedState, loss_start: float, loss_end: float | None) -> RelaxedState:
         """The state with the losses at both ends of the last step averaged, or that where the next step begins."""
-        step, loss = state.step + 1, loss_start if loss_end is None else loss_end
+        loss = loss_start if loss_end is None else loss_end
         if state.probes < self.burn_in:  # all of them at steps that follow each other
-            is_same = abs(loss_start - state.loss_end) <= _SAME * abs(loss_start)
+            is_same = abs(loss_start - state.loss_end) <= ROUNDING * abs(loss_start)
             state = replace(state, loss_end=loss, repeats=state.repeats + 1 if is_same else 0)
-        if not self._is_past_transient(step):
+        if not self._is_past_transient(state):
             return state
+        began = self._began(state)
+        steps = state.step + 1 - began
         return replace(
             state,
-            earlier=state.earlier.with_value(loss, step, _EARLIER),
-            recent=state.recent.with_value(loss, step, _RECENT),
+            earlier=state.earlier.with_value(loss, steps, _EARLIER),
+            recent=state.recent.with_value(loss, steps, _RECENT),
+            began=began,
         )
 
     def _start(self, state: RelaxedState, search: InitialSearch, loss: float) -> Decision:

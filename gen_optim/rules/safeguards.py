@@ -8,7 +8,7 @@ from gen_optim.rules.averages import LossAverages, ParabolaAverages
 from gen_optim.rules.parabola import Parabola
 from gen_optim.rules.state import ProbeStatus
 
-__all__ = ["first_safeguard", "has_exploded", "is_below_noise", "is_contradicted", "is_diverging"]
+__all__ = ["ROUNDING", "first_safeguard", "has_exploded", "is_below_noise", "is_contradicted", "is_diverging"]
 
 _DIVERGING = 8.0
 """A step diverges if the loss rises by this many times what it usually changes."""
@@ -19,8 +19,8 @@ _EXPLOSION = 10.0
 _FEWEST = 3
 """Number of parabolas from which on a usual change is known."""
 
-_ROUNDING = 2.0**-20
-"""Fraction by which a loss may rise because it is rounded in single precision."""
+ROUNDING = 2.0**-20
+"""Fraction by which a loss may change because it is rounded in single precision."""
 
 _CONTRADICTED = 1.3
 """A single parabola that calls for a shorter step counts against averages that call for this many times the step."""
@@ -62,7 +62,7 @@ def is_diverging(parabolas: ParabolaAverages, loss_start: float, loss_end: float
     """Whether a step must be reverted: its end loss is not finite, or above the initial one and risen unusually far."""
     if not math.isfinite(loss_end):
         return True
-    rise = max(_DIVERGING * parabolas.rise, _ROUNDING * abs(loss_start))
+    rise = max(_DIVERGING * parabolas.rise, ROUNDING * abs(loss_start))
     return parabolas.count >= _FEWEST and loss_end > loss_initial and loss_end - loss_start > rise
 
 
@@ -71,7 +71,7 @@ def has_exploded(losses: LossAverages, loss: float, loss_initial: float) -> bool
 
     The result does not change if the loss is shifted or scaled, up to its rounding.
     """
-    usual = max(losses.deviation, _ROUNDING * abs(losses.mean))
+    usual = max(losses.deviation, ROUNDING * abs(losses.mean))
     return loss > loss_initial and loss - losses.mean > _EXPLOSION * usual
 
 
