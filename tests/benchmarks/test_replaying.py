@@ -46,9 +46,9 @@ def test_the_rule_of_a_run_decides_again_as_it_did(rule: Rule, mode: str, schedu
 
 def test_another_constant_chooses_otherwise() -> None:
     history = recorded()
-    replayed = [each.state.lr for each in replay(history, RelaxedRule(balance=0.01))]
+    replayed = [each.state.lr for each in replay(history, RelaxedRule(balance=100.0))]
     assert replayed[0] == history[0].lr_after  # the start does not ask for it
-    assert replayed[-1] < history[-1].lr_after
+    assert replayed[-1] > history[-1].lr_after
 
 
 def test_a_rule_without_a_start_begins_where_the_run_began() -> None:
