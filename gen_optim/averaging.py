@@ -120,7 +120,8 @@ class AveragedWeights:
         r"""Estimate how far the loss is above that at the average, from the gradients at the present parameters.
 
         It is :math:`\frac12 \nabla L(\theta) \cdot (\theta - \bar\theta)`. If the average is the lowest point of a
-        parabola between the two, that is exact. Parameters whose gradient is None count as zero.
+        parabola between the two, that is exact. Parameters whose gradient is None count as zero. It is NaN if elements
+        of a parameter are infinite.
 
         Returns:
             A one-element tensor, of DTensors this rank's share; None before the first update.
@@ -129,7 +130,9 @@ class AveragedWeights:
         averages = {
             parameter: average
             for parameter in self._parameters()
-            if (average := states.get(parameter, {}).get(_AVERAGE)) is not None and average.shape == parameter.shape
+            if (average := states.get(parameter, {}).get(_AVERAGE)) is not None
+            and average.shape == parameter.shape
+            and _placements(average) == _placements(parameter)
         }
         if not (averages and self.updates):
             return None

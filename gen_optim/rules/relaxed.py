@@ -1,4 +1,4 @@
-"""The default rule: find the scale of the learning rate, then hold it.
+"""The default rule: find the scale of the learning rate, then hold it, or balance what noise costs and training gains.
 
 The learning rate slope / curvature is the best for one step, and too small for a whole run. When training no longer
 makes progress at α, the expected change of the loss, −slope · α + curvature · α² / 2, is zero, so slope / curvature is
@@ -47,8 +47,11 @@ _RISEN = 1.0
 losses, twice that after the burn-in. A mean of them varies by about a third of one."""
 
 _EARLIER, _RECENT = 2.0, 8.0
-"""Exponents of the averages of the losses, over the last half and the last eighth of the steps. Their difference is the
-gain of 3/8 of an e-fold increase of the number of steps. The excess loss is averaged over the last eighth."""
+"""Exponents of the averages of the losses, over about the last half and the last eighth of the steps: the losses at t
+e^(−1/2) and t e^(−1/8) of t steps if they fall like −ln t. The excess loss is averaged over the last eighth."""
+
+_SHARE = 0.125
+"""Share of all steps over which losses must be averaged for a gain."""
 
 _STEEPEST = 0.5
 """Largest exponent with which the learning rate falls or grows like a power of the steps, to be corrected."""
@@ -80,8 +83,9 @@ class RelaxedState(RuleState):
     ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
     largest learning rate of a step, with its factor, that training was seen to bear. ``factor`` is the scheduler's at
     the last parabola, ``factor_last`` in the last step. ``earlier`` and ``recent`` average the losses at the end of
-    steps, ``excess`` averages the excess loss, all three by the number of steps from ``began`` on. ``loss_end`` is the
-    last of these losses in the burn-in, and ``repeats`` counts steps in a row on the batch of the step before.
+    steps, ``excess`` averages the excess loss, all three by the number of steps from ``began`` on. ``excess_loss`` was
+    told last, for the step ``excess_step``. ``loss_end`` is the last loss at the end of a step in the burn-in, and
+    ``repeats`` counts steps in a row on the batch of the step before.
     """
 
     started: bool = False
@@ -97,13 +101,15 @@ class RelaxedState(RuleState):
     recent: PowerAverage = field(default_factory=PowerAverage)
     excess: PowerAverage = field(default_factory=PowerAverage)
     began: int = 0
+    excess_loss: float = 0.0
+    excess_step: int = 0
     loss_end: float = 0.0
     repeats: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RelaxedRule(Rule):
-    """Finds the scale of the learning rate from parabolas, and then holds it.
+    """Finds the scale of the learning rate from parabolas, and then holds it, or corrects it by the averaged weights.
 
     In the order in which a training run meets it:
 
@@ -113,13 +119,13 @@ class RelaxedRule(Rule):
       curvature, by at most 10 % up and 20 % down at each. κ = 2 − the signal fraction, the part of the slopes that is
       not noise: without noise that is the minimum of the parabola; in pure noise it is the learning rate at which steps
       no longer descend, since what noise adds to the curvature averages out over a run.
-    - **Balance.** While slopes are mostly noise, they do not tell whether the learning rate is too high. What does is
-      the excess loss, that at the present weights over that at their average, which is what noise costs, and the gain,
-      by which the loss falls while the number of steps grows e-fold. Both grow out of the same steps: the excess loss
-      with the learning rate, the gain against it. Where their ratio is above ``balance``, the learning rate falls by a
-      power of the steps, and where it is below, it grows.
-    - **Hold.** Without an average of the weights it stays as it is. The factor of a scheduler does the annealing; if
-      there is none, the learning rate falls like t^(−1/8).
+    - **Balance.** While slopes are mostly noise, they do not tell whether the learning rate is too high. Two other
+      quantities do. The excess loss is the loss at the present weights minus that at their average: what noise costs.
+      The gain is how much the loss falls while the number of steps grows e-fold. At a higher learning rate the excess
+      loss is larger and the gain smaller. If their ratio is above ``balance``, the learning rate falls like a power of
+      the steps; if it is below, it grows.
+    - **Hold.** If the excess loss is not known, the learning rate stays as it is under a scheduler, whose factor does
+      the annealing, and falls like t^(−1/8) without one.
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step; without a
       scheduler, what they call for is annealed too. If the averages call for more, but the last step was too long by
       its own parabola, it falls by up to 5 %: a direction has become unstable that the averages do not show yet. Near
@@ -212,19 +218,10 @@ class RelaxedRule(Rule):
         )
 
     def with_excess_loss(self, state: RelaxedState, excess_loss: float) -> RelaxedState:
-        """The state before :meth:`decide`, with the excess loss averaged; see :meth:`Rule.with_excess_loss`."""
-        if not (math.isfinite(excess_loss) and self._is_past_transient(state)):
+        """The state before :meth:`decide`, with the excess loss noted; see :meth:`Rule.with_excess_loss`."""
+        if not math.isfinite(excess_loss):
             return state
-        steps = state.step + 1 - self._began(state)
-        return replace(state, excess=state.excess.with_value(excess_loss, steps, _RECENT))
-
-    def _is_past_transient(self, state: RelaxedState) -> bool:
-        """Whether the loss has left behind the fall of the first steps, which would count as gain for long."""
-        return 2 * (state.step + 1) >= self.burn_in
-
-    def _began(self, state: RelaxedState) -> int:
-        """The step from which on losses are averaged by the number of steps: 0, but after a manual value."""
-        return state.began if state.recent.step else state.step + 1 - max(self.burn_in // 2, 1)
+        return replace(state, excess_loss=excess_loss, excess_step=state.step + 1)
 
     def decide(
         self,
@@ -322,15 +319,18 @@ class RelaxedRule(Rule):
         It is a power of the steps until the next probe step, since both are averages over a part of the run. None if
         the excess loss at this step is not known, or comes from no noise.
         """
-        if not 0 < state.excess.step == state.recent.step or state.repeats >= _REPEATS:
+        averaged = state.recent.step
+        if state.excess.step != averaged or state.repeats >= _REPEATS:
             return None
-        gain = (state.earlier.mean - state.recent.mean) / (1.0 / _EARLIER - 1.0 / _RECENT)
+        if averaged < max(2 * self._transient, _SHARE * state.step):
+            return None
+        recent, earlier = (state.began + averaged * math.exp(-1.0 / each) for each in (_RECENT, _EARLIER))
+        gain = (state.earlier.mean - state.recent.mean) / math.log(recent / earlier)
         # A scheduler's factor lowers the excess loss, and not what the learning rate found is worth.
         right = self.balance * gain * factor
         ratio = state.excess.mean / right if right > 0.0 else math.inf
         exponent = min(max(math.log(ratio) if ratio > 0.0 else -math.inf, -_STEEPEST), _STEEPEST)
-        steps = state.step - state.began
-        return math.pow(steps / (steps + self.period), exponent)
+        return min(math.pow(state.step / (state.step + self.period), exponent), _GROWTH)
 
     def _with_losses(self, state: RelaxedState, loss_start: float, loss_end: float | None) -> RelaxedState:
         """The state with the losses at both ends of the last step averaged, or that where the next step begins."""
@@ -338,16 +338,25 @@ class RelaxedRule(Rule):
         if state.probes < self.burn_in:  # all of them at steps that follow each other
             is_same = abs(loss_start - state.loss_end) <= ROUNDING * abs(loss_start)
             state = replace(state, loss_end=loss, repeats=state.repeats + 1 if is_same else 0)
-        if not self._is_past_transient(state):
+        step = state.step + 1
+        if step < self._transient:
             return state
-        began = self._began(state)
-        steps = state.step + 1 - began
+        began = state.began if state.recent.step else step - self._transient
+        excess = state.excess
+        if state.excess_step == step:
+            excess = excess.with_value(state.excess_loss, step - began, _RECENT)
         return replace(
             state,
-            earlier=state.earlier.with_value(loss, steps, _EARLIER),
-            recent=state.recent.with_value(loss, steps, _RECENT),
+            earlier=state.earlier.with_value(loss, step - began, _EARLIER),
+            recent=state.recent.with_value(loss, step - began, _RECENT),
+            excess=excess,
             began=began,
         )
+
+    @property
+    def _transient(self) -> int:
+        """The number of steps in which the loss falls as it never does again, which would count as gain for long."""
+        return max(self.burn_in // 2, 1)
 
     def _start(self, state: RelaxedState, search: InitialSearch, loss: float) -> Decision:
         """Begin training at a fraction of the learning rate that the search found, if it found one."""
