@@ -4,7 +4,8 @@ The learning rate slope / curvature is the best for one step, and too small for 
 makes progress at α, the expected change of the loss, −slope · α + curvature · α² / 2, is zero, so slope / curvature is
 α / 2. At half the learning rate the noise is smaller, slope / curvature halves again, and so on (the short-horizon bias
 of Wu et al., 2018). Any fixed multiple of slope / curvature below 2 ends there too, only later. So the rule follows the
-parabolas while the learning rate grows into its range, and as long as their slopes agree; in noise it holds.
+parabolas while the learning rate grows into its range, and as long as their slopes agree. In noise it compares
+what noise costs with what training gains, or, if that is not known, holds.
 
 Slope and curvature must be of another batch than that of the gradient.
 """
