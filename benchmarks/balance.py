@@ -18,10 +18,8 @@ from benchmarks.markdown import markdown_table
 from benchmarks.optimizers import BASES, base_optimizer
 from benchmarks.workloads import LONG, Task
 from gen_optim.averaging import AveragedWeights
-from gen_optim.rules.averages import PowerAverage
+from gen_optim.rules.averages import BalanceAverages
 
-EARLIER, RECENT = 2.0, 8.0
-"""Exponents of the averages, those of the rule."""
 SKIPPED = 25
 """The number of steps at the beginning that are not averaged."""
 AROUND = 2
@@ -85,7 +83,7 @@ def measure(task: Task, base: str, lr: float, marks: Sequence[int]) -> tuple[flo
     torch.manual_seed(0)
     optimizer = base_optimizer(task.parameters(), base, lr)
     weights = AveragedWeights(optimizer)
-    earlier = recent = excess = PowerAverage()
+    averages = BalanceAverages()
     batches = task.batches(0)
     ratios: list[float] = []
     task.model.train()
@@ -97,14 +95,11 @@ def measure(task: Task, base: str, lr: float, marks: Sequence[int]) -> tuple[flo
             return math.nan, [*ratios, *[math.inf] * (len(marks) - len(ratios))]
         above = weights.excess_loss() if step % 8 == 0 else None
         if above is not None and step >= SKIPPED:
-            earlier = earlier.with_value(loss.item(), step, EARLIER)
-            recent = recent.with_value(loss.item(), step, RECENT)
-            excess = excess.with_value(above.item(), step, RECENT)
+            averages = averages.with_losses(loss.item(), above.item(), step)
         optimizer.step()
         weights.update()
         if step in marks:
-            gain = (earlier.mean - recent.mean) / (1.0 / EARLIER - 1.0 / RECENT)
-            ratios.append(excess.mean / gain if gain > 0.0 else math.inf)
+            ratios.append(averages.ratio)
     with weights.swapped():
         return task.evaluate(task.model, task.validation), ratios
 

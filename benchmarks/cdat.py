@@ -71,6 +71,7 @@ class CDATRule(Rule):
         *,
         loss_start: float,
         loss_end: float | None = None,
+        excess_loss: float | None = None,
         factor: float = 1.0,
     ) -> Decision:
         """Choose the learning rate after a probe step; see :meth:`gen_optim.rules.Rule.decide`.

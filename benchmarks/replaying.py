@@ -54,9 +54,14 @@ def replay(records: Iterable[ProbeRecord], rule: Rule) -> list[Decision]:
         if record.status in _SEARCHES and not rule.needs_search(state):
             decision = Decision(replace(rule.skip(state), lr=record.lr_after), record.status)
         else:
-            if record.excess_loss is not None:
-                state = rule.with_excess_loss(state, record.excess_loss)
-            decision = rule.decide(state, found, loss_start=loss, loss_end=record.loss_end, factor=record.factor)
+            decision = rule.decide(
+                state,
+                found,
+                loss_start=loss,
+                loss_end=record.loss_end,
+                excess_loss=record.excess_loss,
+                factor=record.factor,
+            )
         decisions.append(decision)
         state = decision.state
     return decisions

@@ -70,14 +70,12 @@ class Controller:
 
     def decide(self, measurement: Measurement, factor: float) -> Decision:
         """What the rule makes of a measurement under the scheduler's ``factor``; nothing is remembered yet."""
-        state = self.state
-        if measurement.excess_loss is not None:
-            state = self.rule.with_excess_loss(state, measurement.excess_loss)
         decision = self.rule.decide(
-            state,
+            self.state,
             measurement.found,
             loss_start=measurement.loss_start,
             loss_end=measurement.loss_end,
+            excess_loss=measurement.excess_loss,
             factor=factor,
         )
         return Decision(self.limit(decision.state), decision.status)

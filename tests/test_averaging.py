@@ -919,7 +919,7 @@ def test_the_excess_loss_is_that_of_the_gradient_at_the_end_of_the_last_step(ave
         else:
             assert record.excess_loss == pytest.approx(sum(expected), rel=1e-4, abs=1e-6)
     state: Any = optimizer._context.controller.state
-    assert (state.excess.step > 0) is average
+    assert (state.balance.excess_step > 0) is average
 
 
 def test_a_step_and_a_checkpoint_inside_the_block_are_refused() -> None:

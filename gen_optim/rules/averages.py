@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from gen_optim.rules.parabola import Parabola
 
-__all__ = ["LossAverages", "ParabolaAverages", "PowerAverage"]
+__all__ = ["BalanceAverages", "LossAverages", "ParabolaAverages"]
 
 _FORGETTING = 0.1
 """Fraction of the distance by which the lowest mean loss moves up to the present one, in case the task has changed."""
@@ -21,6 +21,9 @@ _CHANGE_WEIGHT = 0.3
 
 _MOST_CHANGES = 2.0
 """Number of average changes as which a parabola counts at most: one step off a saddle would outweigh all others."""
+
+_EARLIER, _RECENT = 2.0, 8.0
+"""Exponents of power-law averages of the losses, over about the last half and the last eighth of the steps."""
 
 
 def _weight_of_next(count: int, smoothing: float) -> float:
@@ -145,17 +148,55 @@ class ParabolaAverages:
 
 
 @dataclass(frozen=True)
-class PowerAverage:
-    """A power-law average: about the mean over the last part of the steps so far, whatever their number.
+class BalanceAverages:
+    """Averages of losses at the end of steps, and of what they are above the losses at averaged weights.
 
-    With the exponent p the value of the s-th of t steps weighs as s^(p − 1). The mean of ln (s / t) is then −1 / p, so
-    that of a quantity that falls like −ln s it is the value at t · e^(−1/p). ``step`` is that of the last value.
+    They are power-law averages, about the mean over the last part of the steps so far, whatever their number: with the
+    exponent p the value of the s-th of t steps weighs as s^(p − 1). The mean of ln(s / t) is then −1 / p, so that a loss
+    that falls like −ln s has the average that it had at t · e^(−1/p).
+
+    ``earlier`` is over about the last half of the steps, ``recent`` and ``excess`` are over the last eighth. ``step``
+    is that of the last loss, ``excess_step`` that of the last excess loss. Steps are counted from ``began`` on.
     """
 
-    mean: float = 0.0
+    began: int = 0
+    earlier: float = 0.0
+    recent: float = 0.0
     step: int = 0
+    excess: float = 0.0
+    excess_step: int = 0
 
-    def with_value(self, value: float, step: int, exponent: float) -> PowerAverage:
-        """The average with the finite value of a later step."""
-        weight = 1.0 - (self.step / step) ** exponent
-        return PowerAverage(self.mean + weight * (value - self.mean), step)
+    def with_losses(self, loss: float, excess_loss: float | None, step: int) -> BalanceAverages:
+        """The averages with the finite loss of a later step, and its excess loss if that is known and finite."""
+        averages = replace(
+            self,
+            earlier=self._average(self.earlier, loss, self.step, step, _EARLIER),
+            recent=self._average(self.recent, loss, self.step, step, _RECENT),
+            step=step,
+        )
+        if excess_loss is None or not math.isfinite(excess_loss):
+            return averages
+        excess = self._average(self.excess, excess_loss, self.excess_step, step, _RECENT)
+        return replace(averages, excess=excess, excess_step=step)
+
+    def _average(self, mean: float, value: float, last: int, step: int, exponent: float) -> float:
+        known = (last - self.began) / (step - self.began) if last else 0.0
+        return mean + (1.0 - known**exponent) * (value - mean)
+
+    @property
+    def count(self) -> int:
+        """The number of steps averaged over."""
+        return self.step - self.began
+
+    @property
+    def gain(self) -> float:
+        """How much the loss falls while the number of steps, ``began`` included, grows e-fold."""
+        recent, earlier = (self.began + self.count * math.exp(-1.0 / each) for each in (_RECENT, _EARLIER))
+        return (self.earlier - self.recent) / math.log(recent / earlier)
+
+    @property
+    def ratio(self) -> float:
+        """The excess loss over the gain; infinite without a gain, NaN if no excess loss is known at the last step."""
+        if self.excess_step != self.step:
+            return math.nan
+        return self.excess / self.gain if self.gain > 0.0 else math.inf

@@ -50,7 +50,7 @@ class Rule(ABC):
         ... class PartialNewton(Rule):
         ...     fraction: float = 0.5
         ...
-        ...     def decide(self, state, found, *, loss_start, loss_end=None, factor=1.0):
+        ...     def decide(self, state, found, *, loss_start, loss_end=None, excess_loss=None, factor=1.0):
         ...         if not math.isfinite(loss_start):
         ...             return Decision(self.skip(state), ProbeStatus.NON_FINITE_LOSS)
         ...         if found.optimal_lr is None or found.slope <= 0:
@@ -153,19 +153,6 @@ class Rule(ABC):
             next_probe=state.step + 1 + steps_to_next,
         )
 
-    def with_excess_loss(self, state: Any, excess_loss: float) -> RuleState:
-        """The state before :meth:`decide`, which is called next, told what the noise in the parameters costs.
-
-        Called if an average of the weights is kept and the gradient at the end of the last step is known.
-
-        Args:
-            state: The state before the step.
-            excess_loss: An estimate of how far the loss at the present parameters is above that at their average. It
-                may be negative, or not finite.
-        """
-        unchanged: RuleState = state
-        return unchanged
-
     @abstractmethod
     def decide(
         self,
@@ -174,6 +161,7 @@ class Rule(ABC):
         *,
         loss_start: float,
         loss_end: float | None = None,
+        excess_loss: float | None = None,
         factor: float = 1.0,
     ) -> Decision:
         """Choose the learning rate after a probe step.
@@ -184,6 +172,9 @@ class Rule(ABC):
                 search if :meth:`needs_search` returned True.
             loss_start: The loss at the start of the measured step. It may be NaN or infinite.
             loss_end: The loss at its end, if the step was taken before it was measured. It may be NaN or infinite.
+            excess_loss: An estimate of how far the loss at the end is above that at averaged weights: what the noise
+                in the parameters costs. It may be negative; None if no average is kept, or the gradient at the end of
+                the step is not known.
             factor: The scheduler's factor: steps are taken at the learning rate times this.
 
         Returns:

@@ -61,6 +61,7 @@ class PublishedRule(Rule):
         *,
         loss_start: float,
         loss_end: float | None = None,
+        excess_loss: float | None = None,
         factor: float = 1.0,
     ) -> Decision:
         """Choose the learning rate after a probe step; see :meth:`Rule.decide`.

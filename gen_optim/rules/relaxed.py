@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from gen_optim.rules.averages import LossAverages, ParabolaAverages, PowerAverage
+from gen_optim.rules.averages import BalanceAverages, LossAverages, ParabolaAverages
 from gen_optim.rules.base import Rule
 from gen_optim.rules.initial_search import InitialSearch
 from gen_optim.rules.parabola import Parabola
@@ -46,10 +46,6 @@ limits it. A single parabola is certain too: if it contradicts the averages, the
 _RISEN = 1.0
 """The learning rate falls if the mean loss is above its lowest value by this many mean absolute deviations of the
 losses, twice that after the burn-in. A mean of them varies by about a third of one."""
-
-_EARLIER, _RECENT = 2.0, 8.0
-"""Exponents of the averages of the losses, over about the last half and the last eighth of the steps: the losses at t
-e^(−1/2) and t e^(−1/8) of t steps if they fall like −ln t. The excess loss is averaged over the last eighth."""
 
 _SHARE = 0.125
 """Share of all steps over which losses must be averaged for a gain."""
@@ -83,10 +79,8 @@ class RelaxedState(RuleState):
     ``loss`` averages the losses at the start of probe steps, and ``loss_initial`` is that where training began.
     ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
     largest learning rate of a step, with its factor, that training was seen to bear. ``factor`` is the scheduler's at
-    the last parabola, ``factor_last`` in the last step. ``earlier`` and ``recent`` average the losses at the end of
-    steps, ``excess`` averages the excess loss, all three by the number of steps from ``began`` on. ``excess_loss`` was
-    told last, for the step ``excess_step``. ``loss_end`` is the last loss at the end of a step in the burn-in, and
-    ``repeats`` counts steps in a row on the batch of the step before.
+    the last parabola, ``factor_last`` in the last step. ``loss_end`` is the last loss at the end of a step in the burn-in,
+    and ``repeats`` counts steps in a row on the batch of the step before.
     """
 
     started: bool = False
@@ -98,12 +92,7 @@ class RelaxedState(RuleState):
     lr_borne: float = 0.0
     factor: float = 1.0
     factor_last: float = 1.0
-    earlier: PowerAverage = field(default_factory=PowerAverage)
-    recent: PowerAverage = field(default_factory=PowerAverage)
-    excess: PowerAverage = field(default_factory=PowerAverage)
-    began: int = 0
-    excess_loss: float = 0.0
-    excess_step: int = 0
+    balance: BalanceAverages = field(default_factory=BalanceAverages)
     loss_end: float = 0.0
     repeats: int = 0
 
@@ -213,16 +202,8 @@ class RelaxedRule(Rule):
             lr_unstable=0.0,
             lr_initial=lr,
             lr_borne=0.0,
-            earlier=PowerAverage(),
-            recent=PowerAverage(),
-            excess=PowerAverage(),
+            balance=BalanceAverages(),
         )
-
-    def with_excess_loss(self, state: RelaxedState, excess_loss: float) -> RelaxedState:
-        """The state before :meth:`decide`, with the excess loss noted; see :meth:`Rule.with_excess_loss`."""
-        if not math.isfinite(excess_loss):
-            return state
-        return replace(state, excess_loss=excess_loss, excess_step=state.step + 1)
 
     def decide(
         self,
@@ -231,6 +212,7 @@ class RelaxedRule(Rule):
         *,
         loss_start: float,
         loss_end: float | None = None,
+        excess_loss: float | None = None,
         factor: float = 1.0,
     ) -> Decision:
         """Choose the learning rate after a probe step; see :meth:`Rule.decide`."""
@@ -255,7 +237,7 @@ class RelaxedRule(Rule):
         if fired is not None:
             return self._cut(state, loss_start, fired)
 
-        state = self._with_losses(state, loss_start, loss_end)
+        state = self._with_losses(state, loss_start, loss_end, excess_loss)
         rise = 0.0 if loss_end is None else abs(loss_end - loss_start)
         taken = state.lr * factor
         state = replace(state, parabola=state.parabola.with_parabola(found, taken, rise, self.smoothing))
@@ -320,21 +302,20 @@ class RelaxedRule(Rule):
         It is a power of the steps until the next probe step, since both are averages over a part of the run. None if
         the excess loss at this step is not known, or comes from no noise.
         """
-        averaged = state.recent.step
-        if state.excess.step != averaged or state.repeats >= _REPEATS:
+        averages = state.balance
+        if state.repeats >= _REPEATS or averages.count < max(2 * self._transient, _SHARE * state.step):
             return None
-        if averaged < max(2 * self._transient, _SHARE * state.step):
+        if math.isnan(averages.ratio):
             return None
-        recent, earlier = (state.began + averaged * math.exp(-1.0 / each) for each in (_RECENT, _EARLIER))
-        gain = (state.earlier.mean - state.recent.mean) / math.log(recent / earlier)
         # A scheduler's factor lowers the excess loss, and not what the learning rate found is worth.
-        right = self.balance * gain * factor
-        ratio = state.excess.mean / right if right > 0.0 else math.inf
+        ratio = averages.ratio / (self.balance * factor)
         exponent = min(max(math.log(ratio) if ratio > 0.0 else -math.inf, -_STEEPEST), _STEEPEST)
         return min(math.pow(state.step / (state.step + self.period), exponent), _GROWTH)
 
-    def _with_losses(self, state: RelaxedState, loss_start: float, loss_end: float | None) -> RelaxedState:
-        """The state with the losses at both ends of the last step averaged, or that where the next step begins."""
+    def _with_losses(
+        self, state: RelaxedState, loss_start: float, loss_end: float | None, excess_loss: float | None
+    ) -> RelaxedState:
+        """The state with the losses at the end of the last step averaged, or that at the start of the next one."""
         loss = loss_start if loss_end is None else loss_end
         if state.probes < self.burn_in:  # all of them at steps that follow each other
             is_same = abs(loss_start - state.loss_end) <= ROUNDING * abs(loss_start)
@@ -342,17 +323,8 @@ class RelaxedRule(Rule):
         step = state.step + 1
         if step < self._transient:
             return state
-        began = state.began if state.recent.step else step - self._transient
-        excess = state.excess
-        if state.excess_step == step:
-            excess = excess.with_value(state.excess_loss, step - began, _RECENT)
-        return replace(
-            state,
-            earlier=state.earlier.with_value(loss, step - began, _EARLIER),
-            recent=state.recent.with_value(loss, step - began, _RECENT),
-            excess=excess,
-            began=began,
-        )
+        averages = state.balance if state.balance.step else BalanceAverages(began=step - self._transient)
+        return replace(state, balance=averages.with_losses(loss, excess_loss, step))
 
     @property
     def _transient(self) -> int:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gen_optim.rules import Parabola, RelaxedRule, relaxed
-from gen_optim.rules.averages import PowerAverage
+from gen_optim.rules.averages import BalanceAverages
 from gen_optim.rules.relaxed import RelaxedState
 from tests.rules.cases import STARTED_LONG_AGO
 
@@ -34,9 +34,10 @@ def train(
             state = rule.skip(state)
             continue
         loss = 10.0 - gain * math.log(state.step + 1)
-        state = rule.with_excess_loss(state, excess(state))
-        found = NOISE[state.probes % 2]
-        state = rule.decide(state, found, loss_start=loss - 1e-3, loss_end=loss, factor=factor).state
+        found, above = NOISE[state.probes % 2], excess(state)
+        state = rule.decide(
+            state, found, loss_start=loss - 1e-3, loss_end=loss, excess_loss=above, factor=factor
+        ).state
     return state
 
 
@@ -112,10 +113,9 @@ def test_if_the_excess_loss_is_not_known_the_learning_rate_is_annealed(excess: f
 def test_a_step_that_is_reverted_does_not_count(excess: float) -> None:
     rule = RelaxedRule()
     state = train(rule, BURNT_IN, steps=2000, excess=lambda state: 0.03 * state.lr)
-    diverged = rule.with_excess_loss(state, excess)
-    decision = rule.decide(diverged, NOISE[0], loss_start=9.0, loss_end=1e6)
+    decision = rule.decide(state, NOISE[0], loss_start=9.0, loss_end=1e6, excess_loss=excess)
     assert decision.is_reverted
-    assert decision.state.excess == state.excess
+    assert decision.state.balance == state.balance
     after = train(rule, decision.state, steps=30_000, excess=lambda state: 0.03 * state.lr)
     assert after.lr == pytest.approx(0.3 * 0.1 / 0.03, rel=0.15)
 
@@ -130,7 +130,7 @@ def test_an_excess_loss_that_was_known_once_does_not_count_for_ever() -> None:
 def test_a_manual_value_forgets_what_was_measured_at_another_learning_rate() -> None:
     rule = RelaxedRule()
     state = rule.set_lr(train(rule, BURNT_IN, steps=2000, excess=lambda _: 1.0), 0.5)
-    assert (state.earlier, state.recent, state.excess) == (PowerAverage(),) * 3
+    assert state.balance == BalanceAverages()
 
 
 def test_a_manual_value_late_in_a_run_that_goes_on_as_before_stays_balanced() -> None:
@@ -168,29 +168,39 @@ def test_the_burn_in_is_not_corrected() -> None:
     for index, excess in enumerate((0.0, 100.0)):
         states[index] = train(rule, states[index], steps=19, excess=lambda _, excess=excess: excess)  # type: ignore[misc]
     assert states[0].lr == states[1].lr
-    assert states[0].excess != states[1].excess
+    assert states[0].balance.excess != states[1].balance.excess
 
 
-# --- the average -----------------------------------------------------------------------------------------------------
+# --- the averages ----------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.floats(-10.0, 10.0), st.integers(1, 20)), min_size=1, max_size=30), st.floats(1.0, 16.0))
-def test_a_power_average_weighs_values_by_powers_of_their_steps(seen: list[tuple[float, int]], exponent: float) -> None:
-    average, step, values, steps = PowerAverage(), 0, [], [0]
+@given(st.lists(st.tuples(st.floats(-10.0, 10.0), st.integers(1, 20)), min_size=1, max_size=30), st.integers(0, 50))
+def test_the_averages_weigh_values_by_powers_of_their_steps(seen: list[tuple[float, int]], began: int) -> None:
+    averages, step, values, steps = BalanceAverages(began), 0, [], [0]
     for value, distance in seen:
         step += distance
-        average = average.with_value(value, step, exponent)
+        averages = averages.with_losses(value, -value, began + step)
         values.append(value)
         steps.append(step)
-    weights = [(end / step) ** exponent - (begin / step) ** exponent for begin, end in zip(steps, steps[1:])]  # noqa: B905, RUF007
-    expected = sum(weight * value for weight, value in zip(weights, values, strict=True))
-    assert average.mean == pytest.approx(expected, abs=1e-9)
-    assert average.step == step
+    for mean, exponent in ((averages.earlier, 2.0), (averages.recent, 8.0), (-averages.excess, 8.0)):
+        weights = [(end / step) ** exponent - (begin / step) ** exponent for begin, end in zip(steps, steps[1:])]  # noqa: B905, RUF007
+        expected = sum(weight * value for weight, value in zip(weights, values, strict=True))
+        assert mean == pytest.approx(expected, abs=1e-9)
+    assert (averages.count, averages.step, averages.excess_step) == (step, began + step, began + step)
 
 
-@pytest.mark.parametrize("exponent", [2.0, 8.0])
-def test_of_a_loss_that_falls_like_the_logarithm_it_is_the_value_a_constant_factor_ago(exponent: float) -> None:
-    average = PowerAverage()
-    for step in range(1, 20_001):
-        average = average.with_value(-math.log(step), step, exponent)
-    assert average.mean == pytest.approx(-math.log(20_000) + 1.0 / exponent, abs=1e-3)
+@pytest.mark.parametrize("began", [0, 1000])
+def test_the_gain_is_that_of_a_loss_that_falls_like_the_logarithm(began: int) -> None:
+    averages = BalanceAverages(began)
+    for step in range(began + 1, began + 20_001):
+        averages = averages.with_losses(-0.2 * math.log(step), 0.05, step)
+    assert averages.gain == pytest.approx(0.2, rel=0.05)
+    assert averages.ratio == pytest.approx(0.25, rel=0.05)
+
+
+def test_the_ratio_is_not_known_without_the_excess_loss_at_the_last_step() -> None:
+    known = BalanceAverages().with_losses(2.0, 0.1, 1).with_losses(1.0, 0.1, 2)
+    assert known.ratio > 0.0
+    for unknown in (None, math.nan, math.inf):
+        assert math.isnan(known.with_losses(0.5, unknown, 3).ratio)
+    assert known.with_losses(9.0, 0.1, 3).ratio == math.inf
