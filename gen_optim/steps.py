@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gen_optim.closures.gradients import mark_used
+from gen_optim.closures.gradients import Measure, mark_used
 from gen_optim.closures.interception import postponed_step_hooks
 from gen_optim.closures.losses import Closure, Loss, agree
 from gen_optim.closures.session import ClosureCaller, Session
@@ -140,7 +140,7 @@ class StepContext:
         elif self.trusts_losses and given is not None:
             step_loss.losses[multiple] = whole(given.detach()).clone() if isinstance(given, Tensor) else given
 
-    def call(self, session: Session, closure: Closure, measure: Callable[[], Any] = lambda: None) -> Loss:
+    def call(self, session: Session, closure: Closure, measure: Measure = tuple) -> Loss:
         """Make the first call of a probe step (``session.first``); one that steps the base optimizer is refused."""
         with _refusing_steps(self.base_optim):
             loss = session.first(closure, measure)
@@ -184,13 +184,6 @@ def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: boo
     return StepResult(loss)
 
 
-class _AtEnd(NamedTuple):
-    """What the gradients at the end of the last step tell; None of what is not known."""
-
-    slope: Tensor | None = None
-    excess_loss: Tensor | None = None
-
-
 def look_back_step(
     context: StepContext,
     closure: Closure | None,
@@ -206,9 +199,10 @@ def look_back_step(
     controller = context.controller
     session = context.session(probed)
     is_own = probed.call is closure
+    unknown = (None, None)
 
-    def measure() -> _AtEnd:
-        return _AtEnd(start_point.end_slope(), excess_loss()) if is_own else _AtEnd()
+    def measure() -> tuple[Tensor | None, Tensor | None]:
+        return (start_point.end_slope(), excess_loss()) if is_own else unknown
 
     loss = None if closure is None else context.call(session, closure, measure)
     state = controller.recall_after_closure()
@@ -217,15 +211,15 @@ def look_back_step(
     context.unfinished.add(start_point.leave)
     after, is_reverted = controller.rule.skip(state), False
     try:
-        differentiated, at_end = (session.differentiated() if is_own else None) or ([], _AtEnd())
+        differentiated, (end_slope, above_average) = (session.differentiated() if is_own else None) or ([], unknown)
         with session.probing():
             step_loss = StepLoss(
                 start_point,
                 start_point.lr,
                 session,
                 {1.0: loss if is_own else None},
-                end_slope=at_end.slope,
-                excess_loss=at_end.excess_loss,
+                end_slope=end_slope,
+                excess_loss=above_average,
                 differentiated=differentiated,
                 valid=1.0,
             )

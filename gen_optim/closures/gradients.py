@@ -22,10 +22,14 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from typing_extensions import Self
 
-__all__ = ["GradientOrigin", "GradientWatch", "Source", "mark_used"]
+__all__ = ["GradientOrigin", "GradientWatch", "Measure", "Source", "mark_used"]
 
 _USED = "_gen_used_version"
 """Attribute of a gradient that a step has used: its version then. It is kept on the tensor because ids are recycled."""
+
+
+Measure = Callable[[], tuple[Tensor | None, ...]]
+"""Measures numbers of the present gradients."""
 
 
 class Source(Enum):
@@ -132,17 +136,17 @@ class GradientOrigin:
     Each backward pass adds the scalars that it differentiates. They are unknown if there were gradients before the
     first pass, or if gradients were written to between passes. What is written after the last one, by clipping for
     instance, does not matter: ``measure`` is called at the end of each pass, if the scalars are known. ``measured`` is
-    what it returned last, None if they are unknown. ``adds_to_used`` says whether the first pass has added to gradients
+    what it returned last, () if they are unknown. ``adds_to_used`` says whether the first pass has added to gradients
     that the last step has used.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], measure: Callable[[], Any] = lambda: None) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], measure: Measure = tuple) -> None:
         self._groups, self._measure = groups, measure
         self._scalars: list[Tensor] = []
         self._left: list[tuple[int, int]] | None = None
         self._is_clean = True
         self.saw_backward = self.adds_to_used = False
-        self.measured: Any = None
+        self.measured: tuple[Tensor | None, ...] = ()
 
     def watch(self, run: Callable[[], None], scalars: Callable[[], list[Tensor]]) -> None:
         """Run a backward pass, and note what it differentiates; a ``BackwardHandler``."""
@@ -166,7 +170,7 @@ class GradientOrigin:
 
     def _end_pass(self) -> None:
         self._left = self._gradients()
-        self.measured = self._measure() if self._is_clean else None
+        self.measured = self._measure() if self._is_clean else ()
 
     def _gradients(self) -> list[tuple[int, int]]:
         return [(id(each), _version(each)) for each in _gradients(self._groups)]

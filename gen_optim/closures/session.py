@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gen_optim.closures.buffers import Buffers
-from gen_optim.closures.gradients import GradientOrigin, GradientWatch, Source
+from gen_optim.closures.gradients import GradientOrigin, GradientWatch, Measure, Source
 from gen_optim.closures.interception import BackwardHandler, Interception, repair
 from gen_optim.closures.losses import Closure, Loss, check_loss, rounding_of
 from gen_optim.closures.modules import ParallelModules, owners_of, parameters_of, with_children
@@ -158,7 +158,7 @@ class Session:
         self._origin = GradientOrigin(groups)
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
 
-    def first(self, closure: Closure, measure: Callable[[], Any] = lambda: None) -> Loss:
+    def first(self, closure: Closure, measure: Measure = tuple) -> Loss:
         """Call ``closure`` with gradients enabled; probes will see what this call saw.
 
         As :meth:`ClosureCaller.call`, but backward passes are followed: ``measure`` is called at the end of each,
@@ -233,7 +233,7 @@ class Session:
             "differentiate. Return the tensor itself, neither .item() nor .detach(), or use mode='approximate'."
         )
 
-    def differentiated(self) -> tuple[list[Tensor], Any] | None:
+    def differentiated(self) -> tuple[list[Tensor], tuple[Tensor | None, ...]] | None:
         """Return scalars that the first call has differentiated, and what was measured of the gradients of their sum.
 
         None if it is unknown what was differentiated.

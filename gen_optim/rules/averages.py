@@ -152,8 +152,8 @@ class BalanceAverages:
     """Averages of losses at the end of steps, and of what they are above the losses at averaged weights.
 
     They are power-law averages, about the mean over the last part of the steps so far, whatever their number: with the
-    exponent p the value of the s-th of t steps weighs as s^(p − 1). The mean of ln(s / t) is then −1 / p, so that a loss
-    that falls like −ln s has the average that it had at t · e^(−1/p).
+    exponent p the value of the s-th of t steps weighs as s^(p − 1). The mean of ln(s / t) is then −1 / p, so that the
+    average of a loss that falls like −ln s is the loss at t · e^(−1/p).
 
     ``earlier`` is over about the last half of the steps, ``recent`` and ``excess`` are over the last eighth. ``step``
     is that of the last loss, ``excess_step`` that of the last excess loss. Steps are counted from ``began`` on.
@@ -181,7 +181,7 @@ class BalanceAverages:
 
     def _average(self, mean: float, value: float, last: int, step: int, exponent: float) -> float:
         known = (last - self.began) / (step - self.began) if last else 0.0
-        return mean + (1.0 - known**exponent) * (value - mean)
+        return mean + (1.0 - math.pow(known, exponent)) * (value - mean)
 
     @property
     def count(self) -> int:

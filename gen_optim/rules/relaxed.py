@@ -79,8 +79,8 @@ class RelaxedState(RuleState):
     ``loss`` averages the losses at the start of probe steps, and ``loss_initial`` is that where training began.
     ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
     largest learning rate of a step, with its factor, that training was seen to bear. ``factor`` is the scheduler's at
-    the last parabola, ``factor_last`` in the last step. ``loss_end`` is the last loss at the end of a step in the burn-in,
-    and ``repeats`` counts steps in a row on the batch of the step before.
+    the last parabola, ``factor_last`` in the last step. ``loss_end`` is the last loss at the end of a step in the
+    burn-in, and ``repeats`` counts steps in a row on the batch of the step before.
     """
 
     started: bool = False

@@ -372,8 +372,8 @@ def test_gradients_zeroed_in_place_are_those_of_nobody_knows_what(away: Trained,
     assert differentiated_by(away, closure) == ([3.0] if set_to_none else None)
 
 
-def summed_gradient(trained: Trained) -> Tensor:
-    return trained.gradient.sum()
+def summed_gradient(trained: Trained) -> tuple[Tensor]:
+    return (trained.gradient.sum(),)
 
 
 def test_gradients_are_measured_before_they_are_written(away: Trained) -> None:
@@ -397,7 +397,7 @@ def test_gradients_are_measured_before_they_are_written(away: Trained) -> None:
         session = session_of(closure, [away.weight])
         session.first(closure, functools.partial(summed_gradient, away))
         [scalar], measured = session.differentiated() or ([], None)
-        assert (scalar, measured) == (3.0, FRESH.sum()), closure.__name__
+        assert (scalar, measured) == (3.0, (FRESH.sum(),)), closure.__name__
 
 
 def test_gradients_of_several_passes_are_measured_together(away: Trained) -> None:
@@ -410,7 +410,7 @@ def test_gradients_of_several_passes_are_measured_together(away: Trained) -> Non
     session = session_of(closure, [away.weight])
     session.first(closure, functools.partial(summed_gradient, away))
     _, measured = session.differentiated() or ([], None)
-    assert measured == 2.0 * FRESH.sum()
+    assert measured == (2.0 * FRESH.sum(),)
 
 
 def test_nothing_is_known_of_gradients_that_were_written_in_between(away: Trained) -> None:

@@ -35,9 +35,7 @@ def train(
             continue
         loss = 10.0 - gain * math.log(state.step + 1)
         found, above = NOISE[state.probes % 2], excess(state)
-        state = rule.decide(
-            state, found, loss_start=loss - 1e-3, loss_end=loss, excess_loss=above, factor=factor
-        ).state
+        state = rule.decide(state, found, loss_start=loss - 1e-3, loss_end=loss, excess_loss=above, factor=factor).state
     return state
 
 
