@@ -341,7 +341,9 @@ class GeNOptimizer(OptimizerWrapper):
         if (searches := rule.needs_search(state)) or not self.mode.looks_back:
             return look_ahead_step(self._context, closure, probed, searches=searches)
         if (start_point := self._pending_start_point()) is not None:
-            return look_back_step(self._context, closure, probed, start_point, self._excess_loss)
+            is_compared = self._is_averaging and self._averages.updates > 0 and rule.needs_excess_loss(state)
+            averages = self._averages if is_compared else None
+            return look_back_step(self._context, closure, probed, start_point, averages)
         return lazy_step(self._context, closure)
 
     def _set_up_state(self) -> None:
@@ -426,10 +428,6 @@ class GeNOptimizer(OptimizerWrapper):
         """
         if self._is_averaging:
             self._averages.write()
-
-    def _excess_loss(self) -> Tensor | None:
-        """How far the loss is above that at averaged weights, if there are any; called while gradients are there."""
-        return self._averages.excess_loss() if self._is_averaging else None
 
     @property
     def _is_averaging(self) -> bool:

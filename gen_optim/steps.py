@@ -8,7 +8,7 @@ exception included, the step is finished: the base optimizer's moments have adva
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, compress
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gen_optim.averaging import AveragedWeights
 from gen_optim.closures.gradients import Measure, mark_used
 from gen_optim.closures.interception import postponed_step_hooks
 from gen_optim.closures.losses import Closure, Loss, agree
@@ -189,12 +190,12 @@ def look_back_step(
     closure: Closure | None,
     probed: Probed,
     start_point: StartPoint,
-    excess_loss: Callable[[], Tensor | None] = lambda: None,
+    averages: AveragedWeights | None = None,
 ) -> StepResult:
     """Measure the loss along the last step on the new batch, decide, and let the base optimizer step.
 
     ``closure`` evaluates the loss, with gradients, where the last step ended; None if the caller has done that.
-    ``excess_loss`` estimates from these gradients how far the loss there is above that at averaged weights.
+    ``averages`` are given if the rule asks how far the loss there is above that at averaged weights.
     """
     controller = context.controller
     session = context.session(probed)
@@ -202,7 +203,9 @@ def look_back_step(
     unknown = (None, None)
 
     def measure() -> tuple[Tensor | None, Tensor | None]:
-        return (start_point.end_slope(), excess_loss()) if is_own else unknown
+        if not is_own:
+            return unknown
+        return start_point.end_slope(), None if averages is None else averages.excess_loss()
 
     loss = None if closure is None else context.call(session, closure, measure)
     state = controller.recall_after_closure()
@@ -221,6 +224,8 @@ def look_back_step(
                 end_slope=end_slope,
                 excess_loss=above_average,
                 differentiated=differentiated,
+                # Gradients that are differentiated once more refuse parameters that have been written to.
+                averaged=None if averages is None or start_point.is_quiet else averages.swapped,
                 valid=1.0,
             )
             if closure is None:

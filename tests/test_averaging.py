@@ -914,12 +914,84 @@ def test_the_excess_loss_is_that_of_the_gradient_at_the_end_of_the_last_step(ave
         record = optimizer.last_probe
         if record is None or record.step != step or record.loss_end is None:
             continue
-        if not average or step < 5:
+        if not average or step < 25:
             assert record.excess_loss is None
         else:
             assert record.excess_loss == pytest.approx(sum(expected), rel=1e-4, abs=1e-6)
     state: Any = optimizer._context.controller.state
     assert (state.balance.excess_step > 0) is average
+
+
+@pytest.mark.parametrize("clips", [True, False])
+@pytest.mark.parametrize("average", [True, False])
+def test_in_a_loop_that_calls_backward_the_excess_loss_is_that_over_the_average(average: bool, clips: bool) -> None:
+    torch.manual_seed(0)
+    data = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.2), nn.Linear(16, 1))
+    optimizer = GeNOptimizer(AdamW(model.parameters()), average=average)
+    compared = 0
+    for step in range(1, 100):
+        inputs, targets = torch.randn(8, 4, generator=data), torch.randn(8, 1, generator=data)
+
+        def probe() -> Tensor:
+            torch.manual_seed(7)
+            return mse_loss(model(inputs), targets)  # noqa: B023
+
+        optimizer.zero_grad()
+        probe().backward()
+        if clips:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        with torch.no_grad():
+            loss = probe().item()
+            with optimizer.averaged():
+                excess = loss - probe().item()
+        before = [optimizer.state[each].get("gen_average") for each in model.parameters()]
+        before = [each if each is None else each.clone() for each in before]
+        optimizer.step(probe=probe)
+        record = optimizer.last_probe
+        if record is None or record.step != step or record.loss_end is None:
+            continue
+        if not average or step < 25:
+            assert record.excess_loss is None
+            continue
+        assert record.excess_loss == pytest.approx(excess, rel=1e-4, abs=1e-6)
+        compared += 1
+        if step % 4:  # no update of the average
+            assert all(map(torch.equal, before, (optimizer.state[each]["gen_average"] for each in model.parameters())))
+    assert compared > 20 if average else compared == 0
+
+
+def test_an_interrupt_at_the_average_leaves_parameters_and_average_in_place() -> None:
+    model = mlp()
+    optimizer = GeNOptimizer(AdamW(model.parameters()))
+    torch.manual_seed(0)
+
+    def train(steps: int, interrupted: bool = False) -> None:
+        for _ in range(steps):
+            inputs, targets = torch.randn(8, 4), torch.randn(8, 1)
+
+            def probe() -> Tensor:
+                if interrupted and optimizer._averages.is_swapped:
+                    raise KeyboardInterrupt
+                return mse_loss(model(inputs), targets)  # noqa: B023
+
+            optimizer.zero_grad()
+            probe().backward()
+            kept = parameters_of(model)
+            try:
+                optimizer.step(probe=probe)
+            except KeyboardInterrupt:
+                assert not optimizer._averages.is_swapped
+                assert not same(parameters_of(model), kept), "the step is finished"
+                assert optimizer._averages.excess_loss() is not None
+                return
+        assert not interrupted, "no probe has been at the average"
+
+    train(30)
+    train(20, interrupted=True)
+    train(20)
+    assert optimizer.last_probe is not None
+    assert optimizer.last_probe.excess_loss is not None
 
 
 def test_a_step_and_a_checkpoint_inside_the_block_are_refused() -> None:

@@ -8,7 +8,7 @@ unbiased, because the batch is not the one that the step was computed from, and 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from gen_optim.closures.losses import Loss, agree
 from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
@@ -23,7 +23,8 @@ class LookBack(Mode):
 
     If the closure's backward pass is that of the loss, the slope comes from its gradients, before anything clips them,
     and one forward pass at the start is enough. If it is not, or if that is not known (the pass is that of a scaled or
-    penalised loss, or the caller has computed the gradients), the loss is evaluated in the middle of the step, too.
+    penalised loss, or the caller has computed the gradients), the loss is evaluated in the middle of the step, too, and
+    at averaged weights if there are some and the rule asks for the excess loss.
 
     Args:
         tolerance: As in :class:`~gen_optim.Mode`.
@@ -41,33 +42,33 @@ class LookBack(Mode):
         end, start = loss.evaluate(1.0), loss.evaluate(0.0)
         differentiated = sum(each.detach().to(summing_dtype(each.device)) for each in loss.differentiated)
         # Evaluated before the reading if no other rank has a say, so that there is only one reading.
-        middle = loss.evaluate(0.5) if loss.is_alone and not is_known else None
+        is_complete = loss.is_alone and not is_known
+        others: list[Any] = [loss.evaluate(0.5), loss.evaluate_averaged()] if is_complete else [math.nan, math.nan]
         # One reading decides for all ranks: the slope must be known on each.
-        excess = math.nan if loss.excess_loss is None else loss.excess_loss
-        (loss_start, loss_end, end_slope, excess_loss, of_gradients, loss_middle), (known, rounding) = loss.read(
-            [start, end, _or_zero(loss.end_slope), excess, differentiated, _or_zero(middle)],
+        (loss_start, loss_end, end_slope, excess_loss, of_gradients, *others), (known, rounding) = loss.read(
+            [start, end, _or_nan(loss.end_slope), _or_nan(loss.excess_loss), differentiated, *others],
             [float(is_known), loss.session.rounding([start, end])],
         )
         learning_rates: tuple[float, ...] = (0.0, loss.lr)
         losses: tuple[float, ...] = (loss_start, loss_end)
-        belongs = agree(of_gradients, loss_end, rounding)  # the gradients belong to the loss
         if not (math.isfinite(loss_start) and math.isfinite(loss_end)):
             parabola = Parabola(math.nan, math.nan, math.nan)
-        elif known == 1.0 and math.isfinite(end_slope) and belongs:
+        elif known == 1.0 and math.isfinite(end_slope) and agree(of_gradients, loss_end, rounding):
             parabola = parabola_from_end(loss.lr, loss_start, loss_end, end_slope, rounding=rounding)
-        else:
-            if middle is None:
-                [loss_middle], _ = loss.read([loss.evaluate(0.5)])
+        else:  # the gradients do not belong to the loss
+            if not is_complete:
+                others, _ = loss.read([loss.evaluate(0.5), loss.evaluate_averaged()])
+            loss_middle, loss_averaged = others
             learning_rates, losses = (0.0, 0.5 * loss.lr, loss.lr), (loss_start, loss_middle, loss_end)
             parabola = fit_parabola(learning_rates, losses, rounding=rounding)
-        is_excess_known = belongs and math.isfinite(excess_loss)
+            excess_loss = loss_end - loss_averaged
         return Measurement(
-            learning_rates, losses, parabola, loss_start, loss_end, excess_loss if is_excess_known else None
+            learning_rates, losses, parabola, loss_start, loss_end, excess_loss if math.isfinite(excess_loss) else None
         )
 
 
-def _or_zero(number: Loss | None) -> Loss:
-    return 0.0 if number is None else number
+def _or_nan(number: Loss | None) -> Loss:
+    return math.nan if number is None else number
 
 
 def parabola_from_end(lr: float, start: float, end: float, slope_at_end: float, *, rounding: float = 0.0) -> Parabola:

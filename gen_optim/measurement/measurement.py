@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
@@ -33,8 +33,8 @@ class StepLoss:
     A mode evaluates it where it likes, at most once per point. Losses stay on their device until :meth:`read` averages
     them over the processes that train the model together and turns them into numbers to be minimised.
 
-    The argument ``losses`` has what is known already, None being ignored; ``valid`` is the multiple at which the first
-    call of the step has succeeded.
+    The argument ``losses`` has what is known already, None being ignored. ``averaged`` puts averaged weights into the
+    model, None if no average is kept. ``valid`` is the multiple at which the first call of the step has succeeded.
 
     Attributes:
         path: The step.
@@ -59,6 +59,7 @@ class StepLoss:
         end_slope: Loss | None = None,
         excess_loss: Loss | None = None,
         differentiated: Sequence[Tensor] = (),
+        averaged: Callable[[], AbstractContextManager[None]] | None = None,
         valid: float = 0.0,
     ) -> None:
         self.path = path
@@ -69,6 +70,7 @@ class StepLoss:
         self.excess_loss = excess_loss
         self.differentiated = differentiated
         self.failure: Exception | None = None
+        self._averaged = averaged
         self._valid = valid
         self._is_validated = False
 
@@ -93,13 +95,21 @@ class StepLoss:
 
     def _evaluate(self, multiple: float) -> Loss:
         self.path.write(multiple)
-        if multiple == self._valid:
-            return self.session.probe()
+        return self.session.probe() if multiple == self._valid else self._probe()
+
+    def _probe(self) -> Loss:
         try:
             return self.session.probe(keeps_failure=False)
         except Exception as failure:  # noqa: BLE001 - raised by read() if it is not the point's
             self.failure = self.failure or failure
             return self.session.worst
+
+    def evaluate_averaged(self) -> Loss:
+        """The loss at averaged weights, one forward pass; NaN if no average is kept. Exceptions count as above."""
+        if self._averaged is None:
+            return math.nan
+        with self._averaged():
+            return self._probe()
 
     def evaluate_with_graph(self, multiple: float) -> Tensor:
         """The loss at a multiple of the step as a tensor that can be differentiated twice.

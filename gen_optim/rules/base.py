@@ -114,6 +114,10 @@ class Rule(ABC):
         """Whether the next probe step searches for an initial learning rate instead of fitting a parabola."""
         return False
 
+    def needs_excess_loss(self, state: Any) -> bool:
+        """Whether the next :meth:`decide` makes use of ``excess_loss``. It may cost a forward pass."""
+        return False
+
     def before_step(self, state: Any, factor: float) -> RuleState:
         """The state for a step under the scheduler's ``factor``; called before each step while there is a scheduler."""
         unchanged: RuleState = state

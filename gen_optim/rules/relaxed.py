@@ -176,6 +176,10 @@ class RelaxedRule(Rule):
         """Whether the next probe step searches for an initial learning rate: until one was found."""
         return not state.started
 
+    def needs_excess_loss(self, state: RelaxedState) -> bool:
+        """Whether the next decision makes use of the excess loss: when the first steps are over, if there is noise."""
+        return state.started and state.step + 1 >= self._transient and state.repeats < _REPEATS
+
     def before_step(self, state: RelaxedState, factor: float) -> RelaxedState:
         """The state for a step under the scheduler's ``factor``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from gen_optim.tensors.scalars import to_floats
 
 class RecordedSession:
     """Stands in for ``Session``: evaluates a function, and records readings."""
+
+    worst = math.inf
 
     def __init__(
         self,

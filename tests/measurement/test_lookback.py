@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -46,19 +48,34 @@ def test_noise_of_the_parabola_is_what_rounding_of_its_losses_can_do(
 # --- the measurement -------------------------------------------------------------------------------------------------
 
 
-def measured(*, end: Any = None, ranks: Any = None, **known: Any) -> tuple[Measurement, list[float], list[int]]:
+def measured(
+    *, end: Any = None, ranks: Any = None, average: float | None = None, **known: Any
+) -> tuple[Measurement, list[float], list[int]]:
     """A look back at a step from 0 to 2 along x² − x, in one dimension: where it was evaluated, and what was read."""
     parameter, evaluated = torch.zeros((), dtype=torch.float64), []
+
+    @contextmanager
+    def averaged() -> Iterator[None]:
+        present = parameter.clone()
+        parameter.fill_(average or 0.0)
+        yield
+        parameter.copy_(present)
+
     start_point = StartPoint([parameter], lr=0.5)
     parameter.fill_(2.0)
 
     def call() -> Tensor:
         evaluated.append(parameter.item())
+        if not math.isfinite(evaluated[-1]):
+            raise ArithmeticError("too far")
         return parameter**2 - parameter
 
     session: Any = RecordedSession(call, tolerance=1.0, ranks=ranks)
     session.rounding = lambda losses: 1e-15
-    found = LookBack().measure(StepLoss(start_point, 0.5, session, {1.0: end}, **known))
+    step_loss = StepLoss(
+        start_point, 0.5, session, {1.0: end}, averaged=None if average is None else averaged, valid=1.0, **known
+    )
+    found = LookBack().measure(step_loss)
     return found, evaluated, session.reads
 
 
@@ -93,12 +110,28 @@ def test_if_gradients_are_not_known_to_be_the_losss_the_middle_says_the_same(opt
 
 def test_the_excess_loss_is_measured_if_the_gradients_are_those_of_the_loss() -> None:
     known: dict[str, Any] = {"end": 2.0, "end_slope": torch.tensor(6.0), "excess_loss": torch.tensor(0.25)}
-    assert measured(**known, differentiated=[torch.tensor(2.0)])[0].excess_loss == 0.25
+    found, evaluated, _ = measured(**known, differentiated=[torch.tensor(2.0)], average=0.5)
+    assert (found.excess_loss, evaluated) == (0.25, [0.0])
     assert measured(**known, differentiated=[torch.tensor(2.5)])[0].excess_loss is None
     known["excess_loss"] = None
     assert measured(**known, differentiated=[torch.tensor(2.0)])[0].excess_loss is None
     known["excess_loss"] = torch.tensor(math.nan)
     assert measured(**known, differentiated=[torch.tensor(2.0)])[0].excess_loss is None
+
+
+@pytest.mark.parametrize("options", [{}, {"end": 2.0, "differentiated": [torch.tensor(2.5)]}])
+def test_if_they_are_not_the_loss_is_evaluated_at_the_average(options: dict[str, Any]) -> None:
+    found, evaluated, _ = measured(**options, average=0.5)
+    assert evaluated == ([2.0] if "end" not in options else []) + [0.0, 1.0, 0.5]
+    assert found.excess_loss == 2.0 + 0.25
+    assert found.learning_rates == (0.0, 0.25, 0.5)
+
+
+def test_an_average_at_which_the_closure_raises_is_not_compared_with() -> None:
+    found, evaluated, _ = measured(average=math.inf)
+    assert found.excess_loss is None
+    assert found.parabola.curvature == pytest.approx(8.0 / 0.25)
+    assert evaluated == [2.0, 0.0, 1.0, math.inf, 2.0], "the end is evaluated again: it is not the closure's fault"
 
 
 class Two:
