@@ -196,7 +196,12 @@ class BalanceAverages:
 
     @property
     def ratio(self) -> float:
-        """The excess loss over the gain; infinite without a gain, NaN if no excess loss is known at the last step."""
+        """The excess loss over the gain; NaN if no excess loss is known at the last step.
+
+        It is 0 if the average is no better than the present weights, and else infinite without a gain.
+        """
         if self.excess_step != self.step:
             return math.nan
+        if self.excess <= 0.0:
+            return 0.0
         return self.excess / self.gain if self.gain > 0.0 else math.inf
