@@ -54,7 +54,10 @@ MECHANISMS = {
         Mechanism("balance, smaller", "0.15 instead of 0.3", {"balance": 0.15}),
         Mechanism("balance, larger", "0.6 instead of 0.3", {"balance": 0.6}),
         Mechanism(
-            "speed of the balance", "at most t^(±1) instead of t^(±1/2)", constants={(_RELAXED, "_STEEPEST"): 1.0}
+            "fall of the balance", "at most t^(−1) instead of t^(−1/2)", constants={(_RELAXED, "_STEEPEST_FALL"): 1.0}
+        ),
+        Mechanism(
+            "growth of the balance", "at most t^(1/2) instead of t", constants={(_RELAXED, "_STEEPEST_GROWTH"): 0.5}
         ),
         Mechanism("one batch", "is balanced too", constants={(_RELAXED, "_REPEATS"): _NEVER}),
         Mechanism("annealing", "none: on one batch it is held", {"annealing": 0.0}),
@@ -62,9 +65,7 @@ MECHANISMS = {
         Mechanism("certainty", "no growth at every step, smaller falls", constants={(_RELAXED, "_CERTAIN"): 1.0}),
         Mechanism("contradiction", "none", constants={(_SAFEGUARDS, "_CONTRADICTED"): _NEVER}),
         Mechanism("care near instability", "none", constants={(_RELAXED, "_NEAR"): _NEVER}),
-        Mechanism("risen loss", "no fall if the mean loss has risen", constants={(_RELAXED, "_RISEN"): _NEVER}),
         Mechanism("divergence", "no step is reverted", constants={(_SAFEGUARDS, "_DIVERGING"): _NEVER}),
-        Mechanism("explosion", "no cut after an exploded loss", constants={(_SAFEGUARDS, "_EXPLOSION"): _NEVER}),
         Mechanism("size of the cuts", "by 4 instead of 2", {"max_change": 4.0}),
         Mechanism("cap of a parabola", "none", constants={(_AVERAGES, "_MOST_CHANGES"): _NEVER}),
         Mechanism("faster average of changes", "none", constants={(_AVERAGES, "_CHANGE_WEIGHT"): 0.0}),

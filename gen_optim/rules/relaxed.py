@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from gen_optim.rules.averages import BalanceAverages, LossAverages, ParabolaAverages
+from gen_optim.rules.averages import BalanceAverages, ParabolaAverages
 from gen_optim.rules.base import Rule
 from gen_optim.rules.initial_search import InitialSearch
 from gen_optim.rules.parabola import Parabola
@@ -43,15 +43,11 @@ _CERTAIN = 0.9
 """Signal fraction from which on growth is careful but happens at every step: only the time in which instability shows
 limits it. A single parabola is certain too: if it contradicts the averages, the fall is that of the burn-in."""
 
-_RISEN = 1.0
-"""The learning rate falls if the mean loss is above its lowest value by this many mean absolute deviations of the
-losses, twice that after the burn-in. A mean of them varies by about a third of one."""
-
 _SHARE = 0.125
 """Share of all steps over which losses must be averaged for a gain."""
 
-_STEEPEST = 0.5
-"""Largest exponent with which the learning rate falls or grows like a power of the steps, to be corrected."""
+_STEEPEST_FALL, _STEEPEST_GROWTH = 0.5, 1.0
+"""Largest exponents with which the learning rate falls or grows like a power of the steps, to be corrected."""
 
 _REPEATS = 5
 """How many steps in a row on the batch of the step before show that there is one batch only, and no noise."""
@@ -62,7 +58,6 @@ _STATUSES = {0.0: ProbeStatus.NO_MINIMUM, math.inf: ProbeStatus.CONCAVE}
 _URGENT = frozenset(
     {
         ProbeStatus.START_FAILED,
-        ProbeStatus.EXPLODED,
         ProbeStatus.NON_FINITE_PROBE,
         ProbeStatus.REVERTED,
         ProbeStatus.GROWING,
@@ -76,16 +71,15 @@ _URGENT = frozenset(
 class RelaxedState(RuleState):
     """What the relaxed rule remembers.
 
-    ``loss`` averages the losses at the start of probe steps, and ``loss_initial`` is that where training began.
-    ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
-    largest learning rate of a step, with its factor, that training was seen to bear. ``factor`` is the scheduler's at
-    the last parabola, ``factor_last`` in the last step. ``loss_end`` is the last loss at the end of a step in the
-    burn-in, and ``repeats`` counts steps in a row on the batch of the step before.
+    ``loss_initial`` is the loss where training began. ``lr_unstable`` is the learning rate at which training was last
+    unstable; 0 if it never was. ``lr_borne`` is the largest learning rate of a step, with its factor, that training was
+    seen to bear. ``factor`` is the scheduler's at the last parabola, ``factor_last`` in the last step. ``loss_end`` is
+    the last loss at the end of a step in the burn-in, and ``repeats`` counts steps in a row on the batch of the step
+    before.
     """
 
     started: bool = False
     loss_initial: float = 0.0
-    loss: LossAverages = field(default_factory=LossAverages)
     parabola: ParabolaAverages = field(default_factory=ParabolaAverages)
     lr_unstable: float = 0.0
     lr_initial: float = 0.0
@@ -122,10 +116,9 @@ class RelaxedRule(Rule):
       there it grows by 2 %.
     - **No noise.** If there is next to no noise, it grows by 2 % at every step, to what slopes call for in spite of a
       scheduler, falls by up to 20 % where it is unstable, and by 5 % if a step no longer descends.
-    - **Rise.** If the mean loss has risen far above its lowest value, the learning rate falls.
     - **Safeguards** (:mod:`gen_optim.rules.safeguards`). A step that raised the loss far above its start, on the same
-      batch, is reverted. After that, after a loss that exploded, and after a probe that is not finite, the learning
-      rate is cut by ``max_change``. A parabola that is no more than rounding changes nothing.
+      batch, is reverted. After that, and after a probe that is not finite, the learning rate is cut by
+      ``max_change``. A parabola that is no more than rounding changes nothing.
 
     Args:
         period: Mean number of steps from one probe step to the next, after the burn-in.
@@ -200,7 +193,6 @@ class RelaxedRule(Rule):
         return replace(
             state,
             lr=lr,
-            loss=LossAverages(),
             parabola=ParabolaAverages(),
             factor=1.0,
             lr_unstable=0.0,
@@ -228,18 +220,12 @@ class RelaxedRule(Rule):
             factor = min(factor, state.factor_last)
 
         fired = first_safeguard(
-            found,
-            state.parabola,
-            state.loss,
-            loss_start=loss_start,
-            loss_end=loss_end,
-            loss_initial=state.loss_initial,
-            smoothing=self.smoothing,
+            found, state.parabola, loss_start=loss_start, loss_end=loss_end, loss_initial=state.loss_initial
         )
         if fired is ProbeStatus.BELOW_NOISE:
-            return self._below_noise(state, found, loss_start, factor, is_taken=loss_end is not None)
+            return self._below_noise(state, found, factor, is_taken=loss_end is not None)
         if fired is not None:
-            return self._cut(state, loss_start, fired)
+            return self._cut(state, fired)
 
         state = self._with_losses(state, loss_start, loss_end, excess_loss)
         rise = 0.0 if loss_end is None else abs(loss_end - loss_start)
@@ -250,7 +236,7 @@ class RelaxedRule(Rule):
             state = replace(state, lr_unstable=state.lr, lr_borne=min(state.lr_borne, lr * factor))
         else:
             state = replace(state, lr_borne=max(state.lr_borne, taken))
-        return self._decided(replace(state, factor=factor), lr, loss_start, status)
+        return self._decided(replace(state, factor=factor), lr, status)
 
     def _next_lr(self, state: RelaxedState, last: Parabola, factor: float) -> tuple[float, ProbeStatus]:
         """The learning rate that the averages and the last parabola in them call for, and why."""
@@ -261,11 +247,7 @@ class RelaxedRule(Rule):
         target = _target(2.0 - signal, parabolas.slope, parabolas.curvature)
         status = _STATUSES.get(target, ProbeStatus.FITTED)
         if state.probes < self.burn_in:
-            if state.loss.has_risen(_RISEN, self.smoothing):
-                target = 0.0
             return lr * min(max(target / taken, _FALL), _GROWTH), status
-        if state.loss.has_risen(2.0 * _RISEN, self.smoothing):
-            return lr * _LATER_FALL, status
         annealing = self._annealing(state.step, state.step + self.period, factor)
         correction = self._correction(state, factor)
         in_noise = lr * (annealing if correction is None else correction)
@@ -313,7 +295,7 @@ class RelaxedRule(Rule):
             return None
         # A scheduler's factor lowers the excess loss, and not what the learning rate found is worth.
         ratio = averages.ratio / (self.balance * factor)
-        exponent = min(max(math.log(ratio) if ratio > 0.0 else -math.inf, -_STEEPEST), _STEEPEST)
+        exponent = min(max(math.log(ratio) if ratio > 0.0 else -math.inf, -_STEEPEST_GROWTH), _STEEPEST_FALL)
         return min(math.pow(state.step / (state.step + self.period), exponent), _GROWTH)
 
     def _with_losses(
@@ -338,25 +320,23 @@ class RelaxedRule(Rule):
     def _start(self, state: RelaxedState, search: InitialSearch, loss: float) -> Decision:
         """Begin training at a fraction of the learning rate that the search found, if it found one."""
         if search.lr is None:
-            return self._decided(state, state.lr, loss, ProbeStatus.START_FAILED)
+            return self._decided(state, state.lr, ProbeStatus.START_FAILED)
         lr = self.start_fraction * search.lr
         state = replace(state, started=True, loss_initial=loss, lr_initial=lr)
-        return self._decided(state, lr, loss, ProbeStatus.STARTED)
+        return self._decided(state, lr, ProbeStatus.STARTED)
 
-    def _below_noise(
-        self, state: RelaxedState, parabola: Parabola, loss: float, factor: float, *, is_taken: bool
-    ) -> Decision:
+    def _below_noise(self, state: RelaxedState, parabola: Parabola, factor: float, *, is_taken: bool) -> Decision:
         """Keep the learning rate, or grow it if the gradient at the end of the step still descends.
 
         If the step is taken already, the slope at its end comes from the gradient, without the rounding of losses.
         """
         end_slope = parabola.slope - parabola.curvature * state.lr * factor
         if not (is_taken and end_slope > 0.0):
-            return self._decided(state, state.lr, loss, ProbeStatus.BELOW_NOISE)
+            return self._decided(state, state.lr, ProbeStatus.BELOW_NOISE)
         growth = _GROWTH if state.probes < self.burn_in else _LATER_GROWTH
-        return self._decided(state, state.lr * growth, loss, ProbeStatus.CONCAVE)
+        return self._decided(state, state.lr * growth, ProbeStatus.CONCAVE)
 
-    def _cut(self, state: RelaxedState, loss: float, status: ProbeStatus) -> Decision:
+    def _cut(self, state: RelaxedState, status: ProbeStatus) -> Decision:
         """Cut the learning rate, and the mean slope so that the averages do not call for the old one at once."""
         lr = state.lr / self.max_change
         slope = max(state.parabola.curvature, 0.0) * lr / self.relaxation
@@ -366,11 +346,10 @@ class RelaxedRule(Rule):
             lr_unstable=state.lr,
             lr_borne=min(state.lr_borne, lr * state.factor_last),
         )
-        return self._decided(state, lr, loss, status)
+        return self._decided(state, lr, status)
 
-    def _decided(self, state: RelaxedState, lr: float, loss: float, status: ProbeStatus) -> Decision:
-        """The decision for a learning rate, with the loss at the start of the step averaged."""
-        state = replace(state, loss=state.loss.with_loss(loss, self.smoothing))
+    def _decided(self, state: RelaxedState, lr: float, status: ProbeStatus) -> Decision:
+        """The decision for a learning rate, and when to probe next."""
         is_urgent = status in _URGENT or state.probes + 1 < self.burn_in
         return Decision(self.after_probe(state, lr, steps_to_next=1 if is_urgent else None), status)
 

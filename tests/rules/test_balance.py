@@ -72,9 +72,9 @@ def change(rule: RelaxedRule, *, excess: float, gain: float = 0.1) -> float:
 
 
 @pytest.mark.parametrize(("excess", "gain"), [(0.0, 0.1), (-1.0, 0.1), (-1.0, 0.0), (-1.0, -0.1)])
-def test_if_the_average_is_no_better_it_grows_like_the_square_root_of_the_steps(excess: float, gain: float) -> None:
+def test_if_the_average_is_no_better_it_grows_like_the_steps(excess: float, gain: float) -> None:
     """Of a gain that noise hides, as on a plateau, too."""
-    assert change(RelaxedRule(), excess=excess, gain=gain) == pytest.approx(51**0.5, rel=0.1)
+    assert change(RelaxedRule(), excess=excess, gain=gain) == pytest.approx(51, rel=0.1)
 
 
 @pytest.mark.parametrize("gain", [0.0, -0.1])
@@ -157,7 +157,7 @@ def test_on_one_batch_there_is_no_noise_to_balance() -> None:
     for state, is_balanced in ((one_batch(), False), (one_batch(10), False), (one_batch(48), True)):
         before = train(rule, replace(state, lr=1.0), steps=200, excess=lambda _: 1.0)
         after = train(rule, before, steps=2000, excess=lambda _: 1.0)
-        power = relaxed._STEEPEST if is_balanced else rule.annealing
+        power = relaxed._STEEPEST_FALL if is_balanced else rule.annealing
         assert after.lr / before.lr == pytest.approx((before.step / after.step) ** power, rel=0.05)
 
 
