@@ -191,7 +191,6 @@ def test_learning_rate_stays_within_its_limits() -> None:
     assert rule.decide(BURNING_IN, Parabola(1.0, 100.0, 1.0), loss_start=1.0).state.lr == 1.01
     assert rule.decide(BURNING_IN, Parabola(1.0, 0.001, 1.0), loss_start=1.0).state.lr == 0.99
     assert rule.decide(STARTED_LONG_AGO, NOT_FINITE, loss_start=1.0).state.lr == 0.99
-    assert rule.decide(replace(STARTED_LONG_AGO, loss_initial=1.0), CONVEX, loss_start=100.0).state.lr == 0.99
     assert rule.decide(RelaxedState(lr=1.0), InitialSearch(1e6, (), ()), loss_start=1.0).state.lr == 1.01
     assert rule.decide(RelaxedState(lr=1.0), InitialSearch(1e-6, (), ()), loss_start=1.0).state.lr == 0.99
 
