@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 
+from gen_optim import GeNOptimizer, History
 from gen_optim.averaging import AveragedWeights
 from tests.rank_jobs import WRAPS, data_of, numbers_of, whole
 from tests.training import mlp
@@ -67,6 +68,24 @@ def train(kind: str) -> dict[str, Any]:
     types = {type(each) for each in run.averages()}
     assert types == ({Tensor} if kind in ("plain", "ddp") else {DTensor}), types
     return {"loss": inside, "averaged": averaged, "parameters": numbers_of(run.model)}
+
+
+def compare(kind: str) -> dict[str, Any]:
+    """A loop that calls ``backward()`` itself, whose probe steps evaluate the loss at the averaged weights."""
+    model: nn.Module = WRAPS[kind](mlp(dtype=torch.float64))
+    optimizer, history = GeNOptimizer(torch.optim.AdamW(model.parameters())), History()
+    optimizer.register_probe_hook(history)
+    inputs, targets = data_of(kind)
+    for step in range(40):
+        wave = torch.sin(step * inputs.sum(-1, keepdim=True))
+
+        def probe() -> Tensor:
+            return mse_loss(model(inputs), targets + 0.3 * wave)  # noqa: B023
+
+        optimizer.zero_grad()
+        probe().backward()
+        optimizer.step(probe=probe)
+    return {"excess": [each.excess_loss for each in history][-10:], "parameters": numbers_of(model)}
 
 
 def resume(kind: str, make: str, folder: str, flatten: bool, full: bool) -> None:

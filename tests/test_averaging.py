@@ -804,6 +804,16 @@ def test_ranks_average_as_one_process(pool: Pool, kind: str) -> None:
     assert mean == pytest.approx(alone["loss"], rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
+def test_ranks_compare_with_the_average_as_one_process(pool: Pool, kind: str) -> None:
+    alone = averaging_jobs.compare("plain")
+    assert all(alone["excess"])
+    for rank in pool.run(averaging_jobs.compare, kind):
+        assert rank["excess"] == pytest.approx(alone["excess"], rel=1e-6)
+        for left, right in zip(rank["parameters"], alone["parameters"], strict=True):
+            torch.testing.assert_close(torch.tensor(left), torch.tensor(right), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", ["adamw", "sgd"])
 @pytest.mark.parametrize(("flatten", "full"), [(False, False), (True, False), (False, True)])
