@@ -34,6 +34,7 @@ _MARKS: dict[ProbeStatus, tuple[str, str]] = {
     ProbeStatus.NON_FINITE_LOSS: ("x", "loss not finite"),
     ProbeStatus.NON_FINITE_PROBE: ("v", "probe not finite: cut"),
     ProbeStatus.REVERTED: ("<", "reverted: cut"),
+    ProbeStatus.EXPLODED: ("P", "exploded: cut"),
 }
 """Marker and label of every status but the usual one, a fitted parabola."""
 

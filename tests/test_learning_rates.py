@@ -253,7 +253,7 @@ def test_writing_a_learning_rate_sets_it_without_a_new_start_or_burn_in() -> Non
     assert optimizer.last_probe is not record
     assert optimizer.last_probe.lr_before == 0.02
     assert optimizer.last_probe.status is not ProbeStatus.STARTED
-    assert optimizer.state_dict()["param_groups"][0]["gen_parabola_count"] == 1
+    assert optimizer.state_dict()["param_groups"][0]["gen_loss_count"] == 1
 
 
 def test_writing_one_group_changes_the_ratio_and_zero_freezes() -> None:

@@ -264,15 +264,22 @@ def test_a_probe_that_is_not_finite_cuts_the_learning_rate() -> None:
     assert training.optimizer.param_groups[0]["lr"] == lr / 2
 
 
-def test_parameters_that_are_thrown_far_away_come_back() -> None:
+def test_an_explosion_is_noticed_and_left_behind() -> None:
     training = Training.of(lambda parameters: gen_adamw(parameters, mode="approximate"))
     losses = training.train(40)
     with torch.no_grad():  # somebody throws the parameters far away
         for parameter in training.model.parameters():
             parameter.mul_(100.0).add_(30.0)
+    history = History()
+    training.optimizer.register_probe_hook(history)
+    lr = training.optimizer.param_groups[0]["lr"]
+    exploded = training.train(1)[0]
+    assert exploded > losses[0]
+    assert history[0].status is ProbeStatus.EXPLODED
+    assert history[0].lr_after == lr / 2
     after = training.train(400)
-    assert after[0] > 100.0 * losses[0]
-    assert after[-1] < 0.5 * after[0]
+    assert after[-1] < exploded
+    assert [record.status for record in history].count(ProbeStatus.EXPLODED) <= 2
 
 
 def test_records_reach_hooks_and_history() -> None:

@@ -66,6 +66,7 @@ MECHANISMS = {
         Mechanism("contradiction", "none", constants={(_SAFEGUARDS, "_CONTRADICTED"): _NEVER}),
         Mechanism("care near instability", "none", constants={(_RELAXED, "_NEAR"): _NEVER}),
         Mechanism("divergence", "no step is reverted", constants={(_SAFEGUARDS, "_DIVERGING"): _NEVER}),
+        Mechanism("explosion", "no cut after an exploded loss", constants={(_SAFEGUARDS, "_EXPLOSION"): _NEVER}),
         Mechanism("size of the cuts", "by 4 instead of 2", {"max_change": 4.0}),
         Mechanism("cap of a parabola", "none", constants={(_AVERAGES, "_MOST_CHANGES"): _NEVER}),
         Mechanism("faster average of changes", "none", constants={(_AVERAGES, "_CHANGE_WEIGHT"): 0.0}),

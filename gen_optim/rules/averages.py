@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from gen_optim.rules.parabola import Parabola
 
-__all__ = ["BalanceAverages", "ParabolaAverages"]
+__all__ = ["BalanceAverages", "LossAverages", "ParabolaAverages"]
 
 _CHANGE_WEIGHT = 0.3
 """Least weight of a parabola in the average change of the loss, the unit in which others are averaged."""
@@ -30,6 +30,32 @@ def _weight_of_next(count: int, smoothing: float) -> float:
 def _effective_count(count: int, smoothing: float) -> float:
     """The number of values with equal weights whose mean varies as much as a moving average of ``count`` values."""
     return min(count, (1.0 + smoothing) / (1.0 - smoothing))
+
+
+@dataclass(frozen=True)
+class LossAverages:
+    """Moving averages of the losses at the start of probe steps.
+
+    ``deviation`` is the average of their absolute deviation from ``mean``.
+    """
+
+    mean: float = 0.0
+    deviation: float = 0.0
+    count: int = 0
+
+    def with_loss(self, loss: float, smoothing: float) -> LossAverages:
+        """The averages with one more finite loss."""
+        weight = _weight_of_next(self.count, smoothing)
+        surprise = loss - self.mean if self.count else 0.0
+        return LossAverages(
+            mean=self.mean + weight * surprise if self.count else loss,
+            deviation=self.deviation + weight * (abs(surprise) - self.deviation),
+            count=self.count + 1,
+        )
+
+    def is_settled(self, smoothing: float) -> bool:
+        """Whether enough losses are averaged."""
+        return self.count >= 1.0 / (1.0 - smoothing)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from gen_optim.rules.averages import BalanceAverages, ParabolaAverages
+from gen_optim.rules.averages import BalanceAverages, LossAverages, ParabolaAverages
 from gen_optim.rules.base import Rule
 from gen_optim.rules.initial_search import InitialSearch
 from gen_optim.rules.parabola import Parabola
@@ -58,6 +58,7 @@ _STATUSES = {0.0: ProbeStatus.NO_MINIMUM, math.inf: ProbeStatus.CONCAVE}
 _URGENT = frozenset(
     {
         ProbeStatus.START_FAILED,
+        ProbeStatus.EXPLODED,
         ProbeStatus.NON_FINITE_PROBE,
         ProbeStatus.REVERTED,
         ProbeStatus.GROWING,
@@ -71,15 +72,16 @@ _URGENT = frozenset(
 class RelaxedState(RuleState):
     """What the relaxed rule remembers.
 
-    ``loss_initial`` is the loss where training began. ``lr_unstable`` is the learning rate at which training was last
-    unstable; 0 if it never was. ``lr_borne`` is the largest learning rate of a step, with its factor, that training was
-    seen to bear. ``factor`` is the scheduler's at the last parabola, ``factor_last`` in the last step. ``loss_end`` is
-    the last loss at the end of a step in the burn-in, and ``repeats`` counts steps in a row on the batch of the step
-    before.
+    ``loss`` averages the losses at the start of probe steps, and ``loss_initial`` is that where training began.
+    ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
+    largest learning rate of a step, with its factor, that training was seen to bear. ``factor`` is the scheduler's at
+    the last parabola, ``factor_last`` in the last step. ``loss_end`` is the last loss at the end of a step in the
+    burn-in, and ``repeats`` counts steps in a row on the batch of the step before.
     """
 
     started: bool = False
     loss_initial: float = 0.0
+    loss: LossAverages = field(default_factory=LossAverages)
     parabola: ParabolaAverages = field(default_factory=ParabolaAverages)
     lr_unstable: float = 0.0
     lr_initial: float = 0.0
@@ -117,8 +119,8 @@ class RelaxedRule(Rule):
     - **No noise.** If there is next to no noise, it grows by 2 % at every step, to what slopes call for in spite of a
       scheduler, falls by up to 20 % where it is unstable, and by 5 % if a step no longer descends.
     - **Safeguards** (:mod:`gen_optim.rules.safeguards`). A step that raised the loss far above its start, on the same
-      batch, is reverted. After that, and after a probe that is not finite, the learning rate is cut by
-      ``max_change``. A parabola that is no more than rounding changes nothing.
+      batch, is reverted. After that, after a loss that exploded, and after a probe that is not finite, the learning
+      rate is cut by ``max_change``. A parabola that is no more than rounding changes nothing.
 
     Args:
         period: Mean number of steps from one probe step to the next, after the burn-in.
@@ -193,6 +195,7 @@ class RelaxedRule(Rule):
         return replace(
             state,
             lr=lr,
+            loss=LossAverages(),
             parabola=ParabolaAverages(),
             factor=1.0,
             lr_unstable=0.0,
@@ -220,12 +223,18 @@ class RelaxedRule(Rule):
             factor = min(factor, state.factor_last)
 
         fired = first_safeguard(
-            found, state.parabola, loss_start=loss_start, loss_end=loss_end, loss_initial=state.loss_initial
+            found,
+            state.parabola,
+            state.loss,
+            loss_start=loss_start,
+            loss_end=loss_end,
+            loss_initial=state.loss_initial,
+            smoothing=self.smoothing,
         )
         if fired is ProbeStatus.BELOW_NOISE:
-            return self._below_noise(state, found, factor, is_taken=loss_end is not None)
+            return self._below_noise(state, found, loss_start, factor, is_taken=loss_end is not None)
         if fired is not None:
-            return self._cut(state, fired)
+            return self._cut(state, loss_start, fired)
 
         state = self._with_losses(state, loss_start, loss_end, excess_loss)
         rise = 0.0 if loss_end is None else abs(loss_end - loss_start)
@@ -236,7 +245,7 @@ class RelaxedRule(Rule):
             state = replace(state, lr_unstable=state.lr, lr_borne=min(state.lr_borne, lr * factor))
         else:
             state = replace(state, lr_borne=max(state.lr_borne, taken))
-        return self._decided(replace(state, factor=factor), lr, status)
+        return self._decided(replace(state, factor=factor), lr, loss_start, status)
 
     def _next_lr(self, state: RelaxedState, last: Parabola, factor: float) -> tuple[float, ProbeStatus]:
         """The learning rate that the averages and the last parabola in them call for, and why."""
@@ -320,23 +329,25 @@ class RelaxedRule(Rule):
     def _start(self, state: RelaxedState, search: InitialSearch, loss: float) -> Decision:
         """Begin training at a fraction of the learning rate that the search found, if it found one."""
         if search.lr is None:
-            return self._decided(state, state.lr, ProbeStatus.START_FAILED)
+            return self._decided(state, state.lr, loss, ProbeStatus.START_FAILED)
         lr = self.start_fraction * search.lr
         state = replace(state, started=True, loss_initial=loss, lr_initial=lr)
-        return self._decided(state, lr, ProbeStatus.STARTED)
+        return self._decided(state, lr, loss, ProbeStatus.STARTED)
 
-    def _below_noise(self, state: RelaxedState, parabola: Parabola, factor: float, *, is_taken: bool) -> Decision:
+    def _below_noise(
+        self, state: RelaxedState, parabola: Parabola, loss: float, factor: float, *, is_taken: bool
+    ) -> Decision:
         """Keep the learning rate, or grow it if the gradient at the end of the step still descends.
 
         If the step is taken already, the slope at its end comes from the gradient, without the rounding of losses.
         """
         end_slope = parabola.slope - parabola.curvature * state.lr * factor
         if not (is_taken and end_slope > 0.0):
-            return self._decided(state, state.lr, ProbeStatus.BELOW_NOISE)
+            return self._decided(state, state.lr, loss, ProbeStatus.BELOW_NOISE)
         growth = _GROWTH if state.probes < self.burn_in else _LATER_GROWTH
-        return self._decided(state, state.lr * growth, ProbeStatus.CONCAVE)
+        return self._decided(state, state.lr * growth, loss, ProbeStatus.CONCAVE)
 
-    def _cut(self, state: RelaxedState, status: ProbeStatus) -> Decision:
+    def _cut(self, state: RelaxedState, loss: float, status: ProbeStatus) -> Decision:
         """Cut the learning rate, and the mean slope so that the averages do not call for the old one at once."""
         lr = state.lr / self.max_change
         slope = max(state.parabola.curvature, 0.0) * lr / self.relaxation
@@ -346,10 +357,11 @@ class RelaxedRule(Rule):
             lr_unstable=state.lr,
             lr_borne=min(state.lr_borne, lr * state.factor_last),
         )
-        return self._decided(state, lr, status)
+        return self._decided(state, lr, loss, status)
 
-    def _decided(self, state: RelaxedState, lr: float, status: ProbeStatus) -> Decision:
-        """The decision for a learning rate, and when to probe next."""
+    def _decided(self, state: RelaxedState, lr: float, loss: float, status: ProbeStatus) -> Decision:
+        """The decision for a learning rate, with the loss at the start of the step averaged."""
+        state = replace(state, loss=state.loss.with_loss(loss, self.smoothing))
         is_urgent = status in _URGENT or state.probes + 1 < self.burn_in
         return Decision(self.after_probe(state, lr, steps_to_next=1 if is_urgent else None), status)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 
-from gen_optim.rules.averages import ParabolaAverages
+from gen_optim.rules.averages import LossAverages, ParabolaAverages
 from gen_optim.rules.parabola import Parabola
 from gen_optim.rules.state import ProbeStatus
 
-__all__ = ["ROUNDING", "first_safeguard", "is_below_noise", "is_contradicted", "is_diverging"]
+__all__ = ["ROUNDING", "first_safeguard", "has_exploded", "is_below_noise", "is_contradicted", "is_diverging"]
 
 _DIVERGING = 8.0
 """A step diverges if the loss rises by this many times what it usually changes."""
+
+_EXPLOSION = 10.0
+"""A loss has exploded if it is this many mean absolute deviations above the mean loss."""
 
 _FEWEST = 3
 """Number of parabolas from which on a usual change is known."""
@@ -26,25 +29,33 @@ _CONTRADICTED = 1.3
 def first_safeguard(
     parabola: Parabola,
     parabolas: ParabolaAverages,
+    losses: LossAverages,
     *,
     loss_start: float,
     loss_end: float | None,
     loss_initial: float,
+    smoothing: float,
 ) -> ProbeStatus | None:
     """The status of the first safeguard that fires, in this order; None if none does.
 
     - ``REVERTED``: the step diverged (:func:`is_diverging`);
+    - ``EXPLODED``: the loss exploded (:func:`has_exploded`);
     - ``NON_FINITE_PROBE``: the parabola is not finite;
     - ``BELOW_NOISE``: the parabola is no more than rounding (:func:`is_below_noise`).
 
-    ``parabolas`` are averages of earlier ones. ``loss_end`` is None if the step is not taken yet. ``loss_initial`` is
-    the loss where training began.
+    ``parabolas`` and ``losses`` are averages of earlier ones. ``loss_end`` is None if the step is not taken yet.
+    ``loss_initial`` is the loss where training began.
     """
-    if loss_end is not None and is_diverging(parabolas, loss_start, loss_end, loss_initial=loss_initial):
-        return ProbeStatus.REVERTED
-    if not parabola.is_finite:
-        return ProbeStatus.NON_FINITE_PROBE
-    return ProbeStatus.BELOW_NOISE if is_below_noise(parabola) else None
+    safeguards = (
+        (
+            ProbeStatus.REVERTED,
+            loss_end is not None and is_diverging(parabolas, loss_start, loss_end, loss_initial=loss_initial),
+        ),
+        (ProbeStatus.EXPLODED, losses.is_settled(smoothing) and has_exploded(losses, loss_start, loss_initial)),
+        (ProbeStatus.NON_FINITE_PROBE, not parabola.is_finite),
+        (ProbeStatus.BELOW_NOISE, is_below_noise(parabola)),
+    )
+    return next((status for status, fires in safeguards if fires), None)
 
 
 def is_diverging(parabolas: ParabolaAverages, loss_start: float, loss_end: float, *, loss_initial: float) -> bool:
@@ -53,6 +64,15 @@ def is_diverging(parabolas: ParabolaAverages, loss_start: float, loss_end: float
         return True
     rise = max(_DIVERGING * parabolas.rise, ROUNDING * abs(loss_start))
     return parabolas.count >= _FEWEST and loss_end > loss_initial and loss_end - loss_start > rise
+
+
+def has_exploded(losses: LossAverages, loss: float, loss_initial: float) -> bool:
+    """Whether a loss is above ``loss_initial``, and far above the mean loss.
+
+    The result does not change if the loss is shifted or scaled, up to its rounding.
+    """
+    usual = max(losses.deviation, ROUNDING * abs(losses.mean))
+    return loss > loss_initial and loss - losses.mean > _EXPLOSION * usual
 
 
 def is_below_noise(parabola: Parabola) -> bool:

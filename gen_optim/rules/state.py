@@ -34,6 +34,8 @@ class ProbeStatus(Enum):
             keeps it.
         REVERTED: The last step raised the loss far above its start, on the same batch. The parameters return to the
             start point, the base optimizer does not step, and the learning rate is cut.
+        EXPLODED: The loss rose far above its average and above the loss at the beginning of training. The learning
+            rate is cut, and the parabola is not used.
     """
 
     STARTED = "started"
@@ -47,6 +49,7 @@ class ProbeStatus(Enum):
     NON_FINITE_LOSS = "non_finite_loss"
     NON_FINITE_PROBE = "non_finite_probe"
     REVERTED = "reverted"
+    EXPLODED = "exploded"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from gen_optim.rules import Decision, InitialSearch, Parabola, Rule, RuleState
+from gen_optim.rules import Decision, InitialSearch, Parabola, RelaxedRule, Rule, RuleState
 from gen_optim.rules.initial_search import search_initial_lr
 from gen_optim.rules.relaxed import RelaxedState
 
@@ -36,6 +36,11 @@ def decide_all(rule: Rule, state: RuleState, seen: Sequence[tuple[float, Found]]
         decisions.append(rule.decide(state, found, loss_start=loss))
         state = decisions[-1].state
     return decisions
+
+
+def settled(rule: RelaxedRule, loss: float = 1.0, deviation: float = 0.1) -> RelaxedState:
+    """A state with averages of enough losses around ``loss`` to notice an explosion."""
+    return changed(STARTED_LONG_AGO, loss_initial=loss, loss_mean=loss, loss_deviation=deviation, loss_count=100)
 
 
 def noisy_losses(level: float, spread: float) -> Iterator[float]:

@@ -1,4 +1,4 @@
-"""Moving averages of parabolas, and what they estimate."""
+"""Moving averages of losses and parabolas, and what they estimate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gen_optim.rules import Parabola, averages
-from gen_optim.rules.averages import ParabolaAverages
+from gen_optim.rules.averages import LossAverages, ParabolaAverages
+
+
+def of_losses(losses: list[float], smoothing: float = 0.9) -> LossAverages:
+    result = LossAverages()
+    for loss in losses:
+        result = result.with_loss(loss, smoothing)
+    return result
 
 
 def of_parabolas(parabolas: list[Parabola], lr: float = 1.0, rise: float = 0.0, smoothing: float = 0.9):
@@ -18,6 +25,47 @@ def of_parabolas(parabolas: list[Parabola], lr: float = 1.0, rise: float = 0.0, 
     for parabola in parabolas:
         result = result.with_parabola(parabola, lr, rise, smoothing)
     return result
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_first_losses_are_averaged_with_equal_weights() -> None:
+    losses = [3.0, 1.0, 4.0, 1.0, 5.0]
+    assert of_losses(losses).mean == pytest.approx(np.mean(losses))
+    assert of_losses(losses).count == 5
+
+
+def test_later_losses_take_the_weight_that_smoothing_leaves() -> None:
+    before = of_losses([1.0] * 50)
+    after = before.with_loss(11.0, 0.9)
+    assert after.mean == pytest.approx(2.0)
+    assert after.deviation == pytest.approx(0.9 * before.deviation + 0.1 * 10.0)
+
+
+def test_without_smoothing_the_last_loss_is_the_mean() -> None:
+    assert of_losses([5.0, 1.0, 7.0], smoothing=0.0).mean == 7.0
+
+
+def test_one_loss_deviates_from_nothing() -> None:
+    averages = of_losses([5.0])
+    assert (averages.mean, averages.deviation) == (5.0, 0.0)
+
+
+def test_losses_are_settled_from_the_count_on_that_smoothing_averages() -> None:
+    assert not LossAverages(count=9).is_settled(0.9)
+    assert LossAverages(count=11).is_settled(0.9)
+    assert not LossAverages(count=1).is_settled(0.5)
+    assert LossAverages(count=2).is_settled(0.5)
+    assert not LossAverages().is_settled(0.0)
+    assert LossAverages(count=1).is_settled(0.0)
+
+
+@given(st.lists(st.floats(-100.0, 100.0), min_size=1, max_size=50), st.floats(1e-3, 1e3), st.floats(-100.0, 100.0))
+def test_averages_of_losses_shift_and_scale_with_the_loss(losses: list[float], factor: float, shift: float) -> None:
+    plain, other = of_losses(losses), of_losses([factor * (loss + shift) for loss in losses])
+    assert other.mean == pytest.approx(factor * (plain.mean + shift), rel=1e-9, abs=1e-9 * factor)
+    assert other.deviation == pytest.approx(factor * plain.deviation, rel=1e-6, abs=1e-9 * factor)
 
 
 # --- parabolas -------------------------------------------------------------------------------------------------------

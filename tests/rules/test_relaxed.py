@@ -1,4 +1,4 @@
-"""The relaxed rule as a whole: start, burn-in, hold, schedulers, reverted steps, long runs."""
+"""The relaxed rule as a whole: start, burn-in, hold, schedulers, reverted steps, explosions, long runs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tests.rules.cases import (
     noisy_losses,
     probed_steps,
     seen_in_training,
+    settled,
     train_on_quadratic,
 )
 
@@ -162,7 +163,7 @@ def test_non_finite_loss_changes_nothing_but_the_step_counter(
     loss: float, found: Found, loss_end: float | None
 ) -> None:
     rule = RelaxedRule()
-    state = replace(STARTED_LONG_AGO, loss_initial=1.0)
+    state = settled(rule)
     decision = rule.decide(state, found, loss_start=loss, loss_end=loss_end)
     assert decision.status is ProbeStatus.NON_FINITE_LOSS
     assert decision.state == replace(state, step=state.step + 1)
@@ -171,7 +172,7 @@ def test_non_finite_loss_changes_nothing_but_the_step_counter(
 
 def test_a_manual_value_needs_no_new_search() -> None:
     rule = RelaxedRule()
-    trained = decide_all(rule, replace(STARTED_LONG_AGO, loss_initial=1.0), [(1.0, CONVEX)] * 5)[-1].state
+    trained = decide_all(rule, settled(rule), [(1.0, CONVEX)] * 5)[-1].state
     assert not rule.needs_search(rule.set_lr(trained, 0.125))
     decision = rule.decide(rule.set_lr(trained, 0.125), Parabola(1.0, 0.01, 1.0), loss_start=1.0)
     assert decision.state.parabola.slope == pytest.approx(decision.state.parabola.curvature * 0.01)
@@ -191,6 +192,7 @@ def test_learning_rate_stays_within_its_limits() -> None:
     assert rule.decide(BURNING_IN, Parabola(1.0, 100.0, 1.0), loss_start=1.0).state.lr == 1.01
     assert rule.decide(BURNING_IN, Parabola(1.0, 0.001, 1.0), loss_start=1.0).state.lr == 0.99
     assert rule.decide(STARTED_LONG_AGO, NOT_FINITE, loss_start=1.0).state.lr == 0.99
+    assert rule.decide(settled(rule), CONVEX, loss_start=100.0).state.lr == 0.99
     assert rule.decide(RelaxedState(lr=1.0), InitialSearch(1e6, (), ()), loss_start=1.0).state.lr == 1.01
     assert rule.decide(RelaxedState(lr=1.0), InitialSearch(1e-6, (), ()), loss_start=1.0).state.lr == 0.99
 
@@ -388,6 +390,11 @@ def test_shifting_and_scaling_the_loss_changes_no_decision(seed: int, factor: fl
     assert [decision.state.lr for decision in decisions] == pytest.approx([it.state.lr for it in expected], rel=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_losses_of_these_trainings_do_explode(seed: int) -> None:
+    assert ProbeStatus.EXPLODED in {decision.status for decision in changed_decisions(seed, 1.0, 0.0)}
+
+
 @given(seed=st.integers(0, 10**6), unit=st.floats(1e-6, 1e6))
 def test_another_unit_of_learning_rate_gives_the_same_learning_rates_in_it(seed: int, unit: float) -> None:
     seen = seen_in_training(seed)
@@ -486,12 +493,13 @@ def test_a_rise_that_rounding_explains_is_not_reverted() -> None:
     assert rule.decide(state, CONVEX, loss_start=1.0, loss_end=1.0 + 2.0**-18).is_reverted
 
 
-@pytest.mark.parametrize("status", [ProbeStatus.REVERTED, ProbeStatus.NON_FINITE_PROBE])
+@pytest.mark.parametrize("status", [ProbeStatus.REVERTED, ProbeStatus.EXPLODED, ProbeStatus.NON_FINITE_PROBE])
 def test_after_a_cut_the_averages_do_not_call_for_the_old_learning_rate(status: ProbeStatus) -> None:
     rule = RelaxedRule()
     state = changed(calm(rule), lr=1.0, parabola_slope=10.0, parabola_curvature=1.0, loss_initial=0.0)
     found = NOT_FINITE if status is ProbeStatus.NON_FINITE_PROBE else CONVEX
-    decision = rule.decide(state, found, loss_start=1.0, loss_end=1e9 if status is ProbeStatus.REVERTED else 1.0)
+    loss = 1e6 if status is ProbeStatus.EXPLODED else 1.0
+    decision = rule.decide(state, found, loss_start=loss, loss_end=1e9 if status is ProbeStatus.REVERTED else loss)
     assert decision.status is status
     after = decision.state
     assert after.lr == 0.5
@@ -559,7 +567,7 @@ def test_near_where_it_was_unstable_any_contradiction_counts() -> None:
 
 
 def test_what_is_unstable_is_lowered_under_a_scheduler_too_though_the_loss_gets_lower_than_ever() -> None:
-    state = agreeing(100.0)
+    state = agreeing(100.0, loss_mean=1.0, loss_deviation=0.1, loss_count=100)
     lr, status = RelaxedRule()._next_lr(state, Parabola(1.0, slope=0.5, curvature=2.0), 0.5)
     assert status is ProbeStatus.UNSTABLE
     assert lr < 1.0
@@ -587,6 +595,70 @@ def test_in_noise_the_learning_rate_does_not_grow_because_a_scheduler_made_steps
     calls_for_this = agreeing(0.8, signal=0.8, factor=0.5)
     assert RelaxedRule()._next_lr(calls_for_this, CONVEX, 0.5)[0] == 1.0
     assert RelaxedRule()._next_lr(agreeing(0.8, factor=0.5), CONVEX, 0.5)[0] > 1.0
+
+
+# --- explosions ------------------------------------------------------------------------------------------------------
+
+
+def test_explosion_cuts_the_learning_rate_and_probes_again_at_the_next_step() -> None:
+    rule = RelaxedRule(max_change=2.0)
+    decision = rule.decide(settled(rule, loss=1.0, deviation=0.1), CONVEX, loss_start=2.1)
+    assert decision.status is ProbeStatus.EXPLODED
+    assert decision.state.lr == 0.5
+    assert decision.state.lr_unstable == 1.0
+    assert rule.is_probe_due(decision.state)
+
+
+def test_loss_just_within_the_limit_has_not_exploded() -> None:
+    rule = RelaxedRule()
+    assert rule.decide(settled(rule, loss=1.0, deviation=0.1), CONVEX, loss_start=1.9).status is ProbeStatus.FITTED
+
+
+def test_explosion_is_noticed_even_where_the_probes_are_not_finite() -> None:
+    rule = RelaxedRule()
+    assert rule.decide(settled(rule), NOT_FINITE, loss_start=100.0).status is ProbeStatus.EXPLODED
+
+
+def test_loss_below_where_training_began_has_not_exploded() -> None:
+    rule = RelaxedRule()
+    state = replace(settled(rule, loss=1.0, deviation=0.01), loss_initial=5.0)
+    assert rule.decide(state, CONVEX, loss_start=4.9).status is ProbeStatus.FITTED
+    assert rule.decide(state, CONVEX, loss_start=5.1).status is ProbeStatus.EXPLODED
+
+
+def test_few_losses_cannot_explode() -> None:
+    rule = RelaxedRule(smoothing=0.9)
+    young = changed(settled(rule), loss_count=9)
+    assert rule.decide(young, CONVEX, loss_start=100.0).status is ProbeStatus.FITTED
+
+
+@pytest.mark.parametrize("level", [3.0, 100.0, 1e6])
+def test_loss_that_stays_at_a_higher_level_is_cut_once(level: float) -> None:
+    rule = RelaxedRule()
+    before: list[tuple[float, Found]] = [(loss, CONVEX) for loss in islice(noisy_losses(1.0, 0.1), 50)]
+    after: list[tuple[float, Found]] = [(loss, CONVEX) for loss in islice(noisy_losses(level, 0.1), 600)]
+    decisions = decide_all(rule, replace(STARTED_LONG_AGO, loss_initial=1.0), before + after)
+    exploded = [index for index, decision in enumerate(decisions) if decision.status is ProbeStatus.EXPLODED]
+    assert exploded == [50]
+    assert 0.5 < decisions[-1].state.lr < 1.5  # back in the range that the parabolas call for
+
+
+def test_second_explosion_is_noticed_when_the_first_is_digested() -> None:
+    rule = RelaxedRule()
+    seen: list[tuple[float, Found]] = [
+        (loss, CONVEX) for level in (1.0, 10.0, 100.0) for loss in islice(noisy_losses(level, 0.1), 100)
+    ]
+    decisions = decide_all(rule, replace(STARTED_LONG_AGO, loss_initial=1.0), seen)
+    assert [i for i, decision in enumerate(decisions) if decision.status is ProbeStatus.EXPLODED] == [100, 200]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.9, 0.99])
+def test_cuts_end_once_the_loss_stays_where_it_is(smoothing: float) -> None:
+    rule = RelaxedRule(smoothing=smoothing)
+    before: list[tuple[float, Found]] = [(loss, CONVEX) for loss in islice(noisy_losses(1.0, 0.1), 300)]
+    decisions = decide_all(rule, replace(STARTED_LONG_AGO, loss_initial=1.0), [*before, *[(1000.0, CONVEX)] * 1000])
+    assert decisions[300].status is ProbeStatus.EXPLODED
+    assert all(decision.status is ProbeStatus.FITTED for decision in decisions[-300:])
 
 
 # --- the long run ----------------------------------------------------------------------------------------------------

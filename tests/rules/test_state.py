@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gen_optim.rules import Decision, ProbeStatus, RuleState
-from gen_optim.rules.averages import BalanceAverages, ParabolaAverages
+from gen_optim.rules.averages import LossAverages, ParabolaAverages
 from gen_optim.rules.relaxed import RelaxedState
 
 counts = st.integers(0, 10**9)
@@ -23,6 +23,12 @@ states = st.builds(
     next_probe=st.integers(1, 10**9),
     started=st.booleans(),
     loss_initial=signed,
+    loss=st.builds(
+        LossAverages,
+        mean=signed,
+        deviation=positive,
+        count=counts,
+    ),
     parabola=st.builds(
         ParabolaAverages,
         slope=signed,
@@ -65,10 +71,8 @@ def test_numbers_have_the_names_and_the_order_of_the_fields() -> None:
 
 
 def test_numbers_of_averages_are_named_after_both_fields() -> None:
-    numbers = RelaxedState(
-        lr=0.5, balance=BalanceAverages(excess=2.0), parabola=ParabolaAverages(slope=3.0)
-    ).to_numbers()
-    assert (numbers["balance_excess"], numbers["parabola_slope"]) == (2.0, 3.0)
+    numbers = RelaxedState(lr=0.5, loss=LossAverages(mean=2.0), parabola=ParabolaAverages(slope=3.0)).to_numbers()
+    assert (numbers["loss_mean"], numbers["parabola_slope"]) == (2.0, 3.0)
 
 
 @pytest.mark.parametrize("state", [RuleState(lr=0.5), Counting(lr=0.5), RelaxedState(lr=0.5)])
@@ -80,13 +84,11 @@ def test_names_of_numbers_are_unique(state: RuleState) -> None:
 
 def test_missing_numbers_take_their_defaults() -> None:
     assert RelaxedState.from_numbers({"lr": 0.5, "step": 7}) == RelaxedState(lr=0.5, step=7)
-    assert RelaxedState.from_numbers({"lr": 0.5, "balance_excess": 2.0}) == RelaxedState(
-        lr=0.5, balance=BalanceAverages(excess=2.0)
-    )
+    assert RelaxedState.from_numbers({"lr": 0.5, "loss_mean": 2.0}) == RelaxedState(lr=0.5, loss=LossAverages(mean=2.0))
 
 
 def test_numbers_of_others_are_ignored() -> None:
-    assert RuleState.from_numbers({"lr": 0.5, "ratio": 2.0, "parabola_slope": 3.0}) == RuleState(lr=0.5)
+    assert RuleState.from_numbers({"lr": 0.5, "ratio": 2.0, "loss_mean": 3.0}) == RuleState(lr=0.5)
 
 
 def test_numbers_without_a_learning_rate_are_refused() -> None:
