@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gen_optim.closures.buffers import Buffers
-from gen_optim.closures.losses import check_loss
+from gen_optim.closures.losses import check_callable, check_loss
 from gen_optim.closures.modules import children_of, live_modules, parameters_of, with_children
 from gen_optim.distributed import Ranks
 from gen_optim.optimizer import GeNOptimizer
@@ -61,6 +61,7 @@ def check_closure(optimizer: GeNOptimizer, closure: Callable[[], Any], *, probes
     """
     if not isinstance(optimizer, GeNOptimizer):
         raise TypeError(f"optimizer must be a GeNOptimizer, got {type(optimizer).__name__}")
+    check_callable("closure", closure)
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
     session = optimizer._context.caller.session(  # noqa: SLF001 - what a step uses, too

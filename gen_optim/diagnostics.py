@@ -94,10 +94,16 @@ class Diagnostics:
 
 
 def _warn_of_failed_start(record: ProbeRecord, groups: Sequence[Group]) -> None:
-    cause = (
-        "Does the closure return the same loss when it is called twice, and does it depend on the parameters? "
-        "check_closure(optimizer, closure) looks for what differs."
-    )
+    if all(each.grad is None for each in _parameters(groups)):
+        cause = (
+            "The parameters have no gradients: call loss.backward() before step(probe=...), and zero_grad() after it, "
+            "or return a loss that depends on the parameters."
+        )
+    else:
+        cause = (
+            "Does the closure return the same loss when it is called twice, and does it depend on the parameters? "
+            "check_closure(optimizer, closure) looks for what differs."
+        )
     warn(
         f"GeNOptimizer has found no learning rate that lowers the loss in {PATIENCE} steps, and takes no "
         f"step: at step {record.step} the loss is {record.loss:.3g}. {_half_precision_advice(groups) or cause}"
@@ -111,7 +117,7 @@ def _warn_of_lost_steps(record: ProbeRecord, groups: Sequence[Group]) -> None:
         done = "takes such steps back, so that training stands still"
         cause = (
             "The base optimizer's state is likely not finite, since a gradient once was not: go back to a checkpoint, "
-            "and call step() with finite losses only."
+            "and let the closure return before backward() if the loss is not finite."
         )
     else:
         done = f"learns nothing from such steps, and takes them at its last learning rate of {record.lr_after:.3g}"

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
 from itertools import chain
@@ -56,22 +57,24 @@ def _refusing_options_of_others(init: Callable[P, None]) -> Callable[P, None]:
         base = args[1] if len(args) > 1 else options.get("base_optim")
         unknown = [name for name in options if name not in known]
         if base is not None and not isinstance(base, Optimizer):
+            got = f"the class {base.__name__}" if isinstance(base, type) else type(base).__name__
             raise TypeError(
-                f"base_optim must be a torch.optim.Optimizer, got {type(base).__name__}. GeNOptimizer wraps an "
+                f"base_optim must be a torch.optim.Optimizer, got {got}. GeNOptimizer wraps an "
                 "optimizer, and does not take parameters: GeNOptimizer(torch.optim.AdamW(model.parameters()))"
             )
         if unknown:
             [name, *_] = unknown
             of_rules = [rule.__name__ for rule in RULES.values() if name in signature(rule).parameters]
-            raise TypeError(
-                f"GeNOptimizer has no option {name!r}. "
-                + (
-                    f"It belongs to the rule: GeNOptimizer(base, rule={of_rules[0]}({name}={options[name]!r}))"
-                    if of_rules
-                    else "Options of the base optimizer belong there: "
+            if of_rules:
+                advice = f"It belongs to the rule: GeNOptimizer(base, rule={of_rules[0]}({name}={options[name]!r}))"
+            elif similar := get_close_matches(name, known):
+                advice = f"Did you mean {similar[0]!r}?"
+            else:
+                advice = (
+                    "Options of the base optimizer belong there: "
                     f"GeNOptimizer(torch.optim.AdamW(model.parameters(), {name}={options[name]!r}))"
                 )
-            )
+            raise TypeError(f"GeNOptimizer has no option {name!r}. {advice}")
         init(*args, **options)
 
     return checked
@@ -529,8 +532,10 @@ class GeNOptimizer(OptimizerWrapper):
             ...     print(record.step, record.losses[0], record.lr_after)
             >>> handle = optimizer.register_probe_hook(log)  # doctest: +SKIP
         """
-        if not callable(hook):
-            raise TypeError(f"hook must be a callable that takes the optimizer and a record, got {type(hook).__name__}")
+        given: Any = hook
+        if not callable(given) or isinstance(given, type):
+            got = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+            raise TypeError(f"hook must be a callable that takes the optimizer and a record, got {got}")
         handle = RemovableHandle(self._probe_hooks)
         self._probe_hooks[handle.id] = hook
         return handle

@@ -42,8 +42,7 @@ class ProbeRecord:
         slope_noise: How large a slope rounding alone can produce.
         curvature_noise: How large a curvature rounding alone can produce.
         loss_end: The loss where the measured step ended; None if it had not been taken yet.
-        excess_loss: How far that is above the loss at averaged weights, estimated from the gradient; None if it is not
-            known.
+        excess_loss: How far that is above the loss at averaged weights, an estimate; None if it is not known.
     """
 
     step: int
@@ -93,8 +92,8 @@ class ProbeRecord:
 
         Example:
             >>> print(optimizer.last_probe)  # doctest: +SKIP
-            Step 57 (fitted): the last step took the loss from 0.41 to 0.388, the parabola is lowest at 0.0213, and the
-            learning rate goes from 0.0178 to 0.0187.
+            Step 57 (fitted): the last step took the loss from 0.41 to 0.388, 0.011 above that at averaged weights, the
+            parabola is lowest at 0.0213, and the learning rate goes from 0.0178 to 0.0187.
         """
         start = self.losses[self.multiples.index(0.0)] if 0.0 in self.multiples else math.nan
         if self.loss_end is None:
@@ -108,13 +107,14 @@ class ProbeRecord:
             lowest = f"{'the parabola' if is_parabola else 'it'} is lowest at {self.optimal_lr:.3g}"
         else:
             lowest = "the parabola has no lowest point" if is_parabola else "no lowest point was found"
+        above = "" if self.excess_loss is None else f", {self.excess_loss:.3g} above that at averaged weights"
         if self.lr_before == self.lr_after:
             rate = f"stays at {self.lr_after:.3g}"
         else:
             rate = f"goes from {self.lr_before:.3g} to {self.lr_after:.3g}"
         factor = "" if self.factor == 1.0 else f", times the scheduler's factor {self.factor:.3g}"
         status = self.status.value.replace("_", " ")
-        return f"Step {self.step} ({status}): {losses}, {lowest}, and the learning rate {rate}{factor}."
+        return f"Step {self.step} ({status}): {losses}{above}, {lowest}, and the learning rate {rate}{factor}."
 
     def to_dict(self) -> dict[str, Any]:
         """The record as a dictionary of plain numbers, lists and strings.

@@ -135,8 +135,9 @@ class StepContext:
                     warn(
                         f"At step {self.controller.state.step + 1} GeNOptimizer was given loss={loss:.9g}, but probe() "
                         f"returns {expected:.9g} at the same parameters: dropout has drawn other masks, or it is the "
-                        "loss of another batch, or scaled. Losses given are not used; the probe is called once more "
-                        "instead. With dropout, give a closure: all of its calls see the same masks."
+                        "loss of another batch, or scaled, or something has stepped since. Losses given are not used; "
+                        "the probe is called once more instead. With dropout, leave loss= out, or give a closure, all "
+                        "of whose calls see the same masks."
                     )
         elif self.trusts_losses and given is not None:
             step_loss.losses[multiple] = whole(given.detach()).clone() if isinstance(given, Tensor) else given
@@ -214,7 +215,7 @@ def look_back_step(
     context.unfinished.add(start_point.leave)
     after, is_reverted = controller.rule.skip(state), False
     try:
-        differentiated, (end_slope, above_average) = (session.differentiated() if is_own else None) or ([], unknown)
+        differentiated, (end_slope, excess_loss) = (session.differentiated() if is_own else None) or ([], unknown)
         with session.probing():
             step_loss = StepLoss(
                 start_point,
@@ -222,7 +223,7 @@ def look_back_step(
                 session,
                 {1.0: loss if is_own else None},
                 end_slope=end_slope,
-                excess_loss=above_average,
+                excess_loss=excess_loss,
                 differentiated=differentiated,
                 # Gradients that are differentiated once more refuse parameters that have been written to.
                 averaged=None if averages is None or start_point.is_quiet else averages.swapped,

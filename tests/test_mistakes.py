@@ -26,6 +26,8 @@ from tests.training import Training, gen_adamw, gen_sgd, looking, mlp, parameter
             r"must be a torch.optim.Optimizer, got .*iterator\. GeNOptimizer wraps an optimizer",
         ),
         ({"base_optim": [nn.Parameter(torch.ones(1))], "lr": 1e-3}, r"got list\. .*GeNOptimizer\(torch.optim.AdamW"),
+        ({"base_optim": SGD}, r"got the class SGD\. .*GeNOptimizer\(torch.optim.AdamW"),
+        ({"peroid": 4}, r"no option 'peroid'\. Did you mean 'period'\?"),
         ({"lr": 1e-3}, r"no option 'lr'\. .*AdamW\(model.parameters\(\), lr=0.001\)\)"),
         ({"burn_in": 20}, r"no option 'burn_in'\. It belongs to the rule: .*RelaxedRule\(burn_in=20\)"),
     ],
@@ -157,6 +159,14 @@ def test_a_loss_that_is_not_finite_now_and_then_is_not_warned_of() -> None:
     for step in range(4 * PATIENCE):
         is_bad = step % 4 == 3
         training.optimizer.step(closure)
+
+
+def test_a_probe_without_gradients_says_what_to_call_if_no_learning_rate_is_found() -> None:
+    training = Training.of(gen_adamw)
+    for _ in range(PATIENCE - 1):
+        training.optimizer.step(probe=training.loss)
+    with pytest.warns(UserWarning, match=r"in 10 steps.*have no gradients: call loss.backward\(\) before step\(probe"):
+        training.optimizer.step(probe=training.loss)
 
 
 def test_parameters_in_float16_are_named_if_no_learning_rate_is_found() -> None:

@@ -797,6 +797,8 @@ def test_types_are_checked() -> None:
         gen_sgd(model.parameters(), probe=1.0)
     with pytest.raises(TypeError, match="hook must be a callable"):
         gen_sgd(model.parameters()).register_probe_hook(3)
+    with pytest.raises(TypeError, match="got the class History"):
+        gen_sgd(model.parameters()).register_probe_hook(History)
     for name, value in (("mode", ["exact"]), ("rule", 3), ("modules", [model, "model"]), ("offload_copies", "cpu")):
         with pytest.raises(TypeError, match=f"{name} must be "):
             GeNOptimizer(SGD(model.parameters(), lr=0.1), **{name: value})

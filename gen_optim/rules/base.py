@@ -177,8 +177,8 @@ class Rule(ABC):
             loss_start: The loss at the start of the measured step. It may be NaN or infinite.
             loss_end: The loss at its end, if the step was taken before it was measured. It may be NaN or infinite.
             excess_loss: An estimate of how far the loss at the end is above that at averaged weights: what the noise
-                in the parameters costs. It may be negative; None if no average is kept, or the gradient at the end of
-                the step is not known.
+                in the parameters costs. It may be negative; None if no average is kept, it could not be measured, or
+                :meth:`needs_excess_loss` returned False.
             factor: The scheduler's factor: steps are taken at the learning rate times this.
 
         Returns:

@@ -20,14 +20,16 @@ class ProbeStatus(Enum):
         STARTED: The search for an initial learning rate found where the loss along the first direction is lowest.
         START_FAILED: No learning rate lowered the loss along the first direction. No step is taken, and the next step
             searches again.
-        FITTED: The parabola has a minimum, and the learning rate moved towards it.
+        FITTED: The parabola (of the default rule the averaged one) has a minimum. The learning rate moves towards it.
+            After the burn-in of the default rule it does so only if slopes agree; in noise it follows the excess loss
+            and the gain, or is held.
         CONCAVE: The loss descends with a negative or unmeasurable curvature, so the minimum lies further out. The
-            learning rate grows.
+            learning rate grows, under the same conditions.
         GROWING: The slopes agree and the minimum lies far out. The learning rate grows, and the next step probes.
         UNSTABLE: The averages call for a larger learning rate, but the last step was too long by its own parabola. The
             learning rate falls, and the next step probes.
-        NO_MINIMUM: The parabola has no minimum ahead. The default rule lowers the learning rate, the published rule
-            keeps it.
+        NO_MINIMUM: The parabola has no minimum ahead. The default rule lowers the learning rate in its burn-in, and
+            later does what it does in noise. The published rule keeps it.
         BELOW_NOISE: The losses differ by no more than their rounding. The learning rate is kept.
         NON_FINITE_LOSS: The loss at the start of the step is NaN or infinite. Nothing is learned from it.
         NON_FINITE_PROBE: A probed loss is NaN or infinite. The default rule cuts the learning rate, the published rule
