@@ -75,6 +75,12 @@ class AveragedWeights:
         return self._steps // self._every
 
     @property
+    def is_known(self) -> bool:
+        """Whether a parameter has an average that was updated; a checkpoint may lack them."""
+        state = self._optimizer.state
+        return self.updates > 0 and any(_AVERAGE in state.get(each, ()) for each in self._parameters())
+
+    @property
     def is_swapped(self) -> bool:
         """Whether the parameters are the average now, inside :meth:`swapped`."""
         return self._swap is not None
@@ -180,7 +186,7 @@ class AveragedWeights:
     # --- the average in the model -------------------------------------------------------------------------------------
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped(self, *, is_probe: bool = False) -> Iterator[None]:
         """Have the average in the parameters inside the block, and the parameters back afterwards, bit for bit.
 
         They are back whatever happens inside, exceptions and ``KeyboardInterrupt`` included. Inside, the average's
@@ -189,18 +195,30 @@ class AveragedWeights:
         or in half precision be lost.
 
         Before the first update the block has the present parameters. A nested block changes nothing.
+
+        ``is_probe`` says that the block is within a step. Its session drops what is cached of parameters, and graphs
+        that hold them, for gradients that are differentiated once more, do not notice that they were written to.
         """
         if self._swap is not None:
             yield
             return
-        swap = self._swap = _Swap(*self._repaired_pairs())
+        parameters, averages = self._repaired_pairs()
+        self._swap = (
+            _Swap([each.data for each in parameters], averages, lambda: None)
+            if is_probe
+            else _Swap(parameters, averages, self._forget_cached)
+        )
         try:
-            swap.enter()
-            self._forget_cached()
+            self._swap.enter()
             yield
         finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """End :meth:`swapped`, if it was interrupted before it could; may be repeated."""
+        if self._swap is not None:
             # An error that is no interrupt (memory that has run out) leaves it swapped, for update() to refuse.
-            despite_interrupts(swap.leave, self._forget_cached, partial(setattr, self, "_swap", None))
+            despite_interrupts(self._swap.leave, partial(setattr, self, "_swap", None))
 
     def write(self) -> None:
         """Write the average into the parameters for good. Before the first update it changes nothing."""
@@ -267,10 +285,10 @@ class AveragedWeights:
 
 
 class _Swap:
-    """An exchange of parameters with their averages that can be undone, chunk by chunk."""
+    """An exchange of parameters with their averages that can be undone, chunk by chunk; ``then`` follows each way."""
 
-    def __init__(self, parameters: Sequence[Tensor], averages: Sequence[Tensor]) -> None:
-        self._parameters, self._averages = parameters, averages
+    def __init__(self, parameters: Sequence[Tensor], averages: Sequence[Tensor], then: Callable[[], None]) -> None:
+        self._parameters, self._averages, self._then = parameters, averages, then
         self._exchanged: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     @torch.no_grad()
@@ -280,6 +298,7 @@ class _Swap:
             # An average in another dtype has no room for the parameter: a copy of it in the parameter's dtype has.
             room = [each.to(parameters[0].dtype) for each in averages]
             exchange(parameters, room, partial(self._exchanged.__setitem__, index, (parameters, room)))
+        self._then()
 
     @torch.no_grad()
     def leave(self) -> None:
@@ -287,6 +306,7 @@ class _Swap:
         while self._exchanged:
             index = max(self._exchanged)
             exchange(*self._exchanged[index], partial(self._exchanged.pop, index, None))
+        self._then()
 
 
 def _average(parameters: Sequence[Tensor], averages: Sequence[Tensor], weight: float) -> None:

@@ -344,8 +344,8 @@ class GeNOptimizer(OptimizerWrapper):
         if (searches := rule.needs_search(state)) or not self.mode.looks_back:
             return look_ahead_step(self._context, closure, probed, searches=searches)
         if (start_point := self._pending_start_point()) is not None:
-            is_compared = self._is_averaging and self._averages.updates > 0 and rule.needs_excess_loss(state)
-            averages = self._averages if is_compared else None
+            needs_average = self._is_averaging and rule.needs_excess_loss(state) and self._averages.is_known
+            averages = self._averages if needs_average else None
             return look_back_step(self._context, closure, probed, start_point, averages)
         return lazy_step(self._context, closure)
 

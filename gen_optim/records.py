@@ -42,7 +42,8 @@ class ProbeRecord:
         slope_noise: How large a slope rounding alone can produce.
         curvature_noise: How large a curvature rounding alone can produce.
         loss_end: The loss where the measured step ended; None if it had not been taken yet.
-        excess_loss: How far that is above the loss at averaged weights, an estimate; None if it is not known.
+        excess_loss: How far that is above the loss at averaged weights, an estimate; None if it is not known,
+            or the rule does not ask for it.
     """
 
     step: int
@@ -107,7 +108,10 @@ class ProbeRecord:
             lowest = f"{'the parabola' if is_parabola else 'it'} is lowest at {self.optimal_lr:.3g}"
         else:
             lowest = "the parabola has no lowest point" if is_parabola else "no lowest point was found"
-        above = "" if self.excess_loss is None else f", {self.excess_loss:.3g} above that at averaged weights"
+        above = ""
+        if self.excess_loss is not None:
+            side = "below" if self.excess_loss < 0.0 else "above"
+            above = f", {abs(self.excess_loss):.3g} {side} that at averaged weights"
         if self.lr_before == self.lr_after:
             rate = f"stays at {self.lr_after:.3g}"
         else:

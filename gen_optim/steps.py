@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, compress
 from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from gen_optim.averaging import AveragedWeights
 from gen_optim.closures.gradients import Measure, mark_used
@@ -144,7 +146,7 @@ class StepContext:
 
     def call(self, session: Session, closure: Closure, measure: Measure = tuple) -> Loss:
         """Make the first call of a probe step (``session.first``); one that steps the base optimizer is refused."""
-        with _refusing_steps(self.base_optim):
+        with _refusing_steps(self.base_optim, self.unfinished):
             loss = session.first(closure, measure)
         if session.adds_to_used_gradients and not self.has_warned_of_gradients:
             self.has_warned_of_gradients = True
@@ -212,7 +214,14 @@ def look_back_step(
     state = controller.recall_after_closure()
     context.start_point = None  # it serves once; but a closure that has failed may be called again
     start_point.begin_visits()
-    context.unfinished.add(start_point.leave)
+
+    def leave() -> None:
+        """Put the parameters back to where the last step ended."""
+        if averages is not None:
+            averages.leave()
+        start_point.leave()
+
+    context.unfinished.add(leave)
     after, is_reverted = controller.rule.skip(state), False
     try:
         differentiated, (end_slope, excess_loss) = (session.differentiated() if is_own else None) or ([], unknown)
@@ -225,8 +234,7 @@ def look_back_step(
                 end_slope=end_slope,
                 excess_loss=excess_loss,
                 differentiated=differentiated,
-                # Gradients that are differentiated once more refuse parameters that have been written to.
-                averaged=None if averages is None or start_point.is_quiet else averages.swapped,
+                averaged=None if averages is None else partial(averages.swapped, is_probe=True),
                 valid=1.0,
             )
             if closure is None:
@@ -243,9 +251,9 @@ def look_back_step(
             session.revert_buffers()
             _remember(context, after, controller.rates.rates_in_force(after.lr))
         else:  # after an exception, too: the lazy step that it would have been without looking back
-            start_point.leave()
+            leave()
             _step_base(context, after, start_point)
-    context.unfinished.drop(start_point.leave)
+    context.unfinished.drop(leave)
     context.warn_of_failure(step_loss.failure)
     record = ProbeRecord.of(state, measurement, decision, factor)
     return StepResult(step_loss.losses[1.0] if loss is None else loss, record)
@@ -334,8 +342,9 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
 
 
 @contextmanager
-def _refusing_steps(base_optim: Optimizer) -> Iterator[None]:
+def _refusing_steps(base_optim: Optimizer, unfinished: Unfinished) -> Iterator[None]:
     """Refuse steps of the base optimizer inside the context."""
+    handles: list[RemovableHandle] = []
 
     def refuse(*_: Any) -> None:
         raise RuntimeError(
@@ -343,15 +352,15 @@ def _refusing_steps(base_optim: Optimizer) -> Iterator[None]:
             "that itself, once the closure has returned. Remove this line from the closure."
         )
 
-    try:
-        handle = base_optim.register_step_pre_hook(refuse)
-    except AttributeError:  # an optimizer that skips its parent's set-up has no hooks
+    def allow() -> None:
+        for handle in handles:
+            handle.remove()
+
+    with unfinished.ending_with(allow):
+        # An optimizer that skips its parent's set-up has no hooks.
+        with suppress(AttributeError):
+            handles.append(base_optim.register_step_pre_hook(refuse))
         yield
-        return
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 _DIFFERENT = 1e-4

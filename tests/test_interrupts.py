@@ -73,6 +73,7 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "lazy": ({**LOOKING_BACK, "period": 9}, 3),
     "lazy, keeps its start": (LOOKING_BACK, 2),
     "looks back": (LOOKING_BACK, 3),
+    "balances": ({"burn_in": 2, "period": 1}, 10),
     "searches": ({}, 0),
     "looks ahead": ({**LOOKING_BACK, "mode": "approximate", "period": 1}, 1),
     "exact": ({**LOOKING_BACK, "mode": "exact", "period": 1}, 1),
@@ -112,6 +113,11 @@ def legitimate(scene: Scene, ends: list[list[Tensor]]) -> bool:
     return any(all(map(torch.allclose, present, end)) for end in ends)
 
 
+def averages_of(scene: Scene) -> list[Tensor]:
+    state = scene.of.optimizer.base_optim.state
+    return [state[each]["gen_average"].clone() for each in scene.of.model.parameters() if "gen_average" in state[each]]
+
+
 def state_of_torch() -> dict[str, Any]:
     return {
         "backward": torch.autograd.backward,
@@ -141,7 +147,9 @@ def check(scene: Scene, ends: list[list[Tensor]], lrs: list[float], batches: int
     assert not any(each._post_accumulate_grad_hooks for each in of.model.parameters()), f"a hook stayed: {place}"
 
 
-CASES = [(kind, "closure") for kind in KINDS] + [("searches", "probe"), ("looks back", "probe"), ("lazy", "probe")]
+CASES = [(kind, "closure") for kind in KINDS] + [
+    (kind, "probe") for kind in ("searches", "looks back", "balances", "lazy")
+]
 
 
 def interrupt(sample: int | None, kind: str, ways: str) -> None:
@@ -153,9 +161,11 @@ def interrupt(sample: int | None, kind: str, ways: str) -> None:
     scene.again()
     batches = int(scene.of.model[1].num_batches_tracked)  # type: ignore[index]
     start, lr = parameters_of(scene.of.model), scene.of.optimizer.param_groups[0]["lr"]
+    averages = [averages_of(scene)]
     with Lines() as lines:
         scene.step()
     after, rates = parameters_of(scene.of.model), scene.of.optimizer.get_last_lr()
+    averages.append(averages_of(scene))
     # Where the step ends, where it began, and where it ends as a lazy step.
     lazy = [s + (a - s) * lr / rates[0] for s, a in zip(start, after, strict=True)] if rates[0] else start
     ends, lrs = [start, after, lazy], [lr, scene.of.optimizer.param_groups[0]["lr"]]
@@ -165,6 +175,10 @@ def interrupt(sample: int | None, kind: str, ways: str) -> None:
         with suppress(KeyboardInterrupt), Lines(at) as interrupted:
             scene.step()
         assert interrupted.place, "the step has as many lines each time"
+        present = averages_of(scene)
+        assert any(len(each) == len(present) and all(map(torch.allclose, present, each)) for each in averages), (
+            f"averages hold something else: {interrupted.place}"
+        )
         check(scene, ends, lrs, batches, f"line {at} of {lines.count}, {interrupted.place}")
         assert state_of_torch() == expected, interrupted.place
 

@@ -5,7 +5,7 @@ of the closure lasts:
 
 - ``torch.autograd.backward``, in which ``Tensor.backward`` ends. In a probe it does nothing: a closure written for
   ``torch.optim`` calls it each time. In the first call it reports which scalar is differentiated. If that is the
-  loss, the gradients give its slope, and looking back takes one forward pass; without it, two.
+  loss, the gradients give its slope, and looking back takes one forward pass; without it, two or three.
 - ``torch.autocast.__enter__``, which reports the dtype. A closure enters autocast inside and leaves it before it
   returns, so that ``torch.is_autocast_enabled`` says nothing before or after the call. A loss computed in bfloat16 and
   returned in float32 would be taken for exact. Without it, small perceptrons under bfloat16 autocast (AdamW, 800 steps,

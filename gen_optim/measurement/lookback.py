@@ -8,7 +8,7 @@ unbiased, because the batch is not the one that the step was computed from, and 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from gen_optim.closures.losses import Loss, agree
 from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
@@ -42,29 +42,32 @@ class LookBack(Mode):
         end, start = loss.evaluate(1.0), loss.evaluate(0.0)
         differentiated = sum(each.detach().to(summing_dtype(each.device)) for each in loss.differentiated)
         # Evaluated before the reading if no other rank has a say, so that there is only one reading.
-        is_complete = loss.is_alone and not is_known
-        others: list[Any] = [loss.evaluate(0.5), loss.evaluate_averaged()] if is_complete else [math.nan, math.nan]
+        is_early = loss.is_alone and not is_known
+        early = _without_slope(loss) if is_early else [math.nan, math.nan]
         # One reading decides for all ranks: the slope must be known on each.
         (loss_start, loss_end, end_slope, excess_loss, of_gradients, *others), (known, rounding) = loss.read(
-            [start, end, _or_nan(loss.end_slope), _or_nan(loss.excess_loss), differentiated, *others],
+            [start, end, _or_nan(loss.end_slope), _or_nan(loss.excess_loss), differentiated, *early],
             [float(is_known), loss.session.rounding([start, end])],
         )
         learning_rates: tuple[float, ...] = (0.0, loss.lr)
         losses: tuple[float, ...] = (loss_start, loss_end)
         if not (math.isfinite(loss_start) and math.isfinite(loss_end)):
-            parabola = Parabola(math.nan, math.nan, math.nan)
+            parabola, excess_loss = Parabola(math.nan, math.nan, math.nan), math.nan
         elif known == 1.0 and math.isfinite(end_slope) and agree(of_gradients, loss_end, rounding):
             parabola = parabola_from_end(loss.lr, loss_start, loss_end, end_slope, rounding=rounding)
         else:  # the gradients do not belong to the loss
-            if not is_complete:
-                others, _ = loss.read([loss.evaluate(0.5), loss.evaluate_averaged()])
-            loss_middle, loss_averaged = others
+            loss_middle, loss_averaged = others if is_early else loss.read(_without_slope(loss))[0]
             learning_rates, losses = (0.0, 0.5 * loss.lr, loss.lr), (loss_start, loss_middle, loss_end)
             parabola = fit_parabola(learning_rates, losses, rounding=rounding)
             excess_loss = loss_end - loss_averaged
         return Measurement(
             learning_rates, losses, parabola, loss_start, loss_end, excess_loss if math.isfinite(excess_loss) else None
         )
+
+
+def _without_slope(loss: StepLoss) -> list[Loss]:
+    """Evaluate what is needed if the gradients are not those of the loss: the middle of the step, and the average."""
+    return [loss.evaluate(0.5), loss.evaluate_averaged()]
 
 
 def _or_nan(number: Loss | None) -> Loss:

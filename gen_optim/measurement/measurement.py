@@ -105,9 +105,13 @@ class StepLoss:
             return self.session.worst
 
     def evaluate_averaged(self) -> Loss:
-        """The loss at averaged weights, one forward pass; NaN if no average is kept. Exceptions count as above."""
+        """The loss at averaged weights, one forward pass; NaN if no average is kept. Exceptions count as above.
+
+        Parameters that have no average are where the first call has succeeded.
+        """
         if self._averaged is None:
             return math.nan
+        self.path.write(self._valid)
         with self._averaged():
             return self._probe()
 

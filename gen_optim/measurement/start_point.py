@@ -44,7 +44,7 @@ class StartPoint:
         self._keeps_infinities = keeps_infinities
         self._parameters = parameters
         self._on_host = on_host
-        self._is_visited = self._was_left = self.is_quiet = False
+        self._is_visited = self._was_left = self._is_quiet = False
         present = None if last is None else last.present_copies(parameters, on_host=on_host)
         self._copies = self._copied() if present is None else present
         # Chunks of parameters, with the copies that hold the end of the step while the parameters are at its start.
@@ -72,10 +72,10 @@ class StartPoint:
         parameters, and refuses those that have been written to, though they are put back bit for bit. Writes to
         ``data`` are not counted.
         """
-        self.is_quiet = any(each.grad is not None and each.grad.requires_grad for each in self._parameters)
+        self._is_quiet = any(each.grad is not None and each.grad.requires_grad for each in self._parameters)
 
     def _targets(self) -> list[Tensor]:
-        return [each.data for each in self._locals()] if self.is_quiet else self._locals()
+        return [each.data for each in self._locals()] if self._is_quiet else self._locals()
 
     # --- whether it is still valid ------------------------------------------------------------------------------------
 

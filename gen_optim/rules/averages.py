@@ -178,7 +178,9 @@ class BalanceAverages:
 
     @property
     def gain(self) -> float:
-        """How much the loss falls while the number of steps, ``began`` included, grows e-fold."""
+        """How much the loss falls while the number of steps, ``began`` included, grows e-fold; NaN before the first."""
+        if not self.count:
+            return math.nan
         recent, earlier = (self.began + self.count * math.exp(-1.0 / each) for each in (_RECENT, _EARLIER))
         return (self.earlier - self.recent) / math.log(recent / earlier)
 
@@ -188,7 +190,7 @@ class BalanceAverages:
 
         It is 0 if the average is no better than the present weights, and else infinite without a gain.
         """
-        if self.excess_step != self.step:
+        if not self.step or self.excess_step != self.step:
             return math.nan
         if self.excess <= 0.0:
             return 0.0

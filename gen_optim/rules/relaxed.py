@@ -26,12 +26,13 @@ from gen_optim.rules.state import Decision, ProbeStatus, RuleState
 __all__ = ["RelaxedRule", "RelaxedState"]
 
 _GROWTH, _FALL = 1.1, 0.8
-"""Largest changes of the learning rate in a probe step of the burn-in: training must show what the last one did."""
+"""Largest changes of the learning rate in a probe step of the burn-in: training must show what the last one did. The
+balance does not let it grow faster either."""
 
 _LATER_GROWTH, _LATER_FALL, _CAREFUL_GROWTH = 1.05, 0.95, 1.02
-"""Largest changes after the burn-in, and the largest growth near where training was unstable. With momentum 0.9, a
-learning rate 10 % above the edge of stability multiplies what is unstable by a hundred within eight steps, one 5 %
-above by 23, one 2 % above by six: that is seen in time."""
+"""Largest changes that slopes call for after the burn-in, and the largest growth near where training was unstable. With
+momentum 0.9, a learning rate 10 % above the edge of stability multiplies what is unstable by a hundred within eight
+steps, one 5 % above by 23, one 2 % above by six: that is seen in time."""
 
 _AGREE = 0.5
 """Signal fraction from which on slopes agree."""
@@ -47,7 +48,7 @@ _SHARE = 0.125
 """Share of all steps over which losses must be averaged for a gain."""
 
 _STEEPEST_FALL, _STEEPEST_GROWTH = 0.5, 1.0
-"""Largest exponents with which the learning rate falls or grows like a power of the steps, to be corrected."""
+"""Largest exponents p of the corrections by the balance, t^(−p) and t^p."""
 
 _REPEATS = 5
 """How many steps in a row on the batch of the step before show that there is one batch only, and no noise."""

@@ -49,10 +49,10 @@ def test_noise_of_the_parabola_is_what_rounding_of_its_losses_can_do(
 
 
 def measured(
-    *, end: Any = None, ranks: Any = None, average: float | None = None, **known: Any
+    *, start: float = 0.0, end: Any = None, ranks: Any = None, average: float | None = None, **known: Any
 ) -> tuple[Measurement, list[float], list[int]]:
     """A look back at a step from 0 to 2 along x² − x, in one dimension: where it was evaluated, and what was read."""
-    parameter, evaluated = torch.zeros((), dtype=torch.float64), []
+    parameter, evaluated = torch.full((), start, dtype=torch.float64), []
 
     @contextmanager
     def averaged() -> Iterator[None]:
@@ -125,6 +125,11 @@ def test_if_they_are_not_the_loss_is_evaluated_at_the_average(options: dict[str,
     assert evaluated == ([2.0] if "end" not in options else []) + [0.0, 1.0, 0.5]
     assert found.excess_loss == 2.0 + 0.25
     assert found.learning_rates == (0.0, 0.25, 0.5)
+
+
+def test_gradients_of_another_loss_say_nothing_of_the_excess_loss_where_the_loss_is_not_finite() -> None:
+    known = {"end": 2.0, "end_slope": torch.tensor(6.0), "excess_loss": torch.tensor(0.25)}
+    assert measured(**known, start=1e200)[0].excess_loss is None
 
 
 def test_an_average_at_which_the_closure_raises_is_not_compared_with() -> None:

@@ -197,6 +197,11 @@ def test_the_gain_is_that_of_a_loss_that_falls_like_the_logarithm(began: int) ->
     assert averages.ratio == pytest.approx(0.25, rel=0.05)
 
 
+def test_nothing_is_known_before_the_first_losses() -> None:
+    assert math.isnan(BalanceAverages().gain)
+    assert math.isnan(BalanceAverages().ratio)
+
+
 def test_the_ratio_is_not_known_without_the_excess_loss_at_the_last_step() -> None:
     known = BalanceAverages().with_losses(2.0, 0.1, 1).with_losses(1.0, 0.1, 2)
     assert known.ratio > 0.0
