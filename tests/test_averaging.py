@@ -25,7 +25,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
-from gen_optim import GeNOptimizer, averaging
+from gen_optim import GeNOptimizer, RelaxedRule, averaging
 from gen_optim.averaging import AveragedWeights, multi_power_average, power_average, refreshed_batch_norm
 from tests import averaging_jobs
 from tests.test_checkpoints import RESUMES
@@ -969,6 +969,39 @@ def test_in_a_loop_that_calls_backward_the_excess_loss_is_that_over_the_average(
         if step % 4:  # no update of the average
             assert all(map(torch.equal, before, (optimizer.state[each]["gen_average"] for each in model.parameters())))
     assert compared > 20 if average else compared == 0
+
+
+def test_parameters_without_an_average_are_compared_where_the_step_has_ended() -> None:
+    """Those of a group that has just been added; and if a checkpoint lacks all averages, nothing is known."""
+    torch.manual_seed(0)
+    trunk, head = nn.Linear(4, 16), nn.Linear(16, 1)
+    optimizer, compared = GeNOptimizer(AdamW(trunk.parameters()), rule=RelaxedRule(burn_in=2, period=1)), []
+    for step in range(1, 20):
+        inputs, targets = torch.randn(8, 4), 3.0 * torch.randn(8, 1)
+
+        def probe() -> Tensor:
+            return mse_loss(head(torch.tanh(trunk(inputs))), targets)  # noqa: B023
+
+        if step == 10:
+            optimizer.add_param_group({"params": head.parameters()})
+        if step == 16:
+            for state in optimizer.state.values():
+                del state["gen_average"]
+        optimizer.zero_grad()
+        head.zero_grad()
+        loss = probe()
+        loss.backward()
+        with torch.no_grad(), optimizer.averaged():
+            excess = loss.item() - probe().item()
+        optimizer.step(probe=probe)
+        record = optimizer.last_probe
+        assert record is not None
+        if step == 16:
+            assert record.excess_loss is None
+        elif record.excess_loss is not None:
+            assert record.excess_loss == pytest.approx(excess, rel=1e-4, abs=1e-6)
+            compared.append(step)
+    assert {10, 11, 12} < set(compared)
 
 
 def test_an_interrupt_at_the_average_leaves_parameters_and_average_in_place() -> None:

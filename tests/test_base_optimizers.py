@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from gen_optim import GeNOptimizer, History, ProbeStatus
+from gen_optim import GeNOptimizer, History, ProbeStatus, RelaxedRule
 from tests import optimizers_of_others as others
 from tests.training import Training, mlp, parameters_of
 
@@ -155,3 +155,20 @@ def test_a_base_that_differentiates_gradients_once_more(options: dict[str, Any])
     training.optimizer.zero_grad()  # as torch advises: a gradient with a graph refers to its parameter
     assert losses[-1] < 0.5 * losses[0]
     assert training.probes > 10
+
+
+@pytest.mark.filterwarnings("ignore:GeNOptimizer could not check")
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_such_a_base_in_a_loop_is_compared_with_the_average() -> None:
+    rule = RelaxedRule(burn_in=2, period=1)
+    training = Training.of(lambda parameters: GeNOptimizer(others.AdaHessian(parameters, lr=0.1), rule=rule))
+    losses = []
+    for _ in range(30):
+        training.optimizer.zero_grad()
+        loss = training.loss()
+        loss.backward(create_graph=True)
+        training.optimizer.step(probe=training.loss)
+        losses.append(loss.item())
+    training.optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert training.optimizer.last_probe.excess_loss is not None
