@@ -817,7 +817,11 @@ def variational_autoencoder(run: Run) -> float:
         return loss_of(data).item()
 
 
-@program(sgd=0.05, adamw=0.03)
+@program(
+    sgd=0.05,
+    adamw=0.03,
+    fails={"sgd": "1.8 times the loss at the last weights; 0.97 times at averaged ones, which are those to evaluate"},
+)
 def mixed_precision(run: Run) -> float:
     data, model = Data(), run.net()
     optimizer = run.optimizer(model.parameters())
