@@ -266,7 +266,7 @@ def body_that_is_frozen_at_first(run: Run) -> float:
 @program(
     sgd=0.02,
     adamw=0.03,
-    fails={"sgd": "8.8 times the loss: one seed of three ends 44 times above the bare one"},
+    fails={"sgd": "5 times the loss: one seed of three ends 44 times above the bare one"},
 )
 def two_adapters_in_turn(run: Run) -> float:
     """One optimizer over two low-rank adapters, one of which is frozen at every other step."""
@@ -288,7 +288,7 @@ def two_adapters_in_turn(run: Run) -> float:
 @program(
     sgd=0.05,
     adamw=0.03,
-    fails={"sgd": "8.4 times the loss: the burn-in moves all centers out of reach, where gradients vanish"},
+    fails={"sgd": "9.7 times the loss: the burn-in moves all centers out of reach, where gradients vanish"},
 )
 def parameters_replaced_in_groups(run: Run) -> float:
     """Densification: points are added now and then, as when Gaussians are split."""
@@ -331,7 +331,7 @@ def entropy_temperature(run: Run) -> float:
 @program(
     sgd=None,
     adamw=0.02,
-    fails={"adamw": "1.8 times the loss: the learning rate grows while the slopes along the multiplier agree"},
+    fails={"adamw": "1400 times the loss: the learning rate grows while the slopes along the multiplier agree"},
 )
 def lagrange_multiplier(run: Run) -> float:
     """Minimize |x − 1|² subject to Σ x = 1; the multiplier's optimizer maximizes."""
@@ -365,7 +365,7 @@ def policy_gradient(run: Run) -> float:
     sgd=None,
     adamw=0.005,
     fails={
-        "adamw": "14 times the loss: the generator overshoots, its learning rate grows while the critic lags behind"
+        "adamw": "35 times the loss: the generator overshoots, its learning rate grows while the critic lags behind"
     },
 )
 def critic_with_clipped_weights(run: Run) -> float:
@@ -403,8 +403,8 @@ def maximum_of_something_unbounded(run: Run) -> float:
     sgd=0.007,
     adamw=0.007,
     fails={
-        "sgd": "2.3 times the loss: a step is measured on the batch that it was computed from",
-        "adamw": "3.1 times the loss, for the same reason",
+        "sgd": "1.6 times the loss: a step is measured on the batch that it was computed from",
+        "adamw": "1.3 to 3.1 times the loss, for the same reason",
     },
 )
 def several_epochs_on_each_rollout(run: Run) -> float:
@@ -609,7 +609,8 @@ def backward_left_out_if_the_loss_is_not_finite(run: Run) -> float:
             return loss
 
         optimizer.step(closure)
-    return data.loss(model)
+    with run.averaged(optimizer):
+        return data.loss(model)
 
 
 @program(sgd=0.05, adamw=0.03)
@@ -767,7 +768,8 @@ def gradients_assigned_from_autograd_grad(run: Run) -> float:
             return loss
 
         optimizer.step(closure)
-    return data.loss(model)
+    with run.averaged(optimizer):
+        return data.loss(model)
 
 
 @program(sgd=0.02, adamw=0.03)
@@ -817,11 +819,7 @@ def variational_autoencoder(run: Run) -> float:
         return loss_of(data).item()
 
 
-@program(
-    sgd=0.05,
-    adamw=0.03,
-    fails={"sgd": "1.8 times the loss at the last weights; 0.97 times at averaged ones, which are those to evaluate"},
-)
+@program(sgd=0.05, adamw=0.03)
 def mixed_precision(run: Run) -> float:
     data, model = Data(), run.net()
     optimizer = run.optimizer(model.parameters())
@@ -832,7 +830,8 @@ def mixed_precision(run: Run) -> float:
 
     for x, y in data.batches(200):
         optimizer.step(closure_of(optimizer, lambda x=x, y=y: functional.mse_loss(predict(x).float(), y)))  # type: ignore[misc]
-    return data.loss(model)
+    with run.averaged(optimizer):
+        return data.loss(model)
 
 
 @program(sgd=0.05, adamw=0.03)
