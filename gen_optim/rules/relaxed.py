@@ -116,7 +116,7 @@ class RelaxedRule(Rule):
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step; without a
       scheduler, what they call for is annealed too. If the averages call for more, but the last step was too long by
       its own parabola, it falls by up to 5 %: a direction has become unstable that the averages do not show yet. Near
-      there it grows by 2 %.
+      there slopes let it grow by 2 %.
     - **No noise.** If there is next to no noise, it grows by 2 % at every step, to what slopes call for in spite of a
       scheduler, falls by up to 20 % where it is unstable, and by 5 % if a step no longer descends.
     - **Safeguards** (:mod:`gen_optim.rules.safeguards`). A step that raised the loss far above its start, on the same
@@ -299,9 +299,8 @@ class RelaxedRule(Rule):
         the excess loss at this step is not known, or comes from no noise.
         """
         averages = state.balance
-        if state.repeats >= _REPEATS or averages.count < max(2 * self._transient, _SHARE * state.step):
-            return None
-        if math.isnan(averages.ratio):
+        is_short = averages.count < max(2 * self._transient, _SHARE * state.step)
+        if state.repeats >= _REPEATS or is_short or math.isnan(averages.ratio):
             return None
         # A scheduler's factor lowers the excess loss, and not what the learning rate found is worth.
         ratio = averages.ratio / (self.balance * factor)
