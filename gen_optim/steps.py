@@ -15,6 +15,7 @@ from functools import partial
 from itertools import chain, compress
 from typing import Any, Literal, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,7 +28,7 @@ from gen_optim.closures.losses import Closure, Loss, agree
 from gen_optim.closures.session import ClosureCaller, Session
 from gen_optim.controller import Controller
 from gen_optim.distributed import ranks_of
-from gen_optim.measurement import Mode, StepLoss
+from gen_optim.measurement import Measurement, Mode, StepLoss
 from gen_optim.measurement.interpolation import Interpolation, movable
 from gen_optim.measurement.lookahead import measure_initial_search, searched_lr
 from gen_optim.measurement.start_point import StartPoint
@@ -210,7 +211,12 @@ def look_back_step(
             return unknown
         return start_point.end_slope(), None if averages is None else averages.excess_loss()
 
-    loss = None if closure is None else context.call(session, closure, measure)
+    try:
+        loss = None if closure is None else context.call(session, closure, measure)
+    except Exception as failure:
+        if not is_own or len(session.ranks) > 1 or isinstance(failure, torch.OutOfMemoryError):
+            raise
+        return _revert_failed(context, session, start_point, failure)
     state = controller.recall_after_closure()
     context.start_point = None  # it serves once; but a closure that has failed may be called again
     start_point.begin_visits()
@@ -257,6 +263,38 @@ def look_back_step(
     context.warn_of_failure(step_loss.failure)
     record = ProbeRecord.of(state, measurement, decision, factor)
     return StepResult(step_loss.losses[1.0] if loss is None else loss, record)
+
+
+def _revert_failed(context: StepContext, session: Session, start_point: StartPoint, failure: Exception) -> StepResult:
+    """Revert the last step, since the closure has failed where it ended and does not where it began.
+
+    Raises:
+        Exception: ``failure``, if the closure fails at the start, too, or the rule does not revert.
+    """
+    controller = context.controller
+    start_point.begin_visits()
+    with (
+        context.unfinished.ending_with(start_point.undo_swap),
+        _refusing_steps(context.base_optim, context.unfinished),
+        session.probing(),
+    ):
+        start_point.write(0.0)
+        try:
+            [loss_start], _ = session.read([session.probe()])
+        except Exception:  # noqa: BLE001 - the first one is raised
+            raise failure from None
+    state, factor = controller.recall_after_closure(), controller.rates.factor()
+    losses = (loss_start, math.inf)
+    measurement = Measurement((0.0, start_point.lr), losses, Parabola(math.nan, math.nan, math.nan), *losses)
+    decision = controller.decide(measurement, factor)
+    if not decision.is_reverted:  # a rule that reverts no steps
+        raise failure
+    context.start_point = None
+    context.unfinished.do(start_point.stay)
+    session.revert_buffers()
+    _remember(context, decision.state, controller.rates.rates_in_force(decision.state.lr))
+    context.warn_of_failure(failure)
+    return StepResult(session.worst, ProbeRecord.of(state, measurement, decision, factor))
 
 
 def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probed, *, searches: bool) -> StepResult:

@@ -185,6 +185,14 @@ class StartPoint:
         self._swapped, self._starts, self._was_left = {}, [], self._is_visited
 
     @torch.no_grad()
+    def undo_swap(self) -> None:
+        """Put the parameters back to the end of the step, and keep its start, which :meth:`leave` forgets."""
+        for index, (present, kept) in list(self._swapped.items()):
+            exchange(present, kept, partial(self._swapped.pop, index))
+        self._is_visited = False
+        self.arrive(measures_length=self._length > 0.0)
+
+    @torch.no_grad()
     def stay(self) -> None:
         """Put the parameters to the start of the step, for good."""
         if self._starts:
