@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from gen_optim.closures.buffers import Buffers
+from gen_optim.closures.losses import Loss
 from gen_optim.closures.modules import owners_of, release
 from gen_optim.tensors.dtensor import gradient_dot, is_dtensor, local
 from gen_optim.tensors.foreach import chunks, copy, near, room_for, write
@@ -122,35 +123,27 @@ class AveragedWeights:
         self._pairs(begins=True)
 
     @torch.no_grad()
-    def excess_loss(self) -> Tensor | None:
+    def excess_loss(self) -> Loss:
         r"""Estimate how far the loss is above that at the average, from the gradients at the present parameters.
 
         It is :math:`\frac12 \nabla L(\theta) \cdot (\theta - \bar\theta)`. If the average is the lowest point of a
         parabola between the two, that is exact. Parameters whose gradient is None count as zero. It is NaN if elements
-        of a parameter are infinite.
+        of a parameter are infinite, and before the first update.
 
         Returns:
-            A one-element tensor, of DTensors this rank's share; None before the first update.
+            A number or one-element tensor, of DTensors this rank's share.
         """
-        states = self._optimizer.state
-        averages = {
-            parameter: average
-            for parameter in self._parameters()
-            if (average := states.get(parameter, {}).get(_AVERAGE)) is not None
-            and average.shape == parameter.shape
-            and _placements(average) == _placements(parameter)
-        }
-        if not (averages and self.updates):
-            return None
-        return 0.5 * gradient_dot(list(averages), list(map(local, averages.values())))
+        averages = self._averages() if self.updates else {}
+        return 0.5 * gradient_dot(list(averages), list(averages.values())) if averages else math.nan
 
     def _pairs(self, *, begins: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-        """Return this rank's parts of the parameters that have an average, and of the averages.
+        """Return this rank's parts of the parameters that have an average, and of the averages."""
+        averages = self._averages(begins=begins)
+        return list(map(local, averages)), list(averages.values())
 
-        With ``begins``, averages that are missing begin now.
-        """
-        parameters: list[Tensor] = []
-        averages: list[Tensor] = []
+    def _averages(self, *, begins: bool = False) -> dict[Tensor, Tensor]:
+        """Return this rank's parts of the averages, by parameter; with ``begins``, missing ones begin now."""
+        averages: dict[Tensor, Tensor] = {}
         states = self._optimizer.state
         for parameter in self._parameters():
             state = states.get(parameter)
@@ -161,9 +154,8 @@ class AveragedWeights:
             if average is not None:
                 if average is not found:
                     states.setdefault(parameter, {})[_AVERAGE] = average
-                parameters.append(local(parameter))
-                averages.append(local(average))
-        return parameters, averages
+                averages[parameter] = local(average)
+        return averages
 
     def _fitted(self, parameter: Tensor, average: Tensor) -> Tensor | None:
         """Return an average in the dtype and place of a parameter's; None if it has another shape or placement."""

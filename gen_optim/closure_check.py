@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from gen_optim.closures.buffers import Buffers
 from gen_optim.closures.losses import check_callable, check_loss
 from gen_optim.closures.modules import children_of, live_modules, parameters_of, with_children
+from gen_optim.closures.session import Session
 from gen_optim.distributed import Ranks
 from gen_optim.optimizer import GeNOptimizer
 from gen_optim.tensors.scalars import to_floats
@@ -49,8 +50,8 @@ def check_closure(optimizer: GeNOptimizer, closure: Callable[[], Any], *, probes
         ValueError: If ``probes`` is below 1.
 
     Warns:
-        UserWarning: If the losses differ by more than their rounding (the optimizer's ``tolerance``), or probes change
-            buffers or gradients of modules that the optimizer does not know.
+        UserWarning: If the losses differ by more than their rounding (the ``tolerance`` of the optimizer's mode), or
+            probes change buffers or gradients of modules that the optimizer does not know.
 
     Example:
         >>> import torch
@@ -64,9 +65,8 @@ def check_closure(optimizer: GeNOptimizer, closure: Callable[[], Any], *, probes
     check_callable("closure", closure)
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
-    session = optimizer._context.caller.session(  # noqa: SLF001 - what a step uses, too
-        optimizer.param_groups, closure, "closure", Ranks(), tolerance=optimizer.mode.tolerance
-    )
+    caller = optimizer._context.caller  # noqa: SLF001 - what a step uses, too
+    session = Session(caller, optimizer.param_groups, closure, "closure", Ranks(), tolerance=optimizer.mode.tolerance)
     known = set(session.modules)
     others = _Others([each for each in live_modules() if each not in known])
     gradients = [(each, each.grad) for each in (*session.parameters(), *others.parameters)]

@@ -136,7 +136,7 @@ def ranks_of(
         groups = []
     elif dist.is_available() and isinstance(process_group, dist.ProcessGroup):
         groups = [process_group]
-    elif process_group == dist.GroupMember.NON_GROUP_MEMBER:
+    elif dist.is_available() and process_group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
             "process_group must be one that this process is a member of, got the one that new_group() returns to all "
             "others. Give each process its own group, or 'local'."

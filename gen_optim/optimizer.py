@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
@@ -102,8 +102,9 @@ class GeNOptimizer(OptimizerWrapper):
     4. A parabola is fitted and judged, and the learning rate is chosen.
     5. The parameters are put back, and the base optimizer steps once, at the learning rate times the scheduler's
        factor. If the last step has led far up, it is reverted instead.
-    6. Gradients, buffers, grad mode and random streams are as after 1, whatever happened in between. After an exception
-       in a probe the step is taken at the last learning rate, and the exception is raised again.
+    6. Gradients, buffers, grad mode and random streams are as after 1, whatever happened in between. An exception at a
+       point that only a probe visits counts as an infinite loss there. After any other exception or an interrupt in a
+       probe, the step is taken at the last learning rate, and it is raised again.
 
     With ``mode="approximate"`` or ``"exact"`` it looks ahead: the base optimizer steps once after 1, the loss is
     measured along that step on the batch of its gradients, and the multiple that the rule chooses is written.
@@ -136,8 +137,7 @@ class GeNOptimizer(OptimizerWrapper):
             probes must leave as they are. By default the modules to which the parameters belong, and those above them.
             A module that owns none of the parameters, such as a teacher or a discriminator, has to be named here.
         average: Whether an average of the weights is kept, for :meth:`averaged`, and for the default rule, which sees
-            in it what noise costs. By default it is while no scheduler is attached. It takes one more copy of the
-            parameters, in float32 if they are in half precision.
+            in it what noise costs. It takes one more copy of the parameters, in float32 if they are in half precision.
         offload_average: Whether that copy is in the host's memory.
         offload_copies: Whether the copies of the parameters that measuring needs are kept in the host's memory (pinned
             if the parameters are on a CUDA device), for models that nearly fill their device. Probe steps then wait for
@@ -195,7 +195,7 @@ class GeNOptimizer(OptimizerWrapper):
         lr_min: float | None = None,
         lr_max: float | None = None,
         modules: nn.Module | Iterable[nn.Module] = (),
-        average: bool | None = None,
+        average: bool = True,
         offload_average: bool = False,
         offload_copies: bool = False,
         process_group: dist.ProcessGroup | Literal["local"] | None = None,
@@ -206,33 +206,35 @@ class GeNOptimizer(OptimizerWrapper):
         chosen_mode = make_mode(mode)
         options = {"period": period, "lr_min": lr_min, "lr_max": lr_max}
         chosen_rule = make_rule(rule, **{name: value for name, value in options.items() if value is not None})
-        for name, value in (("offload_copies", offload_copies), ("offload_average", offload_average)):
+        switches = {"average": average, "offload_average": offload_average, "offload_copies": offload_copies}
+        for name, value in switches.items():
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
-        if not (average is None or isinstance(average, bool)):
-            raise TypeError(f"average must be True, False or None, got {average!r}")
-        caller = ClosureCaller(check_modules(modules))
+        modules = check_modules(modules)
         closure, probe = check_callable("closure", closure), check_callable("probe", probe)
         parameters = list(chain.from_iterable(group["params"] for group in base_optim.param_groups))
         ranks_of(process_group, parameters)
         chosen_mode.check(parameters)
         super().__init__(base_optim)
+        self._begin(chosen_rule, chosen_mode, modules, offload_copies=offload_copies, process_group=process_group)
         self.closure, self.probe = closure, probe
-        self._context = StepContext(
-            base_optim,
-            Controller(base_optim, chosen_rule),
-            chosen_mode,
-            caller,
-            offload_copies=offload_copies,
-            process_group=process_group,
-        )
         self.average = average
         self._averages = AveragedWeights(base_optim, on_host=offload_average)
         self._loaded_averages: dict[int, Tensor] = {}
         self._has_state_keys = False
         self._loaded_starts: dict[Tensor, Tensor] = {}
-        self._begin_reports()
         self._save_numbers()
+
+    def _begin(self, rule: Rule, mode: Mode, modules: Sequence[nn.Module], **options: Any) -> None:
+        """Set up what copies and pickles do not have."""
+        self._context = StepContext(
+            self.base_optim, Controller(self.base_optim, rule), mode, ClosureCaller(modules), **options
+        )
+        self.closure: Closure | None = None
+        self.probe: Closure | None = None
+        self.last_probe: ProbeRecord | None = None
+        self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
+        self._diagnostics = Diagnostics()
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -306,7 +308,7 @@ class GeNOptimizer(OptimizerWrapper):
             torch.set_grad_enabled(is_grad_enabled)
             unfinished.finish()
             raise
-        if self._is_averaging:
+        if self.average:
             self._averages.update()
         evaluated = self._report(result)
         return evaluated if loss is None else loss
@@ -344,7 +346,7 @@ class GeNOptimizer(OptimizerWrapper):
         if (searches := rule.needs_search(state)) or not self.mode.looks_back:
             return look_ahead_step(self._context, closure, probed, searches=searches)
         if (start_point := self._pending_start_point()) is not None:
-            needs_average = self._is_averaging and rule.needs_excess_loss(state) and self._averages.is_known
+            needs_average = self.average and rule.needs_excess_loss(state) and self._averages.is_known
             averages = self._averages if needs_average else None
             return look_back_step(self._context, closure, probed, start_point, averages)
         return lazy_step(self._context, closure)
@@ -357,7 +359,7 @@ class GeNOptimizer(OptimizerWrapper):
         """
         self._pop_starts()
         self.base_optim.step()
-        if self._is_averaging:
+        if self.average:
             self._averages.begin()
         self._has_state_keys = True
         for parameter, start in self._starts().items():
@@ -396,9 +398,8 @@ class GeNOptimizer(OptimizerWrapper):
         """Have the averaged weights in the parameters inside the block, and the parameters back afterwards.
 
         They are the weights to validate, to save and to serve: a power-law average over about the last sixteenth of
-        the steps so far. The parameters are back bit for bit, whatever happens inside. Without an average the block
-        has the present parameters: before the fourth step, with ``average=False``, and while a scheduler is attached
-        unless ``average=True``. A nested block changes nothing.
+        the steps so far. The parameters are back bit for bit, whatever happens inside. Before the fourth step, and
+        with ``average=False``, the block has the present parameters. A nested block changes nothing.
 
         Inside the block ``step()``, ``state_dict()``, ``load_state_dict()`` and copies of the optimizer raise a
         RuntimeError. Nothing should write to the parameters.
@@ -407,7 +408,7 @@ class GeNOptimizer(OptimizerWrapper):
             >>> with optimizer.averaged():  # doctest: +SKIP
             ...     accuracy = evaluate(model)
         """
-        if not self._is_averaging:
+        if not self.average:
             yield
             return
         start_point = self._context.start_point
@@ -417,7 +418,8 @@ class GeNOptimizer(OptimizerWrapper):
                 yield
         finally:
             if was_intact and start_point is not None and not self._averages.is_swapped:
-                start_point.arrive()  # the parameters are what they were, though they have been written to
+                # The parameters are what they were, though they have been written to.
+                start_point.arrive(measures_length=self._context.allows_writes)
 
     def write_averaged(self) -> None:
         """Write the averaged weights into the parameters for good; without an average it changes nothing.
@@ -429,14 +431,8 @@ class GeNOptimizer(OptimizerWrapper):
             >>> optimizer.write_averaged()  # doctest: +SKIP
             >>> torch.save(model.state_dict(), "model.pt")  # doctest: +SKIP
         """
-        if self._is_averaging:
+        if self.average:
             self._averages.write()
-
-    @property
-    def _is_averaging(self) -> bool:
-        if self.average is None:  # a scheduler does what the average would do
-            return not any("initial_lr" in group for group in self.param_groups)
-        return self.average
 
     # --- what it is, and what it does ---------------------------------------------------------------------------------
 
@@ -497,12 +493,8 @@ class GeNOptimizer(OptimizerWrapper):
 
     @property
     def offload_copies(self) -> bool:
-        """The option of that name; may be set at any time."""
+        """The option of that name."""
         return self._context.offload_copies
-
-    @offload_copies.setter
-    def offload_copies(self, value: bool) -> None:
-        self._context.offload_copies = value
 
     @property
     def is_probing(self) -> bool:
@@ -565,12 +557,13 @@ class GeNOptimizer(OptimizerWrapper):
         check_groups([*self.param_groups, {**self.defaults, **param_group}])
         self.base_optim.add_param_group(param_group)
         self._context.controller.join(self.param_groups[-1], brings_lr=brings_lr)
+        self._context.has_infinities = None
 
     # --- checkpoints, copies and pickles ------------------------------------------------------------------------------
 
     def _save_numbers(self) -> None:
         """Write what GeN remembers to the parameter groups; called before a state dictionary is made."""
-        self._averages.refuse_if_swapped("state_dict()")
+        self._averages.refuse_if_swapped("saving, loading or copying the optimizer")
         self._drop_stale_start_point()
         self._context.controller.save()
         start_point = self._context.start_point
@@ -586,7 +579,7 @@ class GeNOptimizer(OptimizerWrapper):
         """Read it back; called after a state dictionary was loaded."""
         self.last_probe = None
         group = self.param_groups[0]
-        self._averages.load({} if self.average is False else self._loaded_averages)
+        self._averages.load(self._loaded_averages if self.average else {})
         starts = self._pop_starts() | self._loaded_starts
         self._loaded_starts, self._loaded_averages = {}, {}
         lr, fingerprint = float(group.get(_START_LR, 0.0)), int(group.get(_START_FINGERPRINT, 0))
@@ -623,13 +616,6 @@ class GeNOptimizer(OptimizerWrapper):
                     if not state[key]:
                         del state[key]
         return {**state_dict, "state": state}
-
-    def _set_aside(self) -> StartPoint | None:
-        return self._context.start_point
-
-    def _put_back(self, kept: StartPoint | None) -> None:
-        self._load_numbers()
-        self._context.start_point = kept
 
     def _drop_stale_start_point(self) -> None:
         """Forget a start point whose step something else has written over since: in a copy nothing would show it."""
@@ -673,17 +659,9 @@ class GeNOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles keep: not the closures, hooks and records, nor a process group."""
-        self._save_numbers()
         kept = super().__getstate__()
-        for name in (
-            "closure",
-            "probe",
-            "last_probe",
-            "_context",
-            "_probe_hooks",
-            "_diagnostics",
-        ):
-            kept.pop(name, None)
+        for name in ("closure", "probe", "last_probe", "_context", "_probe_hooks", "_diagnostics"):
+            del kept[name]
         context = self._context
         kept["_kept"] = {
             "rule": context.controller.rule,
@@ -692,6 +670,7 @@ class GeNOptimizer(OptimizerWrapper):
             "offload_copies": context.offload_copies,
             "process_group": context.process_group if context.process_group == "local" else None,
             "start_point": context.start_point,
+            "allows_writes": context.allows_writes,
         }
         return kept
 
@@ -700,19 +679,4 @@ class GeNOptimizer(OptimizerWrapper):
         kept = state.pop("_kept", None)
         super().__setstate__(state)
         if kept is not None:
-            self._context = StepContext(
-                self.base_optim,
-                Controller(self.base_optim, kept["rule"]),
-                kept["mode"],
-                ClosureCaller(kept["modules"]),
-                offload_copies=kept["offload_copies"],
-                process_group=kept["process_group"],
-                start_point=kept["start_point"],
-            )
-            self.closure = self.probe = None
-            self._begin_reports()
-
-    def _begin_reports(self) -> None:
-        self.last_probe = None
-        self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
-        self._diagnostics = Diagnostics()
+            self._begin(**kept)

@@ -67,6 +67,7 @@ class StepContext:
     ``start_point`` is where the last step began, if the next one is going to look back at it. ``has_warned`` is about
     probes that failed, ``has_warned_of_gradients`` about gradients that are never zeroed. ``trusts_losses`` says
     whether a loss that the caller has given was the one that the probe returned; None until the two have been compared.
+    ``has_infinities`` says whether parameters are infinite on purpose; None until they have been looked through.
     ``allows_writes`` says whether a step may end where something else has written after it, if that does not lengthen
     it: True from the first such write on, since it costs a pass over the parameters.
     """
@@ -118,7 +119,7 @@ class StepContext:
             self.caller.owners(parameters),
             warns=not self.controller.state.probes,
         )
-        return self.caller.session(self.groups, probed.call, probed.name, ranks, tolerance=self.mode.tolerance)
+        return Session(self.caller, self.groups, probed.call, probed.name, ranks, tolerance=self.mode.tolerance)
 
     def take_over(self, given: Loss | None, step_loss: StepLoss, multiple: float) -> None:
         """Take over the loss that the caller has given, if it is what the probe returns at this multiple of the step.
@@ -149,7 +150,7 @@ class StepContext:
         """Make the first call of a probe step (``session.first``); one that steps the base optimizer is refused."""
         with _refusing_steps(self.base_optim, self.unfinished):
             loss = session.first(closure, measure)
-        if session.adds_to_used_gradients and not self.has_warned_of_gradients:
+        if session.origin.adds_to_used and not self.has_warned_of_gradients:
             self.has_warned_of_gradients = True
             warn(
                 f"At step {self.controller.state.step + 1} the closure of GeNOptimizer has added to the gradients of "
@@ -158,13 +159,13 @@ class StepContext:
             )
         return loss
 
-    def warn_of_failure(self, failure: Exception | None) -> None:
-        """Warn once of an exception at a point that only a probe has visited."""
+    def warn_of_failure(self, failure: Exception | None, where: str = "at a point that only a probe visits") -> None:
+        """Warn once of an exception that counts as an infinite loss."""
         if failure is not None and not self.has_warned:
             self.has_warned = True
             warn(
-                f"At step {self.controller.state.step} a probe of GeNOptimizer raised {type(failure).__name__}: "
-                f"{failure}. The loss counts as infinite there. Later probes that fail are not reported."
+                f"At step {self.controller.state.step} of GeNOptimizer the loss raised {type(failure).__name__} "
+                f"{where}: {failure}. It counts as infinite there. Later failures of that kind are not reported."
             )
 
     def keep_start_point(self, lr: float, last: StartPoint | None) -> StartPoint | None:
@@ -177,14 +178,13 @@ class StepContext:
             taken,
             last=last,
             on_host=self.offload_copies,
-            keeps_infinities=self.keeps_infinities(),
         )
 
 
 def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: bool = True) -> StepResult:
     """The base optimizer's step at the last learning rate; with ``keeps_start`` the next step may look back at it."""
     loss = None if closure is None else context.caller.call(closure, context.groups)
-    state = context.controller.recall_after_closure()
+    state = context.controller.recall()
     _step_base(context, context.controller.rule.skip(state), keeps_start=keeps_start)
     return StepResult(loss)
 
@@ -203,23 +203,20 @@ def look_back_step(
     """
     controller = context.controller
     session = context.session(probed)
+    start_point.keeps_infinities = context.keeps_infinities()
     is_own = probed.call is closure
-    unknown = (None, None)
 
-    def measure() -> tuple[Tensor | None, Tensor | None]:
-        if not is_own:
-            return unknown
-        return start_point.end_slope(), None if averages is None else averages.excess_loss()
+    def measure() -> tuple[Loss, Loss]:
+        return start_point.end_slope(), math.nan if averages is None else averages.excess_loss()
 
     try:
-        loss = None if closure is None else context.call(session, closure, measure)
+        loss = None if closure is None else context.call(session, closure, measure if is_own else tuple)
     except Exception as failure:
         if not is_own or len(session.ranks) > 1 or isinstance(failure, torch.OutOfMemoryError):
             raise
         return _revert_failed(context, session, start_point, failure)
-    state = controller.recall_after_closure()
+    state = controller.recall()
     context.start_point = None  # it serves once; but a closure that has failed may be called again
-    start_point.begin_visits()
 
     def leave() -> None:
         """Put the parameters back to where the last step ended."""
@@ -230,7 +227,8 @@ def look_back_step(
     context.unfinished.add(leave)
     after, is_reverted = controller.rule.skip(state), False
     try:
-        differentiated, (end_slope, excess_loss) = (session.differentiated() if is_own else None) or ([], unknown)
+        known = session.origin.differentiated() if is_own else None
+        differentiated, (end_slope, excess_loss) = known or ([], (math.nan, math.nan))
         with session.probing():
             step_loss = StepLoss(
                 start_point,
@@ -272,7 +270,6 @@ def _revert_failed(context: StepContext, session: Session, start_point: StartPoi
         Exception: ``failure``, if the closure fails at the start, too, or the rule does not revert.
     """
     controller = context.controller
-    start_point.begin_visits()
     with (
         context.unfinished.ending_with(start_point.undo_swap),
         _refusing_steps(context.base_optim, context.unfinished),
@@ -283,7 +280,7 @@ def _revert_failed(context: StepContext, session: Session, start_point: StartPoi
             [loss_start], _ = session.read([session.probe()])
         except Exception:  # noqa: BLE001 - the first one is raised
             raise failure from None
-    state, factor = controller.recall_after_closure(), controller.rates.factor()
+    state, factor = controller.recall(), controller.rates.factor()
     losses = (loss_start, math.inf)
     measurement = Measurement((0.0, start_point.lr), losses, Parabola(math.nan, math.nan, math.nan), *losses)
     decision = controller.decide(measurement, factor)
@@ -293,7 +290,7 @@ def _revert_failed(context: StepContext, session: Session, start_point: StartPoi
     context.unfinished.do(start_point.stay)
     session.revert_buffers()
     _remember(context, decision.state, controller.rates.rates_in_force(decision.state.lr))
-    context.warn_of_failure(failure)
+    context.warn_of_failure(failure, "where the last step has ended, which is reverted")
     return StepResult(session.worst, ProbeRecord.of(state, measurement, decision, factor))
 
 
@@ -309,7 +306,7 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
     with context.unfinished.ending_with(around.close):
         around.enter_context(context.mode.around_calls())
         loss = None if closure is None else context.call(session, closure)
-        state = controller.recall_after_closure()
+        state = controller.recall()
         loss_start = loss if probed.call is closure else None
         lr = state.lr
         if not state.probes or (searches and loss_start is None):

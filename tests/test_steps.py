@@ -641,7 +641,7 @@ def test_an_exception_at_a_point_that_only_a_probe_visits_counts_as_an_infinite_
 
     at_first_call: list[Tensor] = []
     training.before_return = refuse
-    with pytest.warns(UserWarning, match="a probe of GeNOptimizer raised ValueError: scale must be positive"):
+    with pytest.warns(UserWarning, match="ValueError at a point that only a probe visits: scale must be positive"):
         training.train(1)
     record = training.optimizer.last_probe
     assert record.step == 4
@@ -665,7 +665,7 @@ def test_a_step_at_whose_end_the_closure_fails_is_reverted() -> None:
             raise ValueError("scale must be positive")
 
     training.before_return = refuse
-    with pytest.warns(UserWarning, match="raised ValueError: scale must be positive"):
+    with pytest.warns(UserWarning, match="ValueError where the last step has ended, which is reverted: scale"):
         assert training.train(1) == [math.inf]
     record = training.optimizer.last_probe
     assert (record.step, record.status, record.losses[1]) == (4, ProbeStatus.REVERTED, math.inf)

@@ -9,7 +9,7 @@
 -scheduler = lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], milestones=[2])
 -averaged = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.98), use_buffers=True)
 -parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "averaged": averaged}
-+optimizer = GeNOptimizer(AdamW(model.parameters()), average=True)
++optimizer = GeNOptimizer(AdamW(model.parameters()))
 +scheduler = lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 +parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 -optimizer.step()
@@ -59,7 +59,7 @@ def train(bare: bool, lr: float, seed: int, epochs: int, until: int, checkpoint:
         averaged = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.98), use_buffers=True)
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "averaged": averaged}
     else:
-        optimizer = GeNOptimizer(AdamW(model.parameters()), average=True)
+        optimizer = GeNOptimizer(AdamW(model.parameters()))
         scheduler = lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     for name, state in torch.load(checkpoint).items() if checkpoint.exists() else ():

@@ -20,7 +20,6 @@ from gen_optim.tensors.dtensor import is_dtensor, local, whole
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-    from typing_extensions import Self
 
 __all__ = ["GradientOrigin", "GradientWatch", "Measure", "Source", "mark_used"]
 
@@ -28,7 +27,7 @@ _USED = "_gen_used_version"
 """Attribute of a gradient that a step has used: its version then. It is kept on the tensor because ids are recycled."""
 
 
-Measure = Callable[[], tuple[Tensor | None, ...]]
+Measure = Callable[[], tuple[Loss, ...]]
 """Measures numbers of the present gradients."""
 
 
@@ -48,7 +47,7 @@ class GradientWatch:
     or something else has written to it: the closure, which may have filled it with zeros, or ``fully_shard``, which
     need not call the hook.
 
-    A class with ``__enter__`` because each lazy step uses one: a generator would take twice as long.
+    It is no context manager because each lazy step uses one: a generator would take twice as long.
     """
 
     __slots__ = ("_groups", "_handle", "_has_accumulated", "_is_fresh", "_parameter", "_seen", "_version")
@@ -66,18 +65,13 @@ class GradientWatch:
             self._version = _version(gradient)
             self._is_fresh = getattr(gradient, _USED, None) != self._version
 
-    def __enter__(self) -> Self:
+    def begin(self) -> None:
         """Begin: the closure is about to be called."""
         if self._parameter is not None:
             self._handle = self._parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End: the closure has returned."""
-        self.end()
 
     def end(self) -> None:
-        """Take the hook off; may be repeated."""
+        """End: the closure has returned. May be repeated."""
         if self._handle is not None:
             self._handle.remove()
 
@@ -135,9 +129,8 @@ class GradientOrigin:
 
     Each backward pass adds the scalars that it differentiates. They are unknown if there were gradients before the
     first pass, or if gradients were written to between passes. What is written after the last one, by clipping for
-    instance, does not matter: ``measure`` is called at the end of each pass, if the scalars are known. ``measured`` is
-    what it returned last, () if they are unknown. ``adds_to_used`` says whether the first pass has added to gradients
-    that the last step has used.
+    instance, does not matter: ``measure`` is called at the end of each pass, if the scalars are known.
+    ``adds_to_used`` says whether the first pass has added to gradients that the last step has used.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], measure: Measure = tuple) -> None:
@@ -146,7 +139,7 @@ class GradientOrigin:
         self._left: list[tuple[int, int]] | None = None
         self._is_clean = True
         self.saw_backward = self.adds_to_used = False
-        self.measured: tuple[Tensor | None, ...] = ()
+        self._measured: tuple[Loss, ...] = ()
 
     def watch(self, run: Callable[[], None], scalars: Callable[[], list[Tensor]]) -> None:
         """Run a backward pass, and note what it differentiates; a ``BackwardHandler``."""
@@ -164,13 +157,16 @@ class GradientOrigin:
         self._scalars, self._is_clean = [whole(torch.as_tensor(loss).detach())], True
         self._end_pass()
 
-    def differentiated(self) -> list[Tensor] | None:
-        """Return scalars whose sum the measured gradients belong to, or None if that is unknown."""
-        return self._scalars if self._is_clean and self._left is not None else None
+    def differentiated(self) -> tuple[list[Tensor], tuple[Loss, ...]] | None:
+        """Return scalars that were differentiated, and what was measured of the gradients of their sum.
+
+        None if it is unknown what was differentiated.
+        """
+        return (self._scalars, self._measured) if self._is_clean and self._left is not None else None
 
     def _end_pass(self) -> None:
         self._left = self._gradients()
-        self.measured = self._measure() if self._is_clean else ()
+        self._measured = self._measure() if self._is_clean else ()
 
     def _gradients(self) -> list[tuple[int, int]]:
         return [(id(each), _version(each)) for each in _gradients(self._groups)]

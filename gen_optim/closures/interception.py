@@ -11,8 +11,9 @@ of the closure lasts:
   returned in float32 would be taken for exact. Without it, small perceptrons under bfloat16 autocast (AdamW, 800 steps,
   4 seeds, with and without decay) ended at a mean squared error of 0.0104 instead of 0.0058 in the geometric mean; as
   classifiers at a cross-entropy of 0.142 instead of 0.151.
-- ``torch.backends.mha``'s fast path is off during probes. Without gradients, attention in evaluation mode would take
-  another kernel than in the first call, whose loss differs by rounding (measured: up to one float32 epsilon).
+- ``torch.backends.mha``'s fast path is off. Without gradients, as in probes, attention in evaluation mode would take
+  another kernel than in the first call, whose loss differs by rounding, and with a padding mask by far more. A frozen
+  encoder takes it in the first call, too.
 
 Replacements are shared by all threads and counted. They refer to what installed them weakly: if an interrupt prevents
 an exit, they pass calls through as soon as that object is gone, and the next step removes them.
@@ -26,15 +27,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gen_optim.tensors.interrupts import Unfinished
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["BackwardHandler", "Interception", "postponed_step_hooks", "repair"]
 
@@ -43,46 +41,30 @@ BackwardHandler = Callable[[Callable[[], None], Callable[[], list[Tensor]]], Non
 
 
 class Interception:
-    """While entered, handles the calling thread's backward passes and notes the dtypes of its autocasts.
+    """From :meth:`begin` to :meth:`end`, handles the thread's backward passes and notes the dtypes of its autocasts.
 
     ``on_backward`` is called in place of ``torch.autograd.backward``. Backward passes inside of a backward pass
     (checkpointed blocks) are part of that, and are not handled. To ``dtypes`` are added those of the autocasts in force
-    now on ``device_types`` and of those entered, except inside of a function that ``torch.compile`` traces. With
-    ``is_probe``, attention's fast path is off.
+    now on ``device_types`` and of those entered, except inside of a function that ``torch.compile`` traces.
     """
 
-    def __init__(
-        self,
-        on_backward: BackwardHandler,
-        dtypes: set[torch.dtype],
-        device_types: Iterable[str],
-        *,
-        is_probe: bool = False,
-    ) -> None:
+    def __init__(self, on_backward: BackwardHandler, dtypes: set[torch.dtype], device_types: Iterable[str]) -> None:
         self._on_backward = on_backward
         self._dtypes = dtypes
         self._device_types = device_types
-        self._replacements = (_functions, _fast_path) if is_probe else (_functions,)
         self._outer = _thread.active
         self._is_in_backward = False
 
-    def __enter__(self) -> Self:
+    def begin(self) -> None:
         """Begin to intercept."""
-        for replacement in self._replacements:
-            replacement.hold(self)
+        _replacement.hold(self)
         _thread.active = weakref.ref(self)
         self.note_autocast(self._device_types)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End it."""
-        self.end()
 
     def end(self) -> None:
         """End it; may be repeated."""
         _thread.active = self._outer
-        for replacement in self._replacements:
-            replacement.release(self)
+        _replacement.release(self)
 
     def backward(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Handle a call of ``torch.autograd.backward``."""
@@ -102,8 +84,7 @@ class Interception:
 
 def repair() -> None:
     """Undo replacements that an interrupt has left behind; called when a step begins."""
-    for replacement in (_functions, _fast_path):
-        replacement.repair()
+    _replacement.repair()
 
 
 class _Thread(threading.local):
@@ -201,7 +182,7 @@ class _Replacement:
                     self._undo.pop()
 
 
-_functions = _Replacement(
+_replacement = _Replacement(
     _Setting(
         lambda: torch.autograd.backward,
         partial(setattr, torch.autograd, "backward"),
@@ -212,9 +193,7 @@ _functions = _Replacement(
         partial(setattr, torch.autocast, "__enter__"),
         _intercepted_autocast,
     ),
-)
-_fast_path = _Replacement(
-    _Setting(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, lambda _: False)
+    _Setting(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, lambda _: False),
 )
 
 

@@ -10,7 +10,7 @@ import functools
 import math
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -56,8 +56,12 @@ class ClosureCaller:
         repair()
         watch = GradientWatch(groups)
         self.unfinished.add(watch.end)
-        with torch.enable_grad(), watch:
-            loss = check_loss(closure(), "closure")
+        try:
+            watch.begin()
+            with torch.enable_grad():
+                loss = check_loss(closure(), "closure")
+        finally:
+            watch.end()
         self.unfinished.drop(watch.end)
         self.complete(closure, loss, watch)
         return loss
@@ -113,24 +117,13 @@ class ClosureCaller:
             self._owners, self._owned = list(map(weakref.ref, found)), wanted
         return with_children([*self.modules, *(each for owner in self._owners if (each := owner()) is not None)])
 
-    def session(
-        self,
-        groups: Sequence[Group],
-        probed: Closure,
-        probed_name: Literal["closure", "probe"],
-        ranks: Ranks,
-        *,
-        tolerance: float,
-    ) -> Session:
-        """Begin the closure calls of a probe step; the arguments are those of :class:`Session`."""
-        return Session(self, groups, probed, probed_name, ranks, tolerance=tolerance)
-
 
 class Session:
     """The closure calls of one probe step.
 
     ``probed_name`` is the argument that ``probed`` comes from, for error messages. ``tolerance`` is the relative error
     of a loss, in units of rounding. A failure on this one of the ``ranks`` is kept until the next :meth:`read`.
+    ``origin`` says what the first call has differentiated.
     """
 
     def __init__(
@@ -155,7 +148,7 @@ class Session:
         self._device_types = {each.device.type for each in self._parameters} - {"meta"}
         self._random_before = RandomStreams(self._devices)
         self._computed_in: set[torch.dtype] = set()
-        self._origin = GradientOrigin(groups)
+        self.origin = GradientOrigin(groups)
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
 
     def first(self, closure: Closure, measure: Measure = tuple) -> Loss:
@@ -165,17 +158,14 @@ class Session:
         before the closure can clip the gradients, for instance. The loss is cloned, since closures may write each loss
         to the same tensor. It is NaN after a failure that the other ranks are told of.
         """
-        origin = self._origin = GradientOrigin(self._groups, measure)
+        origin = self.origin = GradientOrigin(self._groups, measure)
 
         def call() -> Loss:
             watch, interception = GradientWatch(self._groups), self._intercepting(origin.watch)
-            with (
-                torch.enable_grad(),
-                self._caller.unfinished.ending_with(watch.end),
-                self._caller.unfinished.ending_with(interception.end),
-                watch,
-                interception,
-            ):
+            ending_with = self._caller.unfinished.ending_with
+            with torch.enable_grad(), ending_with(watch.end), ending_with(interception.end):
+                watch.begin()
+                interception.begin()
                 loss = check_loss(closure(), "closure")
             if self._caller.complete(closure, loss, watch):
                 origin.note(loss)
@@ -191,15 +181,16 @@ class Session:
         # Of this moment: the base optimizer may have drawn random numbers since the first call.
         random_after = RandomStreams(self._devices)
         self._gradients = [(each, each.grad) for each in self.parameters()]
-        with ExitStack() as undo:
-            for call in (
-                torch.clear_autocast_cache,
-                random_after.restore,
-                self._buffers.restore,
-                self._put_gradients,
-                functools.partial(setattr, self._caller, "is_probing", False),
-            ):
-                undo.enter_context(self._caller.unfinished.ending_with(call))
+
+        def undo() -> None:
+            self._caller.is_probing = False
+            for parameter, gradient in self._gradients:
+                parameter.grad = gradient
+            self._buffers.restore()
+            random_after.restore()
+            torch.clear_autocast_cache()
+
+        with self._caller.unfinished.ending_with(undo):
             self._caller.is_probing = True
             yield
 
@@ -232,19 +223,6 @@ class Session:
             f"{self._probed_name} must return a loss that has a graph, or call backward() on one, for mode='exact' to "
             "differentiate. Return the tensor itself, neither .item() nor .detach(), or use mode='approximate'."
         )
-
-    def differentiated(self) -> tuple[list[Tensor], tuple[Tensor | None, ...]] | None:
-        """Return scalars that the first call has differentiated, and what was measured of the gradients of their sum.
-
-        None if it is unknown what was differentiated.
-        """
-        scalars = self._origin.differentiated()
-        return None if scalars is None else (scalars, self._origin.measured)
-
-    @property
-    def adds_to_used_gradients(self) -> bool:
-        """Whether the first call has added to the gradients that the last step has used."""
-        return self._origin.adds_to_used
 
     def read(self, losses: Sequence[Loss], others: Sequence[Loss] = ()) -> tuple[list[float], list[float]]:
         """Read numbers, averaged over the ranks by one all-reduce, so that they are the same on all ranks.
@@ -279,11 +257,6 @@ class Session:
         # By identity: hashing a tensor calls Python code.
         return list({id(each): each for each in (*self._parameters, *theirs)}.values())
 
-    def _put_gradients(self) -> None:
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
-        self._gradients = []
-
     def _probe(self) -> Loss:
         """Call the probed closure without gradients if it can do without a graph.
 
@@ -315,13 +288,13 @@ class Session:
             parameter.grad = None
         # An outer autocast keeps low-precision copies of the weights, which have moved since.
         torch.clear_autocast_cache()
-        interception = self._intercepting(on_backward, is_probe=True)
+        interception, ending_with = self._intercepting(on_backward), self._caller.unfinished.ending_with
         with (
             torch.set_grad_enabled(with_graph),
-            self._caller.unfinished.ending_with(interception.end),
-            interception,
-            self._caller.unfinished.ending_with(self._parallel.end_replay),
+            ending_with(interception.end),
+            ending_with(self._parallel.end_replay),
         ):
+            interception.begin()
             self._parallel.begin_replay()
             try:
                 result = self._probed()
@@ -335,5 +308,5 @@ class Session:
                 raise
         return check_loss(result, self._probed_name)
 
-    def _intercepting(self, on_backward: BackwardHandler, *, is_probe: bool = False) -> Interception:
-        return Interception(on_backward, self._computed_in, self._device_types, is_probe=is_probe)
+    def _intercepting(self, on_backward: BackwardHandler) -> Interception:
+        return Interception(on_backward, self._computed_in, self._device_types)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from gen_optim.measurement.interpolation import Interpolation
 from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
@@ -34,18 +34,19 @@ class LookAhead(Mode):
         (-2.0, -1.0, 0.0, 1.0, 2.0)
     """
 
-    def __init__(self, multiples: Sequence[float] = (-1, 0, 1), *, tolerance: float = 8.0) -> None:
+    def __init__(self, multiples: Iterable[float] = (-1, 0, 1), *, tolerance: float = 8.0) -> None:
         super().__init__(tolerance=tolerance)
+        multiples = tuple(multiples)
         points = sorted({float(each) for each in multiples})
         if len(points) < 3 or not all(map(math.isfinite, points)):
             raise ValueError(
                 "multiples must hold at least three different finite numbers to fix a parabola, for example "
-                f"(-1, 0, 1), got {tuple(multiples)}"
+                f"(-1, 0, 1), got {multiples}"
             )
         if points[-1] <= 0.0:
             raise ValueError(
                 "multiples must hold a positive number, a point ahead along the step, for example (-1, 0, 1), got "
-                f"{tuple(multiples)}"
+                f"{multiples}"
             )
         self.multiples = tuple(sorted({0.0, *points}))
 

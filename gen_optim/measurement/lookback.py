@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-from gen_optim.closures.losses import Loss, agree
+from gen_optim.closures.losses import agree
 from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
 from gen_optim.rules import Parabola, fit_parabola
 from gen_optim.tensors.scalars import summing_dtype
@@ -38,40 +38,26 @@ class LookBack(Mode):
 
     def measure(self, loss: StepLoss) -> Measurement:
         """Fit the parabola to what is known at the end of the step, and the loss at its start."""
-        is_known = loss.end_slope is not None
         end, start = loss.evaluate(1.0), loss.evaluate(0.0)
         differentiated = sum(each.detach().to(summing_dtype(each.device)) for each in loss.differentiated)
-        # Evaluated before the reading if no other rank has a say, so that there is only one reading.
-        is_early = loss.is_alone and not is_known
-        early = _without_slope(loss) if is_early else [math.nan, math.nan]
-        # One reading decides for all ranks: the slope must be known on each.
-        (loss_start, loss_end, end_slope, excess_loss, of_gradients, *others), (known, rounding) = loss.read(
-            [start, end, _or_nan(loss.end_slope), _or_nan(loss.excess_loss), differentiated, *early],
-            [float(is_known), loss.session.rounding([start, end])],
+        # One reading decides for all ranks: what is NaN on one of them is NaN on all.
+        (loss_start, loss_end, end_slope, excess_loss, of_gradients), [rounding] = loss.read(
+            [start, end, loss.end_slope, loss.excess_loss, differentiated], [loss.session.rounding([start, end])]
         )
         learning_rates: tuple[float, ...] = (0.0, loss.lr)
         losses: tuple[float, ...] = (loss_start, loss_end)
         if not (math.isfinite(loss_start) and math.isfinite(loss_end)):
             parabola, excess_loss = Parabola(math.nan, math.nan, math.nan), math.nan
-        elif known == 1.0 and math.isfinite(end_slope) and agree(of_gradients, loss_end, rounding):
+        elif math.isfinite(end_slope) and agree(of_gradients, loss_end, rounding):
             parabola = parabola_from_end(loss.lr, loss_start, loss_end, end_slope, rounding=rounding)
         else:  # the gradients do not belong to the loss
-            loss_middle, loss_averaged = others if is_early else loss.read(_without_slope(loss))[0]
+            (loss_middle, loss_averaged), _ = loss.read([loss.evaluate(0.5), loss.evaluate_averaged()])
             learning_rates, losses = (0.0, 0.5 * loss.lr, loss.lr), (loss_start, loss_middle, loss_end)
             parabola = fit_parabola(learning_rates, losses, rounding=rounding)
             excess_loss = loss_end - loss_averaged
         return Measurement(
             learning_rates, losses, parabola, loss_start, loss_end, excess_loss if math.isfinite(excess_loss) else None
         )
-
-
-def _without_slope(loss: StepLoss) -> list[Loss]:
-    """Evaluate what is needed if the gradients are not those of the loss: the middle of the step, and the average."""
-    return [loss.evaluate(0.5), loss.evaluate_averaged()]
-
-
-def _or_nan(number: Loss | None) -> Loss:
-    return math.nan if number is None else number
 
 
 def parabola_from_end(lr: float, start: float, end: float, slope_at_end: float, *, rounding: float = 0.0) -> Parabola:

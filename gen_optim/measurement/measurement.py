@@ -41,10 +41,10 @@ class StepLoss:
         lr: Its learning rate.
         session: The calls of the closure.
         losses: The losses evaluated so far, by multiple of the step.
-        end_slope: The derivative of the loss along the whole step at its end; None if it is not known. Of DTensors it
+        end_slope: The derivative of the loss along the whole step at its end; NaN if it is not known. Of DTensors it
             is this rank's share, whose mean over the ranks is the slope.
         excess_loss: How far the loss at the end is above that at averaged weights, estimated from the gradients at the
-            end; None if it is not known, this rank's share of DTensors.
+            end; NaN if it is not known, this rank's share of DTensors.
         differentiated: Scalars whose sum the gradients at the end belong to, if they are known.
         failure: The first exception that a point of the step has raised; None if there was none.
     """
@@ -56,8 +56,8 @@ class StepLoss:
         session: Session,
         losses: Mapping[float, Loss | None],
         *,
-        end_slope: Loss | None = None,
-        excess_loss: Loss | None = None,
+        end_slope: Loss = math.nan,
+        excess_loss: Loss = math.nan,
         differentiated: Sequence[Tensor] = (),
         averaged: Callable[[], AbstractContextManager[None]] | None = None,
         valid: float = 0.0,

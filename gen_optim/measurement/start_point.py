@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 from collections.abc import Sequence
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_optim.closures.losses import Loss
 from gen_optim.tensors.dtensor import gradient_dot, is_dtensor, local, placed_like
 from gen_optim.tensors.foreach import chunks, clone, copy, lerp, near, write
 from gen_optim.tensors.interrupts import despite_interrupts, exchange
@@ -26,8 +28,11 @@ class StartPoint:
 
     ``lr`` is the learning rate of the step, with the scheduler's factor. ``last`` is the start point of the step
     before: if the parameters have just left it, its copies already hold their present values, and are used again. With
-    ``on_host`` the copies are in the host's memory. With ``keeps_infinities`` elements that are infinite stay so
+    ``on_host`` the copies are in the host's memory. If ``keeps_infinities`` is set, elements that are infinite stay so
     between both ends, and do not count in the slope.
+
+    Moves write to the parameters' ``data``, which autograd does not notice: a graph that holds them (that of gradients
+    that the base optimizer differentiates once more) remains valid, since they are put back bit for bit.
     """
 
     @torch.no_grad()
@@ -38,13 +43,12 @@ class StartPoint:
         *,
         last: StartPoint | None = None,
         on_host: bool = False,
-        keeps_infinities: bool = False,
     ) -> None:
         self.lr = lr
-        self._keeps_infinities = keeps_infinities
+        self.keeps_infinities = False
         self._parameters = parameters
         self._on_host = on_host
-        self._is_visited = self._was_left = self._is_quiet = False
+        self._is_visited = self._was_left = False
         present = None if last is None else last.present_copies(parameters, on_host=on_host)
         self._copies = self._copied() if present is None else present
         # Chunks of parameters, with the copies that hold the end of the step while the parameters are at its start.
@@ -65,17 +69,8 @@ class StartPoint:
     def _locals(self) -> list[Tensor]:
         return [local(each) for each in self._parameters]
 
-    def begin_visits(self) -> None:
-        """Prepare for moves, while the gradients at the end of the step are there.
-
-        A base optimizer that differentiates the gradients once more (AdaHessian) needs their graph. That holds the
-        parameters, and refuses those that have been written to, though they are put back bit for bit. Writes to
-        ``data`` are not counted.
-        """
-        self._is_quiet = any(each.grad is not None and each.grad.requires_grad for each in self._parameters)
-
     def _targets(self) -> list[Tensor]:
-        return [each.data for each in self._locals()] if self._is_quiet else self._locals()
+        return [each.data for each in self._locals()]
 
     # --- whether it is still valid ------------------------------------------------------------------------------------
 
@@ -148,17 +143,17 @@ class StartPoint:
     # --- moving -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def end_slope(self) -> Tensor | None:
+    def end_slope(self) -> Loss:
         """The slope of the loss at the end of the step, along the whole step: the gradients times the step.
 
-        None if a parameter has moved that has no gradient now: the slope is not known then. Of DTensors it is this
+        NaN if a parameter has moved that has no gradient now: the slope is not known then. Of DTensors it is this
         rank's share, as :func:`~gen_optim.tensors.dtensor.dot` returns it.
         """
         for parameter, end, start in zip(self._parameters, self._locals(), self._copies, strict=True):
             is_known = parameter.grad is not None and parameter.requires_grad
             if not (is_known or torch.equal(near([start], end.device)[0], end)):
-                return None
-        return gradient_dot(self._parameters, self._copies, keeps_infinities=self._keeps_infinities)
+                return math.nan
+        return gradient_dot(self._parameters, self._copies, keeps_infinities=self.keeps_infinities)
 
     @torch.no_grad()
     def write(self, multiple: float) -> None:
@@ -171,7 +166,7 @@ class StartPoint:
             return
         if not self._starts:
             self._starts = self._copied()
-        lerp(self._targets(), self._starts, self._copies, multiple, keeps_infinities=self._keeps_infinities)
+        lerp(self._targets(), self._starts, self._copies, multiple, keeps_infinities=self.keeps_infinities)
 
     def _swap(self) -> None:
         for index, (present, kept) in enumerate(chunks(self._targets(), self._copies)):
@@ -190,7 +185,6 @@ class StartPoint:
         for index, (present, kept) in list(self._swapped.items()):
             exchange(present, kept, partial(self._swapped.pop, index))
         self._is_visited = False
-        self.arrive(measures_length=self._length > 0.0)
 
     @torch.no_grad()
     def stay(self) -> None:

@@ -27,9 +27,9 @@ def _weight_of_next(count: int, smoothing: float) -> float:
     return max(1.0 - smoothing, 1.0 / (count + 1))
 
 
-def _effective_count(count: int, smoothing: float) -> float:
-    """The number of values with equal weights whose mean varies as much as a moving average of ``count`` values."""
-    return min(count, (1.0 + smoothing) / (1.0 - smoothing))
+def is_settled(count: int, smoothing: float) -> bool:
+    """Whether enough values are averaged."""
+    return count >= 1.0 / (1.0 - smoothing)
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,6 @@ class LossAverages:
             deviation=self.deviation + weight * (abs(surprise) - self.deviation),
             count=self.count + 1,
         )
-
-    def is_settled(self, smoothing: float) -> bool:
-        """Whether enough losses are averaged."""
-        return self.count >= 1.0 / (1.0 - smoothing)
 
 
 @dataclass(frozen=True)
@@ -114,25 +110,18 @@ class ParabolaAverages:
             lr=lr,
         )
 
-    def with_slope_at_most(self, slope: float) -> ParabolaAverages:
-        """The averages with a mean slope of at most ``slope``."""
-        return replace(self, slope=min(self.slope, slope))
-
     def signal_fraction(self, smoothing: float) -> float:
         """The fraction of signal in the slopes, in [0, 1]: 1 if they all agree, 0 if they are pure noise.
 
         It is the square of the mean first-order fraction over its mean square. The squared mean of ``n`` values of pure
-        noise is an n-th of their mean square, which is subtracted.
+        noise is an n-th of their mean square, which is subtracted. ``n`` is the number of values with equal weights
+        whose mean varies as much as the moving average.
         """
-        count = _effective_count(self.count, smoothing)
+        count = min(self.count, (1.0 + smoothing) / (1.0 - smoothing))
         if count <= 1 or not self.first_order_square:
             return 0.0
         share = self.first_order**2 / self.first_order_square
         return max(0.0, (count * share - 1.0) / (count - 1.0))
-
-    def is_settled(self, smoothing: float) -> bool:
-        """Whether enough parabolas are averaged."""
-        return self.count >= 1.0 / (1.0 - smoothing)
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,6 @@ class PublishedRule(Rule):
     max_change: float = 2.0
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            ValueError: If an option is out of range.
-        """
         super().__post_init__()
         self.check_option("smoothing", "in [0, 1)", lambda value: 0 <= value < 1)
         self.check_option("max_change", "a finite number above 1", lambda value: 1 < value < math.inf)
@@ -64,15 +59,10 @@ class PublishedRule(Rule):
         excess_loss: float | None = None,
         factor: float = 1.0,
     ) -> Decision:
-        """Choose the learning rate after a probe step; see :meth:`Rule.decide`.
-
-        Raises:
-            TypeError: If ``found`` is the outcome of a search, which this rule never asks for.
-        """
+        """Choose the learning rate after a probe step; see :meth:`Rule.decide`."""
         if not math.isfinite(loss_start):
             return Decision(self.skip(state), ProbeStatus.NON_FINITE_LOSS)
-        if isinstance(found, InitialSearch):
-            raise TypeError("found must be a Parabola, got an InitialSearch: PublishedRule never asks for a search")
+        assert isinstance(found, Parabola), "this rule asks for no search"
         lr, status = state.lr, ProbeStatus.FITTED
         if not found.is_finite:
             status = ProbeStatus.NON_FINITE_PROBE

@@ -16,11 +16,11 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from gen_optim.rules.averages import BalanceAverages, LossAverages, ParabolaAverages
+from gen_optim.rules.averages import BalanceAverages, LossAverages, ParabolaAverages, is_settled
 from gen_optim.rules.base import Rule
 from gen_optim.rules.initial_search import InitialSearch
 from gen_optim.rules.parabola import Parabola
-from gen_optim.rules.safeguards import ROUNDING, first_safeguard, is_contradicted
+from gen_optim.rules.safeguards import ROUNDING, has_exploded, is_below_noise, is_contradicted, is_diverging
 from gen_optim.rules.state import Decision, ProbeStatus, RuleState
 
 __all__ = ["RelaxedRule", "RelaxedState"]
@@ -223,19 +223,16 @@ class RelaxedRule(Rule):
         if loss_end is not None:  # the step measured was taken at the last factor
             factor = min(factor, state.factor_last)
 
-        fired = first_safeguard(
-            found,
-            state.parabola,
-            state.loss,
-            loss_start=loss_start,
-            loss_end=loss_end,
-            loss_initial=state.loss_initial,
-            smoothing=self.smoothing,
-        )
-        if fired is ProbeStatus.BELOW_NOISE:
+        # The first safeguard that fires, by the averages of earlier probe steps.
+        initial = state.loss_initial
+        if loss_end is not None and is_diverging(state.parabola, loss_start, loss_end, loss_initial=initial):
+            return self._cut(state, loss_start, ProbeStatus.REVERTED)
+        if is_settled(state.loss.count, self.smoothing) and has_exploded(state.loss, loss_start, loss_initial=initial):
+            return self._cut(state, loss_start, ProbeStatus.EXPLODED)
+        if not found.is_finite:
+            return self._cut(state, loss_start, ProbeStatus.NON_FINITE_PROBE)
+        if is_below_noise(found):
             return self._below_noise(state, found, loss_start, factor, is_taken=loss_end is not None)
-        if fired is not None:
-            return self._cut(state, loss_start, fired)
 
         state = self._with_losses(state, loss_start, loss_end, excess_loss)
         rise = 0.0 if loss_end is None else abs(loss_end - loss_start)
@@ -261,7 +258,7 @@ class RelaxedRule(Rule):
         annealing = self._annealing(state.step, state.step + self.period, factor)
         correction = self._correction(state, factor)
         in_noise = lr * (annealing if correction is None else correction)
-        if not (parabolas.is_settled(self.smoothing) and signal > _AGREE):
+        if not (is_settled(parabolas.count, self.smoothing) and signal > _AGREE):
             return in_noise, status
 
         is_certain = signal > _CERTAIN
@@ -353,7 +350,7 @@ class RelaxedRule(Rule):
         slope = max(state.parabola.curvature, 0.0) * lr / self.relaxation
         state = replace(
             state,
-            parabola=state.parabola.with_slope_at_most(slope),
+            parabola=replace(state.parabola, slope=min(state.parabola.slope, slope)),
             lr_unstable=state.lr,
             lr_borne=min(state.lr_borne, lr * state.factor_last),
         )

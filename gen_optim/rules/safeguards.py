@@ -6,9 +6,8 @@ import math
 
 from gen_optim.rules.averages import LossAverages, ParabolaAverages
 from gen_optim.rules.parabola import Parabola
-from gen_optim.rules.state import ProbeStatus
 
-__all__ = ["ROUNDING", "first_safeguard", "has_exploded", "is_below_noise", "is_contradicted", "is_diverging"]
+__all__ = ["ROUNDING", "has_exploded", "is_below_noise", "is_contradicted", "is_diverging"]
 
 _DIVERGING = 8.0
 """A step diverges if the loss rises by this many times what it usually changes."""
@@ -26,38 +25,6 @@ _CONTRADICTED = 1.3
 """A single parabola that calls for a shorter step counts against averages that call for this many times the step."""
 
 
-def first_safeguard(
-    parabola: Parabola,
-    parabolas: ParabolaAverages,
-    losses: LossAverages,
-    *,
-    loss_start: float,
-    loss_end: float | None,
-    loss_initial: float,
-    smoothing: float,
-) -> ProbeStatus | None:
-    """The status of the first safeguard that fires, in this order; None if none does.
-
-    - ``REVERTED``: the step diverged (:func:`is_diverging`);
-    - ``EXPLODED``: the loss exploded (:func:`has_exploded`);
-    - ``NON_FINITE_PROBE``: the parabola is not finite;
-    - ``BELOW_NOISE``: the parabola is no more than rounding (:func:`is_below_noise`).
-
-    ``parabolas`` and ``losses`` are averages of earlier ones. ``loss_end`` is None if the step is not taken yet.
-    ``loss_initial`` is the loss where training began.
-    """
-    safeguards = (
-        (
-            ProbeStatus.REVERTED,
-            loss_end is not None and is_diverging(parabolas, loss_start, loss_end, loss_initial=loss_initial),
-        ),
-        (ProbeStatus.EXPLODED, losses.is_settled(smoothing) and has_exploded(losses, loss_start, loss_initial)),
-        (ProbeStatus.NON_FINITE_PROBE, not parabola.is_finite),
-        (ProbeStatus.BELOW_NOISE, is_below_noise(parabola)),
-    )
-    return next((status for status, fires in safeguards if fires), None)
-
-
 def is_diverging(parabolas: ParabolaAverages, loss_start: float, loss_end: float, *, loss_initial: float) -> bool:
     """Whether a step must be reverted: its end loss is not finite, or above the initial one and risen unusually far."""
     if not math.isfinite(loss_end):
@@ -66,7 +33,7 @@ def is_diverging(parabolas: ParabolaAverages, loss_start: float, loss_end: float
     return parabolas.count >= _FEWEST and loss_end > loss_initial and loss_end - loss_start > rise
 
 
-def has_exploded(losses: LossAverages, loss: float, loss_initial: float) -> bool:
+def has_exploded(losses: LossAverages, loss: float, *, loss_initial: float) -> bool:
     """Whether a loss is above ``loss_initial``, and far above the mean loss.
 
     The result does not change if the loss is shifted or scaled, up to its rounding.

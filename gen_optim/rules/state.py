@@ -34,8 +34,9 @@ class ProbeStatus(Enum):
         NON_FINITE_LOSS: The loss at the start of the step is NaN or infinite. Nothing is learned from it.
         NON_FINITE_PROBE: A probed loss is NaN or infinite. The default rule cuts the learning rate, the published rule
             keeps it.
-        REVERTED: The last step raised the loss far above its start, on the same batch. The parameters return to the
-            start point, the base optimizer does not step, and the learning rate is cut.
+        REVERTED: The last step raised the loss far above its start, on the same batch, or ended where it is not
+            finite or cannot be evaluated. The parameters return to the start point, the base optimizer does not step,
+            and the learning rate is cut.
         EXPLODED: The loss rose far above its average and above the loss at the beginning of training. The learning
             rate is cut, and the parabola is not used.
     """

@@ -60,12 +60,13 @@ class Unfinished:
 
     def finish(self) -> None:
         """Make the calls that are left, the last one first, even if one of them fails."""
-        while self._calls:
+        if self._calls:
             call = self._calls[-1]
             try:
                 call()
             finally:
                 self.drop(call)
+                self.finish()
 
     def forget(self) -> None:
         """Forget what is left: a new step begins."""

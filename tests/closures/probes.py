@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +30,17 @@ def session_of(
 ) -> Session:
     """The session of a step that probes ``closure``."""
     groups = [{"params": parameters}]
-    return (caller or ClosureCaller(modules)).session(groups, closure, name, Ranks(), tolerance=1.0)
+    return Session(caller or ClosureCaller(modules), groups, closure, name, Ranks(), tolerance=1.0)
+
+
+@contextmanager
+def begun(watch: Any) -> Iterator[Any]:
+    """What has a beginning and an end, as a context."""
+    watch.begin()
+    try:
+        yield watch
+    finally:
+        watch.end()
 
 
 def call(closure: Closure, parameters: Sequence[Tensor] = ()) -> Loss:

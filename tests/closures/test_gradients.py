@@ -20,6 +20,7 @@ from gen_optim.closures.session import ClosureCaller
 from tests.closures.probes import (
     INPUTS,
     Gradients,
+    begun,
     call,
     call_and_probe,
     closure_of,
@@ -246,7 +247,7 @@ def test_tensors_without_a_graph_are_steps_without_gradients_and_ten_of_them_are
 
 def is_fresh(groups: list[dict[str, Any]]) -> bool:
     """Whether the gradients, of ones, are used by a closure that only returns a number."""
-    with GradientWatch(groups) as watch:
+    with begun(GradientWatch(groups)) as watch:
         pass
     return watch.find(1.0) is not Source.NONE
 
@@ -298,7 +299,7 @@ def test_gradients_of_every_parameter_are_computed_together() -> None:
     groups = [{"params": [first]}, {"params": [second]}]
     second.grad = torch.full((2,), 99.0)
     mark_used(groups)
-    with GradientWatch(groups) as watch:
+    with begun(GradientWatch(groups)) as watch:
         loss = (first * FRESH + second * FRESH).sum()
     assert watch.find(loss) is Source.NONE
     assert watch.differentiate(loss)
@@ -314,7 +315,7 @@ def differentiated_by(trained: Trained, closure: Callable[[], Any]) -> list[floa
     """What the gradients that a closure leaves are known to be those of."""
     session = session_of(closure, [trained.weight])
     session.first(closure)
-    found = session.differentiated()
+    found = session.origin.differentiated()
     return None if found is None else [each.item() for each in found[0]]
 
 
@@ -396,7 +397,7 @@ def test_gradients_are_measured_before_they_are_written(away: Trained) -> None:
     for closure in (clipped, replaced, computed_by_the_optimizer):
         session = session_of(closure, [away.weight])
         session.first(closure, functools.partial(summed_gradient, away))
-        [scalar], measured = session.differentiated() or ([], None)
+        [scalar], measured = session.origin.differentiated() or ([], None)
         assert (scalar, measured) == (3.0, (FRESH.sum(),)), closure.__name__
 
 
@@ -409,7 +410,7 @@ def test_gradients_of_several_passes_are_measured_together(away: Trained) -> Non
 
     session = session_of(closure, [away.weight])
     session.first(closure, functools.partial(summed_gradient, away))
-    _, measured = session.differentiated() or ([], None)
+    _, measured = session.origin.differentiated() or ([], None)
     assert measured == (2.0 * FRESH.sum(),)
 
 
@@ -452,7 +453,7 @@ def test_backward_that_fails_leaves_nothing_known(away: Trained) -> None:
     session = session_of(closure, [away.weight])
     with pytest.raises(ZeroDivisionError):
         session.first(closure)
-    assert session.differentiated() is None
+    assert session.origin.differentiated() is None
 
 
 def test_a_backward_pass_from_an_edge_of_the_graph_is_of_nothing_known() -> None:
@@ -549,7 +550,7 @@ def test_gradients_that_are_set_without_a_hook_are_told_by_their_version() -> No
     weight.grad = torch.ones(2)
     groups: list[dict[str, Any]] = [{"params": [weight]}]
     mark_used(groups)
-    with GradientWatch(groups) as watch:
+    with begun(GradientWatch(groups)) as watch:
         loss = weight.sum()
         weight.grad.add_(1.0)
     assert watch.find(loss) is Source.CLOSURE

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from gen_optim.closures import interception
 from gen_optim.closures.interception import Interception, _Replacement, _Setting, repair
-from tests.closures.probes import closure_of, originals, session_of
+from tests.closures.probes import begun, closure_of, originals, session_of
 from tests.training import Training, gen_adamw, mlp
 
 Scalars = Callable[[], list[Tensor]]
@@ -49,8 +49,8 @@ def weight() -> Tensor:
     return torch.ones(2, requires_grad=True)
 
 
-def ignoring(dtypes: set[torch.dtype] | None = None, *, is_probe: bool = False) -> Interception:
-    return Interception(lambda run, scalars: None, set() if dtypes is None else dtypes, ["cpu"], is_probe=is_probe)
+def ignoring(dtypes: set[torch.dtype] | None = None) -> Interception:
+    return Interception(lambda run, scalars: None, set() if dtypes is None else dtypes, ["cpu"])
 
 
 # --- backward passes -------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def ignoring(dtypes: set[torch.dtype] | None = None, *, is_probe: bool = False) 
 
 def test_backward_passes_are_handled_with_what_they_differentiate(weight: Tensor) -> None:
     passes = Passes(weight)
-    with passes.intercepted():
+    with begun(passes.intercepted()):
         weight.sum().backward()
         torch.autograd.backward(weight * 3.0, torch.tensor([1.0, 2.0]))
     weight.sum().backward()  # not handled
@@ -67,8 +67,8 @@ def test_backward_passes_are_handled_with_what_they_differentiate(weight: Tensor
 
 def test_backward_passes_of_an_inner_interception_are_its_own(weight: Tensor) -> None:
     passes = Passes(weight)
-    with passes.intercepted():
-        with ignoring():
+    with begun(passes.intercepted()):
+        with begun(ignoring()):
             weight.sum().backward()
         assert weight.grad is None
         weight.sum().backward()
@@ -78,7 +78,7 @@ def test_backward_passes_of_an_inner_interception_are_its_own(weight: Tensor) ->
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_backward_passes_within_a_backward_pass_are_part_of_it(weight: Tensor, use_reentrant: bool) -> None:
     passes = Passes(weight)
-    with passes.intercepted():
+    with begun(passes.intercepted()):
         for _ in range(2):
             block = torch.utils.checkpoint.checkpoint(torch.square, weight, use_reentrant=use_reentrant)
             block.sum().backward()
@@ -88,7 +88,7 @@ def test_backward_passes_within_a_backward_pass_are_part_of_it(weight: Tensor, u
 
 def test_an_error_in_a_backward_pass_leaves_the_next_one_handled(weight: Tensor) -> None:
     passes = Passes(weight)
-    with passes.intercepted():
+    with begun(passes.intercepted()):
         loss = weight.sum()
         loss.register_hook(lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -98,7 +98,7 @@ def test_an_error_in_a_backward_pass_leaves_the_next_one_handled(weight: Tensor)
 
 
 def test_backward_passes_of_other_threads_are_not_handled(weight: Tensor) -> None:
-    with ignoring():
+    with begun(ignoring()):
         thread = threading.Thread(target=lambda: weight.sum().backward())
         thread.start()
         thread.join()
@@ -107,7 +107,7 @@ def test_backward_passes_of_other_threads_are_not_handled(weight: Tensor) -> Non
 
 def test_backward_of_a_tensor_ends_in_the_function_that_is_replaced(weight: Tensor) -> None:
     """If torch changes that, probes write gradients, and looking back always takes two forward passes."""
-    with ignoring():
+    with begun(ignoring()):
         weight.sum().backward()
         torch.autograd.backward(weight.sum())
         assert weight.grad is None
@@ -121,13 +121,13 @@ def test_backward_of_a_tensor_ends_in_the_function_that_is_replaced(weight: Tens
 def test_the_dtypes_of_autocasts_are_noted() -> None:
     """If torch changes how an autocast is entered, losses computed in bfloat16 count as exact."""
     dtypes: set[torch.dtype] = set()
-    with torch.autocast("cpu", torch.float16), ignoring(dtypes):
+    with torch.autocast("cpu", torch.float16), begun(ignoring(dtypes)):
         assert dtypes == {torch.float16}
         with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
             pass
         assert dtypes == {torch.float16, torch.bfloat16}
     dtypes.clear()
-    with ignoring(dtypes):
+    with begun(ignoring(dtypes)):
         torch.autocast("cpu", torch.bfloat16)(lambda: None)()  # as a decorator
     assert dtypes == {torch.bfloat16}
 
@@ -142,7 +142,7 @@ def test_without_its_fast_path_attention_computes_as_with_gradients() -> None:
     inputs = torch.randn(4, 16, 32)
     with torch.no_grad():
         fast = layer(inputs)
-        with ignoring(is_probe=True):
+        with begun(ignoring()):
             probed = layer(inputs)
     expected = layer(inputs)
     assert torch.equal(probed, expected)
@@ -150,16 +150,16 @@ def test_without_its_fast_path_attention_computes_as_with_gradients() -> None:
 
 
 def test_the_fast_path_is_off_until_the_last_thread_has_ended_its_probe() -> None:
-    one, other = ignoring(is_probe=True), ignoring(is_probe=True)
+    one, other = ignoring(), ignoring()
     is_entered, may_leave = threading.Event(), threading.Event()
 
     def probe() -> None:
-        with other:
+        with begun(other):
             is_entered.set()
             may_leave.wait(60)
 
     thread = threading.Thread(target=probe)
-    with one:
+    with begun(one):
         thread.start()
         is_entered.wait(60)
     assert not torch.backends.mha.get_fastpath_enabled()
@@ -195,8 +195,8 @@ def test_an_interrupt_while_settings_are_replaced_leaves_none_replaced() -> None
 @pytest.mark.parametrize("begins", ["a lazy step", "a probe step"])
 def test_what_an_interrupt_leaves_replaced_passes_calls_through_and_is_repaired_by_the_next_step(begins: str) -> None:
     model, before = mlp(), originals()
-    entered = ignoring(is_probe=True)
-    entered.__enter__()  # and never left
+    entered = ignoring()
+    entered.begin()  # and never ended
     assert originals() != before
     del entered
     assert originals() != before
@@ -211,7 +211,7 @@ def test_what_an_interrupt_leaves_replaced_passes_calls_through_and_is_repaired_
 
 
 def test_repairing_leaves_alone_what_another_thread_has_replaced(weight: Tensor) -> None:
-    with ignoring():
+    with begun(ignoring()):
         thread = threading.Thread(target=repair)
         thread.start()
         thread.join()

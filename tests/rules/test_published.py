@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gen_optim.rules import InitialSearch, Parabola, ProbeStatus, PublishedRule, RuleState
+from gen_optim.rules import Parabola, ProbeStatus, PublishedRule, RuleState
 from tests.rules.cases import CONVEX, NOT_FINITE, PROBED_LONG, decide_all, probed_steps, seen_in_training
 
 
@@ -70,11 +70,8 @@ def test_published_rule_probes_at_the_first_step_and_without_a_burn_in() -> None
     assert probed_steps(PublishedRule(period=8), 6) == [1]
 
 
-def test_published_rule_needs_no_search_and_refuses_its_outcome() -> None:
-    rule = PublishedRule()
-    assert not rule.needs_search(RuleState(lr=1.0))
-    with pytest.raises(TypeError, match="found must be a Parabola, got an InitialSearch"):
-        rule.decide(RuleState(lr=1.0), InitialSearch(0.5, (0.5,), (0.1,)), loss_start=1.0)
+def test_published_rule_needs_no_search() -> None:
+    assert not PublishedRule().needs_search(RuleState(lr=1.0))
 
 
 def test_published_rule_remembers_the_learning_rate_and_counts_alone() -> None:

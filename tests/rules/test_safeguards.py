@@ -10,7 +10,8 @@ import pytest
 
 from gen_optim.rules import Parabola, ProbeStatus, safeguards
 from gen_optim.rules.averages import LossAverages, ParabolaAverages
-from gen_optim.rules.safeguards import first_safeguard, has_exploded, is_below_noise, is_contradicted, is_diverging
+from gen_optim.rules.relaxed import RelaxedRule, RelaxedState
+from gen_optim.rules.safeguards import has_exploded, is_below_noise, is_contradicted, is_diverging
 from tests.rules.cases import CONVEX, NOT_FINITE
 
 USUAL = ParabolaAverages(rise=0.1, count=100)
@@ -52,19 +53,19 @@ def test_a_rise_within_rounding_does_not_diverge() -> None:
 
 
 def test_a_loss_explodes_by_deviations_above_the_mean() -> None:
-    assert not has_exploded(CALM, 1.0 + 0.9 * safeguards._EXPLOSION * 0.1, 1.0)
-    assert has_exploded(CALM, 1.0 + 1.1 * safeguards._EXPLOSION * 0.1, 1.0)
+    assert not has_exploded(CALM, 1.0 + 0.9 * safeguards._EXPLOSION * 0.1, loss_initial=1.0)
+    assert has_exploded(CALM, 1.0 + 1.1 * safeguards._EXPLOSION * 0.1, loss_initial=1.0)
 
 
 def test_a_loss_below_where_training_began_does_not_explode() -> None:
-    assert not has_exploded(CALM, 4.9, 5.0)
-    assert has_exploded(CALM, 5.1, 5.0)
+    assert not has_exploded(CALM, 4.9, loss_initial=5.0)
+    assert has_exploded(CALM, 5.1, loss_initial=5.0)
 
 
 def test_a_rise_within_rounding_does_not_explode() -> None:
     constant = replace(CALM, deviation=0.0)
-    assert not has_exploded(constant, 1.0 + 9 * 2.0**-20, 0.0)
-    assert has_exploded(constant, 1.0 + 11 * 2.0**-20, 0.0)
+    assert not has_exploded(constant, 1.0 + 9 * 2.0**-20, loss_initial=0.0)
+    assert has_exploded(constant, 1.0 + 11 * 2.0**-20, loss_initial=0.0)
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------
@@ -104,10 +105,11 @@ def test_a_parabola_contradicts_averages_that_call_for_more(changes: dict[str, A
 # --- the order -------------------------------------------------------------------------------------------------------
 
 
-def fired(parabola: Parabola, loss_start: float = 1.0, loss_end: float | None = None, **changes: Any) -> Any:
-    options: dict[str, Any] = {"loss_initial": 1.0, "smoothing": 0.9}
-    losses = changes.pop("losses", CALM)
-    return first_safeguard(parabola, USUAL, losses, loss_start=loss_start, loss_end=loss_end, **{**options, **changes})
+def fired(
+    parabola: Parabola, loss_start: float = 1.0, loss_end: float | None = None, losses: LossAverages = CALM
+) -> ProbeStatus:
+    state = RelaxedState(lr=1.0, started=True, loss_initial=1.0, loss=losses, parabola=USUAL)
+    return RelaxedRule().decide(state, parabola, loss_start=loss_start, loss_end=loss_end).status
 
 
 def test_the_first_safeguard_that_fires_gives_the_status() -> None:
@@ -115,14 +117,14 @@ def test_the_first_safeguard_that_fires_gives_the_status() -> None:
     assert fired(NOT_FINITE, loss_start=100.0, loss_end=100.0) is ProbeStatus.EXPLODED
     assert fired(NOT_FINITE, loss_end=1.0) is ProbeStatus.NON_FINITE_PROBE
     assert fired(FLAT, loss_end=1.0) is ProbeStatus.BELOW_NOISE
-    assert fired(CONVEX, loss_end=1.0) is None
+    assert fired(CONVEX, loss_end=1.0) is ProbeStatus.FITTED
 
 
 def test_a_step_that_is_not_taken_yet_cannot_diverge() -> None:
-    assert fired(CONVEX, loss_end=None) is None
+    assert fired(CONVEX, loss_end=None) is ProbeStatus.FITTED
     assert fired(CONVEX, loss_end=math.nan) is ProbeStatus.REVERTED
 
 
 def test_few_losses_cannot_explode() -> None:
-    assert fired(CONVEX, loss_start=100.0, losses=replace(CALM, count=9)) is None
+    assert fired(CONVEX, loss_start=100.0, losses=replace(CALM, count=9)) is ProbeStatus.FITTED
     assert fired(CONVEX, loss_start=100.0, losses=replace(CALM, count=11)) is ProbeStatus.EXPLODED
