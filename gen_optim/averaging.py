@@ -22,8 +22,6 @@ from gen_optim.tensors.foreach import chunks, copy, near, room_for, write
 from gen_optim.tensors.interrupts import despite_interrupts, exchange
 from gen_optim.tensors.scalars import to_floats
 
-__all__ = ["AveragedWeights", "multi_power_average", "power_average", "refreshed_batch_norm"]
-
 _AVERAGE = "gen_average"
 """The entry of a parameter's state for its average."""
 _STEPS = "gen_average_steps"

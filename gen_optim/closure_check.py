@@ -20,8 +20,6 @@ from gen_optim.optimizer import GeNOptimizer
 from gen_optim.tensors.scalars import to_floats
 from gen_optim.warning import warn
 
-__all__ = ["check_closure"]
-
 
 def check_closure(optimizer: GeNOptimizer, closure: Callable[[], Any], *, probes: int = 3) -> tuple[float, ...]:
     """Warn if a closure is unfit to be probed.

@@ -27,8 +27,6 @@ from gen_optim.tensors.rng import RandomStreams, random_devices
 from gen_optim.warning import warn
 from gen_optim.wrapper import copy_optimizer, step_without_hooks
 
-__all__ = ["check_groups", "check_wrappable"]
-
 _TOLERANCE = 0.01
 """Relative error up to which an update counts as proportional. Weight decay after the update, (θ − αu)(1 − αw), is
 proportional up to αw, which is less at learning rates of training."""

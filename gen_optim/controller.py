@@ -14,8 +14,6 @@ from gen_optim.rules import Decision, Rule, RuleState
 from gen_optim.tensors.interrupts import Unfinished
 from gen_optim.warning import warn
 
-__all__ = ["Controller"]
-
 _PREFIX = "gen_"
 """Begins the keys under which the numbers of the state are in the first parameter group, for checkpoints."""
 

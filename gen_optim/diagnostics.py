@@ -15,8 +15,6 @@ from gen_optim.rules import ProbeStatus, RuleState
 from gen_optim.tensors.dtensor import local
 from gen_optim.warning import PATIENCE, warn
 
-__all__ = ["Diagnostics"]
-
 Group = dict[str, Any]
 
 _REPEATS = 5

@@ -20,8 +20,6 @@ from gen_optim.tensors.dtensor import is_dtensor, local
 from gen_optim.tensors.scalars import Scalar, to_floats
 from gen_optim.warning import warn
 
-__all__ = ["Ranks", "ranks_of"]
-
 T = TypeVar("T")
 Instead = TypeVar("Instead")
 

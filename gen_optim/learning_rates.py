@@ -33,8 +33,6 @@ from torch import Tensor
 
 from gen_optim.tensors.interrupts import Unfinished
 
-__all__ = ["Group", "GroupRate", "LearningRates", "check_lr", "write_lr"]
-
 Group = dict[str, Any]
 
 _KEYS = {

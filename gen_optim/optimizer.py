@@ -33,8 +33,6 @@ from gen_optim.rules import RULES, Rule, make_rule
 from gen_optim.steps import Probed, StepContext, StepResult, lazy_step, look_ahead_step, look_back_step
 from gen_optim.wrapper import OptimizerWrapper
 
-__all__ = ["GeNOptimizer"]
-
 P = ParamSpec("P")
 
 ProbeHook = Callable[[Any, ProbeRecord], None]

@@ -17,8 +17,6 @@ import numpy.typing as npt
 from gen_optim.measurement import Measurement
 from gen_optim.rules import Decision, ProbeStatus, RuleState
 
-__all__ = ["History", "ProbeRecord"]
-
 
 @dataclass(frozen=True)
 class ProbeRecord:

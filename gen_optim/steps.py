@@ -39,8 +39,6 @@ from gen_optim.tensors.foreach import has_infinities
 from gen_optim.tensors.interrupts import Unfinished
 from gen_optim.warning import warn
 
-__all__ = ["Probed", "StepContext", "StepResult", "lazy_step", "look_ahead_step", "look_back_step"]
-
 
 class Probed(NamedTuple):
     """What a probe step evaluates again: the closure, or the probe that was given next to it or alone.

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["PATIENCE", "warn"]
-
 PATIENCE = 10
 """How many times in a row something is missing or overridden before the user is warned."""
 

@@ -12,8 +12,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["OptimizerWrapper", "copy_optimizer", "step_without_hooks"]
-
 
 def _shared(name: str) -> Any:
     """Return a property that is an attribute of the base optimizer, which may be given another at any time."""

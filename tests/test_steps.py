@@ -709,3 +709,52 @@ def test_a_clamp_after_each_step_is_part_of_the_step() -> None:
             for each in training.model.parameters():
                 each.clamp_(-0.4, 0.4)
     assert [record.step for record in history] == list(range(3, 13))  # one is missed before it is allowed
+
+
+def clamped(training: Training, steps: int, *, averaged: bool = False) -> None:
+    for _ in range(steps):
+        training.train(1)
+        if averaged:
+            with training.optimizer.averaged():
+                pass
+        with torch.no_grad():
+            for each in training.model.parameters():
+                each.clamp_(-0.4, 0.4)
+
+
+def test_copies_of_a_loop_that_clamps_go_on_to_the_bit() -> None:
+    training = Training.of(looking)
+    clamped(training, 6)
+    for twin in copies(training):
+        records = records_of(twin)
+        clamped(twin, 3)
+        assert [record.step for record in records] == [7, 8, 9]
+
+
+def test_averaged_weights_before_a_clamp_do_not_end_probing() -> None:
+    training = Training.of(looking)
+    history = History()
+    training.optimizer.register_probe_hook(history)
+    clamped(training, 12, averaged=True)
+    assert [record.step for record in history] == list(range(3, 13))
+
+
+class Masked(nn.Module):
+    """A network with a mask of −∞ that is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.mask = mlp(), nn.Parameter(torch.tensor([0.0, -math.inf]))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.network(inputs) * self.mask.softmax(0)[0]
+
+
+def test_parameters_that_are_infinite_on_purpose_are_resumed_to_the_bit() -> None:
+    original, resumed = Training.of(looking, Masked()), Training.of(looking, Masked())
+    original.train(6)
+    resumed.model.load_state_dict(original.model.state_dict())
+    resumed.optimizer.load_state_dict(copy.deepcopy(original.optimizer.state_dict()))
+    assert resumed.train(3) == original.train(3)
+    assert resumed.optimizer.last_probe == original.optimizer.last_probe
+    assert math.isfinite(resumed.optimizer.last_probe.slope)

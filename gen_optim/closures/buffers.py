@@ -10,8 +10,6 @@ from torch.nn.parameter import is_lazy
 
 from gen_optim.closures.modules import buffers_of, put_buffers, with_children
 
-__all__ = ["Buffers"]
-
 
 class Buffers:
     """The buffers of modules before and after the first call of a step's closure.

@@ -21,7 +21,6 @@ from gen_optim.tensors.dtensor import is_dtensor, local, whole
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["GradientOrigin", "GradientWatch", "Measure", "Source", "mark_used"]
 
 _USED = "_gen_used_version"
 """Attribute of a gradient that a step has used: its version then. It is kept on the tensor because ids are recycled."""

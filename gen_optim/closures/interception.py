@@ -34,8 +34,6 @@ from torch import Tensor
 
 from gen_optim.tensors.interrupts import Unfinished
 
-__all__ = ["BackwardHandler", "Interception", "postponed_step_hooks", "repair"]
-
 BackwardHandler = Callable[[Callable[[], None], Callable[[], list[Tensor]]], None]
 """Handles a backward pass. Its arguments run the pass, and return the scalars whose sum it differentiates."""
 

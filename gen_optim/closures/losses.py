@@ -11,8 +11,6 @@ from torch import Tensor
 
 from gen_optim.tensors.scalars import Scalar
 
-__all__ = ["Closure", "Loss", "agree", "check_callable", "check_given_loss", "check_loss", "rounding_of"]
-
 Loss = Scalar
 """What a closure returns: a number or a one-element tensor."""
 Closure = Callable[[], Any]

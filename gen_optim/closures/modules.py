@@ -16,21 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gen_optim.tensors.dtensor import is_dtensor
 
-__all__ = [
-    "ParallelModules",
-    "buffers_of",
-    "check_modules",
-    "check_twice_differentiable",
-    "children_of",
-    "is_fully_sharded",
-    "live_modules",
-    "owners_of",
-    "parameters_of",
-    "put_buffers",
-    "release",
-    "with_children",
-]
-
 _FSDP = "torch.distributed.fsdp"
 
 

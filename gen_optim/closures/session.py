@@ -28,8 +28,6 @@ from gen_optim.tensors.interrupts import Unfinished
 from gen_optim.tensors.rng import RandomStreams, random_devices
 from gen_optim.warning import PATIENCE, warn
 
-__all__ = ["ClosureCaller", "Session"]
-
 Group = dict[str, Any]
 
 

@@ -25,8 +25,6 @@ from gen_optim.rules.parabola import Parabola
 from gen_optim.tensors.rng import RandomStreams, random_devices
 from gen_optim.tensors.scalars import summing_dtype
 
-__all__ = ["Derivatives", "LossFunction", "derivatives_along", "loss_along", "quadratic_model"]
-
 LossFunction = Callable[[dict[str, Tensor]], Tensor]
 """Maps parameters by name to the loss, a floating-point tensor with one element."""
 
@@ -291,6 +289,6 @@ def _vectorized(at: Callable[[Tensor], Tensor], rates: Tensor) -> Tensor:
             return vmap(at, randomness="same")(rates)
     except RuntimeError as error:
         raise RuntimeError(
-            f"loss_fn cannot be evaluated at several learning rates at once: {error}\nPass chunk_size=1 to evaluate "
-            "them one after the other."
+            f"loss_fn could not be evaluated at several learning rates at once: {error}\nIf it can be at one, "
+            "pass chunk_size=1 to evaluate them one after the other."
         ) from error

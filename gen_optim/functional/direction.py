@@ -14,11 +14,13 @@ from gen_optim.learning_rates import write_lr
 from gen_optim.tensors.rng import RandomStreams, random_devices
 from gen_optim.wrapper import copy_optimizer, step_without_hooks
 
-__all__ = ["optimizer_direction"]
-
 _FAR = (2.0**20, 2.0**10, 1.0)
 """Learning rates of the copy's step; the first one with a finite result is used. The longer the step, the smaller the
 share of the parameters' rounding in the direction."""
+
+
+_TOLERANCE = 0.1
+"""Relative difference of two directions from which on an update is not proportional; rounding stays far below."""
 
 
 @torch.no_grad()
@@ -47,8 +49,8 @@ def optimizer_direction(
 
     Raises:
         TypeError: If ``optimizer`` is not an optimizer, or requires a closure.
-        ValueError: If its update is not proportional to its learning rate, or if ``named_parameters`` lacks one of its
-            parameters.
+        ValueError: If its update is not proportional to its learning rate at all learning rates, or if
+            ``named_parameters`` lacks one of its parameters.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
@@ -76,6 +78,13 @@ def optimizer_direction(
     for far in (far for far in _FAR if far == 1.0 or far * max(ratios) < limit):
         moved = _far_step(base, ratios, far)
         if all(bool(torch.isfinite(each).all()) for each in moved.values()):
+            for key, half in _far_step(base, ratios, far / 2).items():
+                if torch.linalg.vector_norm(moved[key] - half) > _TOLERANCE * torch.linalg.vector_norm(half):
+                    raise ValueError(
+                        f"the update of {type(base).__name__} must be proportional to its learning rate at any "
+                        "learning rate, and is so at small ones alone, as with weight decay after the update: set "
+                        "weight_decay=0"
+                    )
             break
     return {name: moved.get(id(tensor), torch.zeros_like(tensor)) for name, tensor in named.items()}
 

@@ -191,38 +191,28 @@ def _without_logging(pl_module: LightningModule) -> Iterator[None]:
         vars(pl_module).update(kept)
 
 
-@contextmanager
-def _preserving_metrics(module: nn.Module) -> Iterator[None]:
-    """Put the metrics of a module back to what they are now."""
-    metrics = [each for each in module.modules() if isinstance(each, Metric)]
-    # The same tensors and lists with their contents: the metrics of a collection share theirs.
-    states = [[_Kept(metric, name) for name in metric._defaults] for metric in metrics]
-    others = [{name: vars(metric)[name] for name in _OF_A_METRIC} for metric in metrics]
-    try:
-        yield
-    finally:
-        for metric, state, other in zip(metrics, states, others, strict=True):
-            for kept in state:
-                kept.restore()
-            vars(metric).update(other)
-
-
 _OF_A_METRIC = ("_update_count", "_computed", "_forward_cache")
 """What a metric changes when it is called, besides its states."""
 
 
-class _Kept:
-    """A state of a metric, a tensor or a list of tensors, and a copy of its contents."""
-
-    def __init__(self, metric: Metric, name: str) -> None:
-        self._metric, self._name = metric, name
-        self._state: Any = getattr(metric, name)
-        self._contents: Any = self._state.clone() if isinstance(self._state, Tensor) else list(self._state)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        if isinstance(self._state, Tensor):
-            self._state.copy_(self._contents)
-        else:
-            self._state[:] = self._contents
-        setattr(self._metric, self._name, self._state)
+@contextmanager
+def _preserving_metrics(module: nn.Module) -> Iterator[None]:
+    """Put the metrics of a module back to what they are now."""
+    metrics = [each for each in module.modules() if isinstance(each, Metric)]
+    kept = [{name: vars(metric)[name] for name in (*metric._defaults, *_OF_A_METRIC)} for metric in metrics]
+    # The same tensors and lists with their contents, each once: the metrics of a collection share theirs.
+    states = {id(state): state for own in kept for state in own.values() if isinstance(state, Tensor | list)}
+    contents: list[tuple[Any, Any]] = [
+        (state, state.clone() if isinstance(state, Tensor) else list(state)) for state in states.values()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for state, content in contents:
+                if isinstance(state, Tensor):
+                    state.copy_(content)
+                else:
+                    state[:] = content
+        for metric, own in zip(metrics, kept, strict=True):
+            vars(metric).update(own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from gen_optim.optimizer import GeNOptimizer
@@ -39,22 +39,11 @@ def logging_hook(
         raise TypeError(f"log must be a callable that takes a dictionary and a step, got {type(log).__name__}")
 
     def hook(optimizer: GeNOptimizer, record: ProbeRecord) -> None:
-        log({f"{prefix}{name}": number for name, number in _numbers(optimizer, record).items()}, record.step)
+        rates = optimizer.get_last_lr()
+        names = ["learning_rate"] if len(rates) == 1 else [f"learning_rate/{index}" for index in range(len(rates))]
+        numbers: dict[str, float | None] = dict(zip(names, rates, strict=True))
+        numbers |= {name: getattr(record, name) for name in ("loss", "slope", "curvature", "optimal_lr")}
+        known = {prefix + name: each for name, each in numbers.items() if each is not None and math.isfinite(each)}
+        log(known, record.step)
 
     return hook
-
-
-def _numbers(optimizer: GeNOptimizer, record: ProbeRecord) -> Mapping[str, float]:
-    rates = optimizer.get_last_lr()
-    numbers: dict[str, float | None] = (
-        {"learning_rate": rates[0]}
-        if len(rates) == 1
-        else {f"learning_rate/{index}": rate for index, rate in enumerate(rates)}
-    )
-    numbers |= {
-        "loss": record.loss,
-        "slope": record.slope,
-        "curvature": record.curvature,
-        "optimal_lr": record.optimal_lr,
-    }
-    return {name: number for name, number in numbers.items() if number is not None and math.isfinite(number)}

@@ -39,29 +39,25 @@ class MicroBatches:
     streams, without gradients.
 
     Args:
-        optimizer: The GeNOptimizer, or what a framework has wrapped around it.
+        optimizer: The GeNOptimizer, or what a framework has wrapped around it. The attribute of that name is the
+            GeNOptimizer.
         is_last: Says of the micro-batch being evaluated whether the optimizer steps after it.
         average: Whether the loss of the step is the mean over its micro-batches, or their sum, where each has been
             scaled to its share already.
     """
 
     def __init__(self, optimizer: Any, *, is_last: Callable[[], bool], average: bool = True) -> None:
-        self._optimizer = unwrap(optimizer)
+        self.optimizer = unwrap(optimizer)
         self._is_last, self._average = is_last, average
-        self._devices = random_devices(each for group in self._optimizer.param_groups for each in group["params"])
+        self._devices = random_devices(each for group in self.optimizer.param_groups for each in group["params"])
         self._calls: list[tuple[RandomStreams, Callable[[], Any]]] = []
         self._losses: list[Loss] = []
         self._is_complete = False
         # Handed over at each step, since a bare step at a learning rate of 0 (the first of a warm-up) calls none.
-        self._optimizer.register_step_pre_hook(self._give_closure)
-        self._optimizer.register_step_post_hook(lambda *_: self.clear())
+        self.optimizer.register_step_pre_hook(self._give_closure)
+        self.optimizer.register_step_post_hook(lambda *_: self.clear())
         # Where there is no loss to hand over this one raises.
-        self._optimizer.closure = self._loss
-
-    @property
-    def optimizer(self) -> GeNOptimizer:
-        """The optimizer whose probes evaluate the micro-batches."""
-        return self._optimizer
+        self.optimizer.closure = self._loss
 
     def evaluate(self, loss_of: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return ``loss_of(*args, **kwargs)``, and remember the call for the probes of this step.
@@ -94,11 +90,9 @@ class MicroBatches:
                 "evaluate(loss_of, inputs, ...) before each backward pass"
             )
         losses = self._losses
-        if self._optimizer.is_probing:
-            losses = [self._again(streams, call) for streams, call in self._calls]
+        if self.optimizer.is_probing:
+            losses = []
+            for streams, call in self._calls:
+                streams.restore()
+                losses.append(check_loss(call(), "loss_of"))
         return sum(losses[1:], losses[0]) / (len(losses) if self._average else 1)
-
-    @staticmethod
-    def _again(streams: RandomStreams, call: Callable[[], Any]) -> Loss:
-        streams.restore()
-        return check_loss(call(), "loss_of")

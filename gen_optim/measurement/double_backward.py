@@ -18,8 +18,6 @@ from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
 from gen_optim.rules import Parabola
 from gen_optim.tensors.dtensor import dot
 
-__all__ = ["Exact", "slope_and_curvature"]
-
 
 class Exact(Mode):
     """Slope and curvature by differentiating the closure's loss twice, at the point where the next step begins.

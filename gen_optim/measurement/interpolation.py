@@ -13,8 +13,6 @@ from gen_optim.tensors.dtensor import is_dtensor, local, placed_like
 from gen_optim.tensors.foreach import clone, copy, lerp, near, room_for
 from gen_optim.tensors.interrupts import despite_interrupts
 
-__all__ = ["Interpolation", "movable"]
-
 
 def movable(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The parameters that a step can change."""

@@ -9,8 +9,6 @@ from gen_optim.measurement.interpolation import Interpolation
 from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
 from gen_optim.rules import InitialSearch, fit_parabola, search_initial_lr
 
-__all__ = ["LookAhead", "measure_initial_search", "searched_lr"]
-
 
 class LookAhead(Mode):
     """A parabola through the losses at several multiples of the next step, on the batch of its gradients.

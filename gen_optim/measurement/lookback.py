@@ -15,8 +15,6 @@ from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
 from gen_optim.rules import Parabola, fit_parabola
 from gen_optim.tensors.scalars import summing_dtype
 
-__all__ = ["LookBack", "parabola_from_end"]
-
 
 class LookBack(Mode):
     """A parabola through the losses at both ends of the last step and the slope at its end, on a new batch.

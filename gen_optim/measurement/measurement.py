@@ -17,8 +17,6 @@ from gen_optim.rules import InitialSearch, Parabola
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Measurement", "Mode", "Path", "StepLoss"]
-
 
 class Path(Protocol):
     """A step of which any multiple can be written to the parameters."""

@@ -17,8 +17,6 @@ from gen_optim.tensors.dtensor import gradient_dot, is_dtensor, local, placed_li
 from gen_optim.tensors.foreach import chunks, clone, copy, lerp, near, write
 from gen_optim.tensors.interrupts import despite_interrupts, exchange
 
-__all__ = ["StartPoint"]
-
 
 class StartPoint:
     """Where a step began. The parameters can be put there, or anywhere between there and the end of the step, and back.

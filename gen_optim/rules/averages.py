@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 
 from gen_optim.rules.parabola import Parabola
 
-__all__ = ["BalanceAverages", "LossAverages", "ParabolaAverages"]
-
 _CHANGE_WEIGHT = 0.3
 """Least weight of a parabola in the average change of the loss, the unit in which others are averaged."""
 

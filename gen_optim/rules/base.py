@@ -14,8 +14,6 @@ from gen_optim.rules.initial_search import InitialSearch
 from gen_optim.rules.parabola import Parabola
 from gen_optim.rules.state import Decision, RuleState
 
-__all__ = ["Rule"]
-
 _State = TypeVar("_State", bound=RuleState)
 
 _SMALLEST, _LARGEST = 1e-36, 1e36

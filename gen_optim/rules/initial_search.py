@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["InitialSearch", "search_initial_lr"]
-
 
 @dataclass(frozen=True)
 class InitialSearch:

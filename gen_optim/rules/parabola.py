@@ -17,8 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Parabola", "fit_parabola"]
-
 
 @dataclass(frozen=True)
 class Parabola:

@@ -10,8 +10,6 @@ from gen_optim.rules.initial_search import InitialSearch
 from gen_optim.rules.parabola import Parabola
 from gen_optim.rules.state import Decision, ProbeStatus, RuleState
 
-__all__ = ["PublishedRule"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRule(Rule):

@@ -23,8 +23,6 @@ from gen_optim.rules.parabola import Parabola
 from gen_optim.rules.safeguards import ROUNDING, has_exploded, is_below_noise, is_contradicted, is_diverging
 from gen_optim.rules.state import Decision, ProbeStatus, RuleState
 
-__all__ = ["RelaxedRule", "RelaxedState"]
-
 _GROWTH, _FALL = 1.1, 0.8
 """Largest changes of the learning rate in a probe step of the burn-in: training must show what the last one did. The
 balance does not let it grow faster either."""
@@ -110,7 +108,7 @@ class RelaxedRule(Rule):
       quantities do. The excess loss is the loss at the present weights minus that at their average: what noise costs.
       The gain is how much the loss falls while the number of steps grows e-fold. At a higher learning rate the excess
       loss is larger and the gain smaller. If their ratio is above ``balance``, the learning rate falls like a power of
-      the steps; if it is below, it grows.
+      the steps; if it is below, it grows. Under a scheduler the ratio may be as large as its factor.
     - **Hold.** If the excess loss is not known, the learning rate stays as it is under a scheduler, whose factor does
       the annealing, and falls like t^(−1/8) without one.
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step; without a
@@ -132,7 +130,7 @@ class RelaxedRule(Rule):
         start_fraction: Fraction of the learning rate found by the search at which training begins, in (0, 1].
         burn_in: Number of probe steps at the beginning that follow each other at every step.
         relaxation: κ above which a step is too long if slopes agree, in [1, 2].
-        balance: Ratio of the excess loss to the gain at which the learning rate is right, above 0.
+        balance: Ratio of the excess loss to the gain at which the learning rate is right without a scheduler, above 0.
         annealing: Exponent p of the fall t^(−p) without a scheduler if the excess loss is not known, in [0, 1].
 
     Raises:
@@ -220,8 +218,9 @@ class RelaxedRule(Rule):
             return Decision(self.skip(state), ProbeStatus.NON_FINITE_LOSS)
         if isinstance(found, InitialSearch):
             return self._start(state, found, loss_start)
-        if loss_end is not None:  # the step measured was taken at the last factor
-            factor = min(factor, state.factor_last)
+        # Looking back, the step measured was taken at the last factor.
+        measured = factor if loss_end is None else state.factor_last
+        factor = min(factor, measured)
 
         # The first safeguard that fires, by the averages of earlier probe steps.
         initial = state.loss_initial
@@ -232,11 +231,11 @@ class RelaxedRule(Rule):
         if not found.is_finite:
             return self._cut(state, loss_start, ProbeStatus.NON_FINITE_PROBE)
         if is_below_noise(found):
-            return self._below_noise(state, found, loss_start, factor, is_taken=loss_end is not None)
+            return self._below_noise(state, found, loss_start, measured, is_taken=loss_end is not None)
 
         state = self._with_losses(state, loss_start, loss_end, excess_loss)
         rise = 0.0 if loss_end is None else abs(loss_end - loss_start)
-        taken = state.lr * factor
+        taken = state.lr * measured
         state = replace(state, parabola=state.parabola.with_parabola(found, taken, rise, self.smoothing))
         lr, status = self._next_lr(state, found, factor)
         if status is ProbeStatus.UNSTABLE:
@@ -290,7 +289,7 @@ class RelaxedRule(Rule):
         return (max(begin, 1) / max(end, 1)) ** self.annealing if factor == 1.0 else 1.0
 
     def _correction(self, state: RelaxedState, factor: float) -> float | None:
-        """The change of the learning rate that brings the excess loss to ``balance`` times the gain.
+        """The change of the learning rate that brings the excess loss to ``balance`` times the gain, or to the gain.
 
         It is a power of the steps until the next probe step, since both are averages over a part of the run. None if
         the excess loss at this step is not known, or comes from no noise.
@@ -299,8 +298,9 @@ class RelaxedRule(Rule):
         is_short = averages.count < max(2 * self._transient, _SHARE * state.step)
         if state.repeats >= _REPEATS or is_short or math.isnan(averages.ratio):
             return None
-        # A scheduler's factor lowers the excess loss, and not what the learning rate found is worth.
-        ratio = averages.ratio / (self.balance * factor)
+        # The fall of a schedule will take the noise out: until then it may cost as much as training gains. The factor
+        # lowers the excess loss, and not what the learning rate found is worth.
+        ratio = averages.ratio / (self.balance if factor == 1.0 else factor)
         exponent = min(max(math.log(ratio) if ratio > 0.0 else -math.inf, -_STEEPEST_GROWTH), _STEEPEST_FALL)
         return min(math.pow(state.step / (state.step + self.period), exponent), _GROWTH)
 

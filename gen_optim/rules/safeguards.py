@@ -7,8 +7,6 @@ import math
 from gen_optim.rules.averages import LossAverages, ParabolaAverages
 from gen_optim.rules.parabola import Parabola
 
-__all__ = ["ROUNDING", "has_exploded", "is_below_noise", "is_contradicted", "is_diverging"]
-
 _DIVERGING = 8.0
 """A step diverges if the loss rises by this many times what it usually changes."""
 

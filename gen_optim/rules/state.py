@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Decision", "ProbeStatus", "RuleState"]
-
 
 class ProbeStatus(Enum):
     """What a probe step concluded.

@@ -16,7 +16,6 @@ from gen_optim.tensors.scalars import summing_dtype
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["dot", "gradient_dot", "is_dtensor", "local", "parts_of", "placed_like", "whole"]
 
 T = TypeVar("T")
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from gen_optim.tensors.scalars import summing_dtype, to_floats
 
-__all__ = ["chunks", "clone", "copy", "has_infinities", "inner_product", "lerp", "near", "room_for", "write"]
-
 _SIZE = 2**17
 """Largest number of elements in a chunk on the CPU. Measured: with twice as many, allocations go to the operating
 system and take longer than the arithmetic."""

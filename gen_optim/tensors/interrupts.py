@@ -11,8 +11,6 @@ from torch import Tensor
 
 from gen_optim.tensors.foreach import write
 
-__all__ = ["Unfinished", "despite_interrupts", "exchange"]
-
 
 class Unfinished:
     """Calls that end what a step has begun: they put back what it has changed, or complete it.

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RandomStreams", "random_devices"]
-
 
 class RandomStreams:
     """The state of the global random streams at construction, with torch's on ``devices`` besides the CPU."""

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Scalar", "summing_dtype", "to_floats"]
-
 Scalar = Tensor | float
 """A number or a one-element tensor."""
 

@@ -345,6 +345,21 @@ def test_attention_takes_no_other_kernel_in_probes(enabled: bool) -> None:
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+def test_a_frozen_encoder_with_a_padding_mask_computes_the_same_in_probes() -> None:
+    """Its fast path, which it takes with gradients enabled, too, fills padded positions with zeros."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+    encoder.requires_grad_(False)
+    head, inputs, is_padding = nn.Linear(8, 1), torch.randn(4, 5, 8), torch.zeros(4, 5, dtype=torch.bool)
+    is_padding[1:, 3:] = True
+
+    def closure() -> Tensor:
+        loss: Tensor = head(encoder(inputs, src_key_padding_mask=is_padding).mean(1)).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    assert len(set(call_and_probe(closure, parameters_of(head)))) == 1
+
+
 def test_is_probing_while_a_probe_runs_and_only_then() -> None:
     caller = ClosureCaller()
     seen = []

@@ -214,6 +214,24 @@ def test_missing_parameters_and_strange_optimizers_are_refused() -> None:
         optimizer_direction(torch.optim.Rprop([weight]), {"w": weight})
 
 
+class DecayAfterwards(torch.optim.SGD):
+    """(θ − αu)(1 − αw), which is proportional to the learning rates of training alone."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for each in group["params"]:
+                    each.mul_(1.0 - group["lr"] * 0.01)
+
+
+def test_weight_decay_after_the_update_is_refused() -> None:
+    weight = nn.Parameter(torch.tensor([2.0]))
+    weight.grad = torch.ones(1)
+    with pytest.raises(ValueError, match=r"DecayAfterwards must be proportional .* set weight_decay=0"):
+        optimizer_direction(DecayAfterwards([weight], lr=0.01), {"weight": weight})
+
+
 def test_predicted_loss_of_the_next_step() -> None:
     """All parts together: the parabola along an optimizer's direction predicts what its step does."""
     problem = Problem("LayerNorm", OPTIMIZERS["AdamW"])

@@ -151,6 +151,12 @@ def test_points_that_fix_no_parabola_are_refused(multiples: Any, message: str) -
         LookAhead(multiples)
 
 
+def test_multiples_may_come_from_a_generator_and_are_named_if_they_are_refused() -> None:
+    assert LookAhead(each for each in (-1, 0, 1)).multiples == (-1.0, 0.0, 1.0)
+    with pytest.raises(ValueError, match=r"got \(0, 1\)"):
+        LookAhead(each for each in (0, 1))
+
+
 def test_an_optimizer_probes_at_the_multiples_of_its_mode() -> None:
     mode = LookAhead(multiples=(-2, -1, 0, 1, 2))
     training = Training.of(lambda p: gen_sgd(p, mode=mode, rule="published", period=1))

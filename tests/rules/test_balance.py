@@ -51,7 +51,7 @@ def test_the_excess_loss_settles_at_the_balance_times_the_gain(lr: float, balanc
     assert after.lr == pytest.approx(balance * 0.1 / 0.03, rel=0.15)
 
 
-def test_the_factor_of_a_scheduler_does_not_count_as_a_learning_rate_that_is_too_low() -> None:
+def test_under_a_scheduler_noise_may_cost_as_much_as_training_gains_whatever_the_factor() -> None:
     found = [
         train(
             RelaxedRule(),
@@ -62,7 +62,7 @@ def test_the_factor_of_a_scheduler_does_not_count_as_a_learning_rate_that_is_too
         ).lr
         for factor in (1.0, 0.5, 0.1)
     ]
-    assert found == pytest.approx([1.0] * 3, rel=0.2)
+    assert found == pytest.approx([1.0, 1.0 / 0.3, 1.0 / 0.3], rel=0.2)
 
 
 def change(rule: RelaxedRule, *, excess: float, gain: float = 0.1) -> float:
