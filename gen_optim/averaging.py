@@ -1,4 +1,4 @@
-"""Averaged weights: a power-law average of the parameters, and blocks in which the model has it."""
+"""Averaged weights: a power-law average of the parameters, and a context in which the model has it."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def excess_loss(self) -> Loss:
-        r"""Estimate how far the loss is above that at the average, from the gradients at the present parameters.
+        r"""Estimate the loss minus that at the average, from the gradients at the present parameters.
 
         It is :math:`\frac12 \nabla L(\theta) \cdot (\theta - \bar\theta)`. If the average is the lowest point of a
         parabola between the two, that is exact. Parameters whose gradient is None count as zero. It is NaN if elements
@@ -177,7 +177,7 @@ class AveragedWeights:
 
     @contextmanager
     def swapped(self, *, is_probe: bool = False) -> Iterator[None]:
-        """Have the average in the parameters inside the block, and the parameters back afterwards, bit for bit.
+        """Context in which the parameters are the average; they are put back at its end, bit for bit.
 
         They are back whatever happens inside, exceptions and ``KeyboardInterrupt`` included. Inside, the average's
         memory has the parameters, so that the swap allocates one chunk; for parameters in half precision it
@@ -186,8 +186,8 @@ class AveragedWeights:
 
         Before the first update the block has the present parameters. A nested block changes nothing.
 
-        ``is_probe`` says that the block is within a step. Its session drops what is cached of parameters, and graphs
-        that hold them, for gradients that are differentiated once more, do not notice that they were written to.
+        ``is_probe`` says that the block is within a step, whose session drops what is cached of the parameters. Their
+        versions do not change then, so that graphs that hold them remain valid.
         """
         if self._swap is not None:
             yield

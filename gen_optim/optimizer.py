@@ -87,8 +87,9 @@ class GeNOptimizer(OptimizerWrapper):
 
         L(\theta - \alpha\omega) \approx L(\theta) - \text{slope}\,\alpha + \tfrac{1}{2}\,\text{curvature}\,\alpha^2,
 
-    and the learning rate is led towards its lowest point, slope / curvature (Bu and Xu, "Gradient descent with
-    generalized Newton's method", ICLR 2025, arXiv:2407.02772).
+    whose lowest point is slope / curvature (Bu and Xu, "Gradient descent with generalized Newton's method", ICLR 2025,
+    arXiv:2407.02772). ``rule="published"`` leads the learning rate there. The default rule goes by it in the first
+    steps, and then by the average of the weights.
 
     A probe step, usually one in ``period``, looks back at the last step:
 
@@ -102,13 +103,13 @@ class GeNOptimizer(OptimizerWrapper):
        factor. If the last step has led far up, it is reverted instead.
     6. Gradients, buffers, grad mode and random streams are as after 1, whatever happened in between. An exception at a
        point that only a probe visits counts as an infinite loss there. After any other exception or an interrupt in a
-       probe, the step is taken at the last learning rate, and it is raised again.
+       probe, the step is taken at the last learning rate, and that is raised again.
 
     With ``mode="approximate"`` or ``"exact"`` it looks ahead: the base optimizer steps once after 1, the loss is
     measured along that step on the batch of its gradients, and the multiple that the rule chooses is written.
 
-    All other steps are lazy: the base optimizer's step at the last learning rate, and nothing else (before a step that
-    looks back, a copy of the parameters is kept).
+    All other steps are lazy: the base optimizer's step at the last learning rate. Before a step that looks back, a copy
+    of the parameters is kept; every fourth step updates the average of the weights.
 
     The wrapper shares ``param_groups``, ``state`` and ``defaults`` with the base optimizer. Learning-rate schedulers
     attach to it as to any optimizer, and their factor multiplies the learning rate. Writing ``param_groups[i]["lr"]``
@@ -129,13 +130,14 @@ class GeNOptimizer(OptimizerWrapper):
             :class:`~gen_optim.Rule` with options of its own: :class:`~gen_optim.RelaxedRule`,
             :class:`~gen_optim.PublishedRule`, or your own.
         period: A probe step every ``period`` steps on average, 8 by default; an option of a rule given by name.
-        lr_min: Lower limit of the learning rate of the first unfrozen group, 0 by default; the same.
-        lr_max: Upper limit of that learning rate, infinite by default; the same.
+        lr_min: Lower limit of the learning rate of the first unfrozen group, 0 by default; an option of a rule, too.
+        lr_max: Upper limit of that learning rate, infinite by default; an option of a rule, too.
         modules: A module or several that the closure calls, whose buffers (statistics of BatchNorm) and gradients
             probes must leave as they are. By default the modules to which the parameters belong, and those above them.
             A module that owns none of the parameters, such as a teacher or a discriminator, has to be named here.
-        average: Whether an average of the weights is kept, for :meth:`averaged`, and for the default rule, which sees
-            in it what noise costs. It takes one more copy of the parameters, in float32 if they are in half precision.
+        average: Whether an average of the weights is kept, for :meth:`averaged`, and for the default rule, which
+            compares the loss with that at the average. It takes one more copy of the parameters, in float32 if they are
+            in half precision.
         offload_average: Whether that copy is in the host's memory.
         offload_copies: Whether the copies of the parameters that measuring needs are kept in the host's memory (pinned
             if the parameters are on a CUDA device), for models that nearly fill their device. Probe steps then wait for
@@ -393,7 +395,7 @@ class GeNOptimizer(OptimizerWrapper):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Have the averaged weights in the parameters inside the block, and the parameters back afterwards.
+        """Context in which the parameters are the averaged weights; they are put back at its end.
 
         They are the weights to validate, to save and to serve: a power-law average over about the last sixteenth of
         the steps so far. The parameters are back bit for bit, whatever happens inside. Before the fourth step, and

@@ -43,7 +43,7 @@ from gen_optim.warning import warn
 class Probed(NamedTuple):
     """What a probe step evaluates again: the closure, or the probe that was given next to it or alone.
 
-    ``loss`` is what the caller says that it returns now; None if the caller does not say it.
+    ``loss`` is the value that the caller gives for it at the present parameters, if any.
     """
 
     call: Closure
@@ -66,8 +66,8 @@ class StepContext:
     probes that failed, ``has_warned_of_gradients`` about gradients that are never zeroed. ``trusts_losses`` says
     whether a loss that the caller has given was the one that the probe returned; None until the two have been compared.
     ``has_infinities`` says whether parameters are infinite on purpose; None until they have been looked through.
-    ``allows_writes`` says whether a step may end where something else has written after it, if that does not lengthen
-    it: True from the first such write on, since it costs a pass over the parameters.
+    ``allows_writes`` says whether a step is looked back at after something else has written to the parameters, if that
+    does not lengthen it: True from the first such write on, since it costs a pass over the parameters.
     """
 
     base_optim: Optimizer
@@ -122,8 +122,8 @@ class StepContext:
     def take_over(self, given: Loss | None, step_loss: StepLoss, multiple: float) -> None:
         """Take over the loss that the caller has given, if it is what the probe returns at this multiple of the step.
 
-        The first one is compared with what the probe returns. Dropout makes them differ, whose masks the caller's
-        forward pass has drawn anew, and so does a loss of another batch, or scaled.
+        The first one is compared with what the probe returns. They differ with dropout, since the caller's forward pass
+        used other masks, and if the loss is scaled or that of another batch.
         """
         session = step_loss.session
         # Several ranks compare together, so that they evaluate equally often, whether this one was given a loss or not.
@@ -293,7 +293,7 @@ def _revert_failed(context: StepContext, session: Session, start_point: StartPoi
 
 
 def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probed, *, searches: bool) -> StepResult:
-    """Let the base optimizer propose a step, measure the loss along it, decide, and write the multiple that results.
+    """Let the base optimizer propose a step, measure the loss along it, decide, and move to the learning rate chosen.
 
     ``closure`` evaluates the loss, with gradients, where the step begins; None if the caller has done that. If it
     ``searches``, it looks along the step for an initial learning rate, in any mode.

@@ -1,11 +1,11 @@
-"""The default rule: find the scale of the learning rate, then hold it, or balance what noise costs and training gains.
+"""The default rule: find the scale of the learning rate, then balance what noise costs with what training gains.
 
 The learning rate slope / curvature is the best for one step, and too small for a whole run. When training no longer
 makes progress at α, the expected change of the loss, −slope · α + curvature · α² / 2, is zero, so slope / curvature is
 α / 2. At half the learning rate the noise is smaller, slope / curvature halves again, and so on (the short-horizon bias
 of Wu et al., 2018). Any fixed multiple of slope / curvature below 2 ends there too, only later. So the rule follows the
 parabolas while the learning rate grows into its range, and as long as their slopes agree. In noise it compares
-what noise costs with what training gains, or, if that is not known, holds.
+what noise costs with what training gains.
 
 Slope and curvature must be of another batch than that of the gradient.
 """
@@ -73,7 +73,7 @@ class RelaxedState(RuleState):
 
     ``loss`` averages the losses at the start of probe steps, and ``loss_initial`` is that where training began.
     ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
-    largest learning rate of a step, with its factor, that training was seen to bear. ``factor`` is the scheduler's at
+    largest learning rate, with its factor, of a measured step that was not unstable. ``factor`` is the scheduler's at
     the last parabola, ``factor_last`` in the last step. ``loss_end`` is the last loss at the end of a step in the
     burn-in, and ``repeats`` counts steps in a row on the batch of the step before.
     """
@@ -102,21 +102,23 @@ class RelaxedRule(Rule):
       first gradient has an untypically large slope, and no momentum is built up yet.
     - **Burn-in.** The first ``burn_in`` steps are all probe steps. The learning rate follows κ · mean slope / mean
       curvature, by at most 10 % up and 20 % down at each. κ = 2 − the signal fraction, the part of the slopes that is
-      not noise: without noise that is the minimum of the parabola; in pure noise it is the learning rate at which steps
-      no longer descend, since what noise adds to the curvature averages out over a run.
+      not noise. Without noise, κ = 1 gives the minimum of the parabola. In pure noise, κ = 2 gives the learning rate at
+      which steps no longer descend: what noise adds to the curvature averages out over a run.
     - **Balance.** While slopes are mostly noise, they do not tell whether the learning rate is too high. Two other
       quantities do. The excess loss is the loss at the present weights minus that at their average: what noise costs.
       The gain is how much the loss falls while the number of steps grows e-fold. At a higher learning rate the excess
       loss is larger and the gain smaller. If their ratio is above ``balance``, the learning rate falls like a power of
-      the steps; if it is below, it grows. Under a scheduler the ratio may be as large as its factor.
+      the steps; if it is below, it grows. Under a scheduler the ratio may be as large as its factor. While the factor
+      is exactly 1, the rule acts as without a scheduler.
     - **Hold.** If the excess loss is not known, the learning rate stays as it is under a scheduler, whose factor does
       the annealing, and falls like t^(−1/8) without one.
-    - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step; without a
-      scheduler, what they call for is annealed too. If the averages call for more, but the last step was too long by
-      its own parabola, it falls by up to 5 %: a direction has become unstable that the averages do not show yet. Near
-      there slopes let it grow by 2 %.
+    - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step, unless the
+      ratio is too high; without a scheduler, what they call for is annealed too. If the averages call for more, but the
+      last step was too long by its own parabola, it falls by up to 5 %: a direction has become unstable that the
+      averages do not show yet. Near there slopes let it grow by 2 %.
     - **No noise.** If there is next to no noise, it grows by 2 % at every step, to what slopes call for in spite of a
-      scheduler, falls by up to 20 % where it is unstable, and by 5 % if a step no longer descends.
+      scheduler, falls by up to 20 % where it is unstable, and by up to 5 % if a step is longer than ``relaxation``
+      times the lowest point.
     - **Safeguards** (:mod:`gen_optim.rules.safeguards`). A step that raised the loss far above its start, on the same
       batch, is reverted. After that, after a loss that exploded, and after a probe that is not finite, the learning
       rate is cut by ``max_change``. A parabola that is no more than rounding changes nothing.
@@ -129,7 +131,7 @@ class RelaxedRule(Rule):
         max_change: Factor by which safeguards cut the learning rate, above 1.
         start_fraction: Fraction of the learning rate found by the search at which training begins, in (0, 1].
         burn_in: Number of probe steps at the beginning that follow each other at every step.
-        relaxation: κ above which a step is too long if slopes agree, in [1, 2].
+        relaxation: Multiple of the lowest point above which a step is too long if slopes agree, in [1, 2].
         balance: Ratio of the excess loss to the gain at which the learning rate is right without a scheduler, above 0.
         annealing: Exponent p of the fall t^(−p) without a scheduler if the excess loss is not known, in [0, 1].
 
@@ -178,7 +180,8 @@ class RelaxedRule(Rule):
         """The state for a step under the scheduler's ``factor``.
 
         If the factor rises, what was learned at a small factor must not make the step larger than training was seen to
-        bear. So α · factor is at most that, that of the last step, or the initial α times a factor of at most 1.
+        bear. So α · factor is at most the largest of that, of the last step's, and of the initial α times the factor or
+        1, whichever is smaller.
         """
         if factor == state.factor_last or factor == 0.0:
             return state
@@ -289,7 +292,7 @@ class RelaxedRule(Rule):
         return (max(begin, 1) / max(end, 1)) ** self.annealing if factor == 1.0 else 1.0
 
     def _correction(self, state: RelaxedState, factor: float) -> float | None:
-        """The change of the learning rate that brings the excess loss to ``balance`` times the gain, or to the gain.
+        """The change of the learning rate that brings the excess loss to the gain times ``balance``, or the factor.
 
         It is a power of the steps until the next probe step, since both are averages over a part of the run. None if
         the excess loss at this step is not known, or comes from no noise.
@@ -320,7 +323,7 @@ class RelaxedRule(Rule):
 
     @property
     def _transient(self) -> int:
-        """The number of steps in which the loss falls as it never does again, which would count as gain for long."""
+        """The number of steps that are left out of the averages, because the loss falls unusually fast in them."""
         return max(self.burn_in // 2, 1)
 
     def _start(self, state: RelaxedState, search: InitialSearch, loss: float) -> Decision:
