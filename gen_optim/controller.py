@@ -35,6 +35,7 @@ class Controller:
         self.rates = LearningRates()
         self._base_optim = base_optim
         self._manual_steps, self._last_manual_step = 0, 0
+        self._seen: list[Any] = []
         self.load()
 
     @property
@@ -52,7 +53,12 @@ class Controller:
             if lr is not None:
                 self._warn_of_manual_values(lr)
                 self.state = self.rule.set_lr(self.state, lr)
+        self._seen = self.rates.marks(groups)
         return self.state
+
+    def recall_after_closure(self) -> RuleState:
+        """Take in what the closure has written to the groups; manual warm-ups do that."""
+        return self.state if self.rates.marks(self.groups) == self._seen else self.recall()
 
     def join(self, group: Group, *, brings_lr: bool) -> None:
         """Let a group that was added take part, at its own learning rate or at ratio 1."""

@@ -557,7 +557,6 @@ class GeNOptimizer(OptimizerWrapper):
         check_groups([*self.param_groups, {**self.defaults, **param_group}])
         self.base_optim.add_param_group(param_group)
         self._context.controller.join(self.param_groups[-1], brings_lr=brings_lr)
-        self._context.has_infinities = None
 
     # --- checkpoints, copies and pickles ------------------------------------------------------------------------------
 
@@ -584,7 +583,7 @@ class GeNOptimizer(OptimizerWrapper):
         self._loaded_starts, self._loaded_averages = {}, {}
         lr, fingerprint = float(group.get(_START_LR, 0.0)), int(group.get(_START_FINGERPRINT, 0))
         self._context.controller.load()
-        self._context.start_point = self._context.has_infinities = None
+        self._context.start_point, self._context.looked_through = None, []
         self._context.allows_writes = bool(group.get(_ALLOWS_WRITES, False))
         if lr > 0.0 and starts and self._context.mode.looks_back:
             # A parameter without a gradient has no state: it has not moved.
@@ -616,6 +615,14 @@ class GeNOptimizer(OptimizerWrapper):
                     if not state[key]:
                         del state[key]
         return {**state_dict, "state": state}
+
+    def _set_aside(self) -> StartPoint | None:
+        return self._context.start_point
+
+    def _put_back(self, kept: StartPoint | None) -> None:
+        self._loaded_starts, self._loaded_averages = {}, {}
+        self._load_numbers()
+        self._context.start_point = kept
 
     def _drop_stale_start_point(self) -> None:
         """Forget a start point whose step something else has written over since: in a copy nothing would show it."""

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, compress
 from typing import Any, Literal, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
@@ -28,7 +27,7 @@ from gen_optim.closures.losses import Closure, Loss, agree
 from gen_optim.closures.session import ClosureCaller, Session
 from gen_optim.controller import Controller
 from gen_optim.distributed import ranks_of
-from gen_optim.measurement import Measurement, Mode, StepLoss
+from gen_optim.measurement import Mode, StepLoss
 from gen_optim.measurement.interpolation import Interpolation, movable
 from gen_optim.measurement.lookahead import measure_initial_search, searched_lr
 from gen_optim.measurement.start_point import StartPoint
@@ -65,7 +64,7 @@ class StepContext:
     ``start_point`` is where the last step began, if the next one is going to look back at it. ``has_warned`` is about
     probes that failed, ``has_warned_of_gradients`` about gradients that are never zeroed. ``trusts_losses`` says
     whether a loss that the caller has given was the one that the probe returned; None until the two have been compared.
-    ``has_infinities`` says whether parameters are infinite on purpose; None until they have been looked through.
+    ``has_infinities`` says whether parameters are infinite on purpose, of those that were ``looked_through``, by id.
     ``allows_writes`` says whether a step is looked back at after something else has written to the parameters, if that
     does not lengthen it: True from the first such write on, since it costs a pass over the parameters.
     """
@@ -81,7 +80,8 @@ class StepContext:
     has_warned_of_gradients: bool = False
     trusts_losses: bool | None = None
     allows_writes: bool = False
-    has_infinities: bool | None = None
+    has_infinities: bool = False
+    looked_through: list[int] = field(default_factory=list)
 
     @property
     def unfinished(self) -> Unfinished:
@@ -103,9 +103,10 @@ class StepContext:
         return [movable(parameters) for parameters in self.unfrozen()]
 
     def keeps_infinities(self) -> bool:
-        """Whether parameters are infinite on purpose, such as a mask of −∞; looked up before the first move."""
-        if self.has_infinities is None:
-            self.has_infinities = has_infinities([local(each) for each in chain(*self.moving())])
+        """Whether parameters that move are infinite on purpose, such as a mask of −∞; looked up when others do."""
+        moving = list(chain(*self.moving()))
+        if self.looked_through != (seen := list(map(id, moving))):
+            self.looked_through, self.has_infinities = seen, has_infinities(list(map(local, moving)))
         return self.has_infinities
 
     def session(self, probed: Probed) -> Session:
@@ -157,13 +158,13 @@ class StepContext:
             )
         return loss
 
-    def warn_of_failure(self, failure: Exception | None, where: str = "at a point that only a probe visits") -> None:
-        """Warn once of an exception that counts as an infinite loss."""
+    def warn_of_failure(self, failure: Exception | None) -> None:
+        """Warn once of an exception at a point that only a probe has visited."""
         if failure is not None and not self.has_warned:
             self.has_warned = True
             warn(
-                f"At step {self.controller.state.step} of GeNOptimizer the loss raised {type(failure).__name__} "
-                f"{where}: {failure}. It counts as infinite there. Later failures of that kind are not reported."
+                f"At step {self.controller.state.step} a probe of GeNOptimizer raised {type(failure).__name__}: "
+                f"{failure}. The loss counts as infinite there. Later probes that fail are not reported."
             )
 
     def keep_start_point(self, lr: float, last: StartPoint | None) -> StartPoint | None:
@@ -182,7 +183,7 @@ class StepContext:
 def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: bool = True) -> StepResult:
     """The base optimizer's step at the last learning rate; with ``keeps_start`` the next step may look back at it."""
     loss = None if closure is None else context.caller.call(closure, context.groups)
-    state = context.controller.recall()
+    state = context.controller.recall_after_closure()
     _step_base(context, context.controller.rule.skip(state), keeps_start=keeps_start)
     return StepResult(loss)
 
@@ -207,13 +208,8 @@ def look_back_step(
     def measure() -> tuple[Loss, Loss]:
         return start_point.end_slope(), math.nan if averages is None else averages.excess_loss()
 
-    try:
-        loss = None if closure is None else context.call(session, closure, measure if is_own else tuple)
-    except Exception as failure:
-        if not is_own or len(session.ranks) > 1 or isinstance(failure, torch.OutOfMemoryError):
-            raise
-        return _revert_failed(context, session, start_point, failure)
-    state = controller.recall()
+    loss = None if closure is None else context.call(session, closure, measure if is_own else tuple)
+    state = controller.recall_after_closure()
     context.start_point = None  # it serves once; but a closure that has failed may be called again
 
     def leave() -> None:
@@ -221,6 +217,12 @@ def look_back_step(
         if averages is not None:
             averages.leave()
         start_point.leave()
+
+    def revert() -> None:
+        """Put the parameters back to where the last step began, for good."""
+        start_point.stay()
+        session.revert_buffers()
+        _remember(context, after, controller.rates.rates_in_force(after.lr))
 
     context.unfinished.add(leave)
     after, is_reverted = controller.rule.skip(state), False
@@ -249,9 +251,7 @@ def look_back_step(
         after, is_reverted = decision.state, decision.is_reverted
     finally:
         if is_reverted:
-            start_point.stay()
-            session.revert_buffers()
-            _remember(context, after, controller.rates.rates_in_force(after.lr))
+            context.unfinished.do(revert)
         else:  # after an exception, too: the lazy step that it would have been without looking back
             leave()
             _step_base(context, after, start_point)
@@ -259,37 +259,6 @@ def look_back_step(
     context.warn_of_failure(step_loss.failure)
     record = ProbeRecord.of(state, measurement, decision, factor)
     return StepResult(step_loss.losses[1.0] if loss is None else loss, record)
-
-
-def _revert_failed(context: StepContext, session: Session, start_point: StartPoint, failure: Exception) -> StepResult:
-    """Revert the last step, since the closure has failed where it ended and does not where it began.
-
-    Raises:
-        Exception: ``failure``, if the closure fails at the start, too, or the rule does not revert.
-    """
-    controller = context.controller
-    with (
-        context.unfinished.ending_with(start_point.undo_swap),
-        _refusing_steps(context.base_optim, context.unfinished),
-        session.probing(),
-    ):
-        start_point.write(0.0)
-        try:
-            [loss_start], _ = session.read([session.probe()])
-        except Exception:  # noqa: BLE001 - the first one is raised
-            raise failure from None
-    state, factor = controller.recall(), controller.rates.factor()
-    losses = (loss_start, math.inf)
-    measurement = Measurement((0.0, start_point.lr), losses, Parabola(math.nan, math.nan, math.nan), *losses)
-    decision = controller.decide(measurement, factor)
-    if not decision.is_reverted:  # a rule that reverts no steps
-        raise failure
-    context.start_point = None
-    context.unfinished.do(start_point.stay)
-    session.revert_buffers()
-    _remember(context, decision.state, controller.rates.rates_in_force(decision.state.lr))
-    context.warn_of_failure(failure, "where the last step has ended, which is reverted")
-    return StepResult(session.worst, ProbeRecord.of(state, measurement, decision, factor))
 
 
 def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probed, *, searches: bool) -> StepResult:
@@ -304,7 +273,7 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
     with context.unfinished.ending_with(around.close):
         around.enter_context(context.mode.around_calls())
         loss = None if closure is None else context.call(session, closure)
-        state = controller.recall()
+        state = controller.recall_after_closure()
         loss_start = loss if probed.call is closure else None
         lr = state.lr
         if not state.probes or (searches and loss_start is None):

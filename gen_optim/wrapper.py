@@ -66,6 +66,13 @@ class OptimizerWrapper(Optimizer):
         """Return a state dictionary without that, and keep it for :meth:`_load_numbers`."""
         return state_dict
 
+    def _set_aside(self) -> Any:
+        """Return what is remembered and not in the groups; called before a state dictionary is loaded."""
+
+    def _put_back(self, kept: Any) -> None:
+        """Put back what was set aside; called if loading has failed and groups and state are as before."""
+        self._load_numbers()
+
     def _check_numbers(self, state_dict: Mapping[str, Any]) -> None:
         """Check what :meth:`_load_numbers` will read; called before anything is loaded."""
 
@@ -73,11 +80,9 @@ class OptimizerWrapper(Optimizer):
         """Return the base optimizer's state dictionary, and what the wrapper adds to it."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        if self._is_hooked:
-            state_dict = self.base_optim.state_dict()
-        else:
-            self._save_numbers()
-            state_dict = self._add_tensors(self.base_optim.state_dict())
+        # Hooks of the base optimizer do this too, unless it has none or a state_dict() of its own that calls none.
+        self._save_numbers()
+        state_dict = self._add_tensors(self.base_optim.state_dict())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -98,7 +103,7 @@ class OptimizerWrapper(Optimizer):
             state_dict = state_dict if changed is None else changed
         self._check_loaded(state_dict)
         self._save_numbers()
-        state, groups = self.state, self.param_groups
+        state, groups, kept = self.state, self.param_groups, self._set_aside()
         try:
             # torch's own loading keeps the tensors it is given, and two optimizers would go on writing into one state.
             state_dict = copy.deepcopy(state_dict)
@@ -109,7 +114,7 @@ class OptimizerWrapper(Optimizer):
                 self._load_numbers()
         except BaseException:
             self.state, self.param_groups = state, groups
-            self._load_numbers()
+            self._put_back(kept)
             raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

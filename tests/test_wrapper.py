@@ -260,6 +260,20 @@ def test_load_state_dict_hooks_of_wrapper_and_base_fire_once_each() -> None:
     assert calls == ["before wrapper", "before base", "after base", "after wrapper"]
 
 
+class WithoutHooks(optim.SGD):
+    """Has a ``state_dict`` of its own, which calls no hooks."""
+
+    def state_dict(self) -> dict[str, Any]:
+        groups = [{**each, "params": [0, 1]} for each in self.param_groups]
+        return {"state": {}, "param_groups": groups}
+
+
+def test_a_base_whose_state_dict_calls_no_hooks_has_what_is_remembered() -> None:
+    optimizer = Counting(WithoutHooks(parameters(), lr=0.1))
+    optimizer.step(), optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["count"] == 2
+
+
 def test_state_dict_hooks_may_replace_what_is_saved_and_loaded() -> None:
     optimizer = wrapped(lr=0.5)
     optimizer.register_state_dict_post_hook(lambda _, state: {**state, "note": "saved"})

@@ -1,4 +1,4 @@
-"""Functions and flags of torch that are replaced while a probe step calls its closure.
+"""Functions of torch that are replaced while a probe step calls its closure.
 
 A lazy step replaces nothing. In a probe step these are replaced, for the thread that runs it and for as long as a call
 of the closure lasts:
@@ -11,9 +11,6 @@ of the closure lasts:
   returned in float32 would be taken for exact. Without it, small perceptrons under bfloat16 autocast (AdamW, 800 steps,
   4 seeds, with and without decay) ended at a mean squared error of 0.0104 instead of 0.0058 in the geometric mean; as
   classifiers at a cross-entropy of 0.142 instead of 0.151.
-- ``torch.backends.mha``'s fast path is off. Without gradients, as in probes, attention in evaluation mode would take
-  another kernel than in the first call, whose loss differs by rounding, and with a padding mask by far more. A frozen
-  encoder takes it in the first call, too.
 
 Replacements are shared by all threads and counted. They refer to what installed them weakly: if an interrupt prevents
 an exit, they pass calls through as soon as that object is gone, and the next step removes them.
@@ -55,14 +52,14 @@ class Interception:
 
     def begin(self) -> None:
         """Begin to intercept."""
-        _replacement.hold(self)
+        _functions.hold(self)
         _thread.active = weakref.ref(self)
         self.note_autocast(self._device_types)
 
     def end(self) -> None:
         """End it; may be repeated."""
         _thread.active = self._outer
-        _replacement.release(self)
+        _functions.release(self)
 
     def backward(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Handle a call of ``torch.autograd.backward``."""
@@ -82,7 +79,7 @@ class Interception:
 
 def repair() -> None:
     """Undo replacements that an interrupt has left behind; called when a step begins."""
-    _replacement.repair()
+    _functions.repair()
 
 
 class _Thread(threading.local):
@@ -180,7 +177,7 @@ class _Replacement:
                     self._undo.pop()
 
 
-_replacement = _Replacement(
+_functions = _Replacement(
     _Setting(
         lambda: torch.autograd.backward,
         partial(setattr, torch.autograd, "backward"),
@@ -191,7 +188,6 @@ _replacement = _Replacement(
         partial(setattr, torch.autocast, "__enter__"),
         _intercepted_autocast,
     ),
-    _Setting(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, lambda _: False),
 )
 
 

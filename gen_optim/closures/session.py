@@ -30,6 +30,8 @@ from gen_optim.warning import PATIENCE, warn
 
 Group = dict[str, Any]
 
+_ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
 
 class ClosureCaller:
     """Calls the closures of one optimizer.
@@ -141,6 +143,9 @@ class Session:
         self._sign = -1.0 if groups[0].get("maximize") else 1.0
         self.modules = caller.owners(self._parameters)
         self._parallel = ParallelModules(self.modules)
+        # With gradients disabled, attention in evaluation mode takes another kernel (its "fast path"), whose loss
+        # differs by rounding, and with a padding mask by far more.
+        self._has_fast_attention = any(isinstance(each, _ATTENTION) and not each.training for each in self.modules)
         self._buffers = Buffers(self.modules)
         self._devices = random_devices(self._parameters)
         self._device_types = {each.device.type for each in self._parameters} - {"meta"}
@@ -184,8 +189,8 @@ class Session:
             self._caller.is_probing = False
             for parameter, gradient in self._gradients:
                 parameter.grad = gradient
-            self._buffers.restore()
             random_after.restore()
+            self._buffers.restore()
             torch.clear_autocast_cache()
 
         with self._caller.unfinished.ending_with(undo):
@@ -288,7 +293,7 @@ class Session:
         torch.clear_autocast_cache()
         interception, ending_with = self._intercepting(on_backward), self._caller.unfinished.ending_with
         with (
-            torch.set_grad_enabled(with_graph),
+            torch.set_grad_enabled(with_graph or self._has_fast_attention),
             ending_with(interception.end),
             ending_with(self._parallel.end_replay),
         ):

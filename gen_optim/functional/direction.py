@@ -20,7 +20,7 @@ share of the parameters' rounding in the direction."""
 
 
 _TOLERANCE = 0.1
-"""Relative difference of two directions from which on an update is not proportional; rounding stays far below."""
+"""Relative difference of two directions, beyond their rounding, from which on an update is not proportional."""
 
 
 @torch.no_grad()
@@ -74,12 +74,14 @@ def optimizer_direction(
     ratios = [rate / unit for rate in rates]
     # The largest number in float16 is 65504.
     limit = min(torch.finfo(each.dtype).max for group in base.param_groups for each in group["params"]) / 16
+    originals = {id(each): each for group in base.param_groups for each in group["params"]}
     moved: dict[int, Tensor] = {}
     for far in (far for far in _FAR if far == 1.0 or far * max(ratios) < limit):
         moved = _far_step(base, ratios, far)
         if all(bool(torch.isfinite(each).all()) for each in moved.values()):
             for key, half in _far_step(base, ratios, far / 2).items():
-                if torch.linalg.vector_norm(moved[key] - half) > _TOLERANCE * torch.linalg.vector_norm(half):
+                rounding = 4.0 * torch.finfo(half.dtype).eps * originals[key].norm() / far
+                if (moved[key] - half).norm() > _TOLERANCE * half.norm() + rounding:
                     raise ValueError(
                         f"the update of {type(base).__name__} must be proportional to its learning rate at any "
                         "learning rate, and is so at small ones alone, as with weight decay after the update: set "

@@ -197,22 +197,18 @@ _OF_A_METRIC = ("_update_count", "_computed", "_forward_cache")
 
 @contextmanager
 def _preserving_metrics(module: nn.Module) -> Iterator[None]:
-    """Put the metrics of a module back to what they are now."""
-    metrics = [each for each in module.modules() if isinstance(each, Metric)]
-    kept = [{name: vars(metric)[name] for name in (*metric._defaults, *_OF_A_METRIC)} for metric in metrics]
-    # The same tensors and lists with their contents, each once: the metrics of a collection share theirs.
-    states = {id(state): state for own in kept for state in own.values() if isinstance(state, Tensor | list)}
-    contents: list[tuple[Any, Any]] = [
-        (state, state.clone() if isinstance(state, Tensor) else list(state)) for state in states.values()
-    ]
+    """Let calls of a module's metrics change copies of their states, and put the states back."""
+    copies: dict[int, Any] = {}  # one of each state: the metrics of a collection share theirs
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for metric in (each for each in module.modules() if isinstance(each, Metric)):
+        attributes = vars(metric)
+        kept.append((attributes, {name: attributes[name] for name in (*metric._defaults, *_OF_A_METRIC)}))
+        for name in metric._defaults:
+            state = attributes[name]
+            copied = copies.setdefault(id(state), state.clone() if isinstance(state, Tensor) else list(state))
+            attributes[name] = copied
     try:
         yield
     finally:
-        with torch.no_grad():
-            for state, content in contents:
-                if isinstance(state, Tensor):
-                    state.copy_(content)
-                else:
-                    state[:] = content
-        for metric, own in zip(metrics, kept, strict=True):
-            vars(metric).update(own)
+        for attributes, own in kept:
+            attributes.update(own)

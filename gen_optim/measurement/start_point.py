@@ -46,7 +46,7 @@ class StartPoint:
         self.keeps_infinities = False
         self._parameters = parameters
         self._on_host = on_host
-        self._is_visited = self._was_left = False
+        self._is_visited = self._was_left = self._has_stayed = False
         present = None if last is None else last.present_copies(parameters, on_host=on_host)
         self._copies = self._copied() if present is None else present
         # Chunks of parameters, with the copies that hold the end of the step while the parameters are at its start.
@@ -103,7 +103,7 @@ class StartPoint:
             if self._fingerprint_expected != self.fingerprint():
                 return False
             self._fingerprint_expected = 0
-            self.arrive()
+            self.arrive(measures_length=self._length > 0.0)
         if self._marks is None or self._marks == self._present_marks():
             return True
         return self._length > 0.0 and 0.0 < self._present_length() <= 1.001 * self._length
@@ -178,22 +178,17 @@ class StartPoint:
         self._swapped, self._starts, self._was_left = {}, [], self._is_visited
 
     @torch.no_grad()
-    def undo_swap(self) -> None:
-        """Put the parameters back to the end of the step, and keep its start, which :meth:`leave` forgets."""
-        for index, (present, kept) in list(self._swapped.items()):
-            exchange(present, kept, partial(self._swapped.pop, index))
-        self._is_visited = False
-
-    @torch.no_grad()
     def stay(self) -> None:
-        """Put the parameters to the start of the step, for good."""
+        """Put the parameters to the start of the step, for good; may be repeated."""
+        if self._has_stayed:
+            return
         if self._starts:
             despite_interrupts(partial(copy, self._targets(), self._starts))
         else:
             parts = enumerate(chunks(self._targets(), self._copies))
             rest = [(present, kept) for index, (present, kept) in parts if index not in self._swapped]
             despite_interrupts(*(partial(write, *each) for each in rest))
-        self._swapped, self._starts = {}, []
+        self._swapped, self._starts, self._has_stayed = {}, [], True
 
     # --- copies, pickles and checkpoints ------------------------------------------------------------------------------
 

@@ -289,7 +289,7 @@ class RelaxedRule(Rule):
 
     def _annealing(self, begin: int, end: int, factor: float) -> float:
         """The fall of the learning rate from one step to another: t^(−p) without a scheduler, else none."""
-        return (max(begin, 1) / max(end, 1)) ** self.annealing if factor == 1.0 else 1.0
+        return (max(begin, 1) / max(end, 1)) ** self.annealing if _is_full(factor) else 1.0
 
     def _correction(self, state: RelaxedState, factor: float) -> float | None:
         """The change of the learning rate that brings the excess loss to the gain times ``balance``, or the factor.
@@ -303,7 +303,7 @@ class RelaxedRule(Rule):
             return None
         # The fall of a schedule will take the noise out: until then it may cost as much as training gains. The factor
         # lowers the excess loss, and not what the learning rate found is worth.
-        ratio = averages.ratio / (self.balance if factor == 1.0 else factor)
+        ratio = averages.ratio / (self.balance if _is_full(factor) else factor)
         exponent = min(max(math.log(ratio) if ratio > 0.0 else -math.inf, -_STEEPEST_GROWTH), _STEEPEST_FALL)
         return min(math.pow(state.step / (state.step + self.period), exponent), _GROWTH)
 
@@ -364,6 +364,11 @@ class RelaxedRule(Rule):
         state = replace(state, loss=state.loss.with_loss(loss, self.smoothing))
         is_urgent = status in _URGENT or state.probes + 1 < self.burn_in
         return Decision(self.after_probe(state, lr, steps_to_next=1 if is_urgent else None), status)
+
+
+def _is_full(factor: float) -> bool:
+    """Whether a scheduler takes nothing off, up to rounding: a warm-up may end at 0.9999999999999998."""
+    return math.isclose(factor, 1.0, rel_tol=1e-6)
 
 
 def _target(kappa: float, slope: float, curvature: float) -> float:

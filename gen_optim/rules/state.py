@@ -33,7 +33,7 @@ class ProbeStatus(Enum):
         NON_FINITE_PROBE: A probed loss is NaN or infinite. The default rule cuts the learning rate, the published rule
             keeps it.
         REVERTED: The last step raised the loss far above its start, on the same batch, or ended where it is not
-            finite or cannot be evaluated. The parameters return to the start point, the base optimizer does not step,
+            finite. The parameters return to the start point, the base optimizer does not step,
             and the learning rate is cut.
         EXPLODED: The loss rose far above its average and above the loss at the beginning of training. The learning
             rate is cut, and the parabola is not used.

@@ -147,7 +147,6 @@ def originals() -> tuple[object, ...]:
         torch.autograd.backward,
         torch.autograd.grad,
         torch.autocast.__enter__,
-        torch.backends.mha.get_fastpath_enabled(),
         Tensor.backward,
         nn.Module.zero_grad,
         nn.Module.__call__,

@@ -132,42 +132,6 @@ def test_the_dtypes_of_autocasts_are_noted() -> None:
     assert dtypes == {torch.bfloat16}
 
 
-# --- attention -------------------------------------------------------------------------------------------------------
-
-
-def test_without_its_fast_path_attention_computes_as_with_gradients() -> None:
-    """If torch changes that, probes of attention in evaluation mode differ from the first call by rounding."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
-    inputs = torch.randn(4, 16, 32)
-    with torch.no_grad():
-        fast = layer(inputs)
-        with begun(ignoring()):
-            probed = layer(inputs)
-    expected = layer(inputs)
-    assert torch.equal(probed, expected)
-    assert not torch.equal(fast, expected)
-
-
-def test_the_fast_path_is_off_until_the_last_thread_has_ended_its_probe() -> None:
-    one, other = ignoring(), ignoring()
-    is_entered, may_leave = threading.Event(), threading.Event()
-
-    def probe() -> None:
-        with begun(other):
-            is_entered.set()
-            may_leave.wait(60)
-
-    thread = threading.Thread(target=probe)
-    with begun(one):
-        thread.start()
-        is_entered.wait(60)
-    assert not torch.backends.mha.get_fastpath_enabled()
-    may_leave.set()
-    thread.join()
-    assert torch.backends.mha.get_fastpath_enabled()
-
-
 # --- interrupts ------------------------------------------------------------------------------------------------------
 
 

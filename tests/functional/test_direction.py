@@ -232,6 +232,15 @@ def test_weight_decay_after_the_update_is_refused() -> None:
         optimizer_direction(DecayAfterwards([weight], lr=0.01), {"weight": weight})
 
 
+def test_rounding_is_no_departure() -> None:
+    """Of gradients of very different sizes in half precision the direction at one is all rounding."""
+    weights = [nn.Parameter(torch.tensor([value], dtype=torch.float16)) for value in (1.0, 10.0)]
+    for weight, gradient in zip(weights, (100.0, 0.005), strict=True):
+        weight.grad = torch.tensor([gradient], dtype=torch.float16)
+    direction = optimizer_direction(torch.optim.SGD(weights, lr=1.0), {"large": weights[0], "small": weights[1]})
+    assert direction["large"].item() == pytest.approx(100.0, rel=0.01)
+
+
 def test_predicted_loss_of_the_next_step() -> None:
     """All parts together: the parabola along an optimizer's direction predicts what its step does."""
     problem = Problem("LayerNorm", OPTIMIZERS["AdamW"])

@@ -30,7 +30,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from lightning.pytorch.tuner import Tuner
 from torchmetrics import MeanMetric, MeanSquaredError, MetricCollection, SumMetric
 
-from gen_optim.integrations.lightning import GeNCallback
+from gen_optim.integrations.lightning import GeNCallback, _preserving_metrics
 
 # What torch says of Lightning, and Lightning of small trainings without workers.
 pytestmark = [
@@ -197,6 +197,19 @@ def test_logging_metrics_and_hooks_count_once(tmp_path: Path, accumulation: int,
     assert module.errors["squared"].total == 8 * all_batches
     assert module.errors["again"].compute() == module.errors["squared"].compute()
     assert module.hooks == all_batches + 2 * STEPS
+
+
+def test_metrics_that_were_updated_in_inference_mode_are_put_back() -> None:
+    """As ``trainer.validate`` does, before ``trainer.fit``."""
+    module = Regression()
+    with torch.inference_mode():
+        module.seen.update(torch.ones(2))
+        assert module.seen.compute() == 2.0
+    with _preserving_metrics(module):
+        module.seen(torch.ones(3))
+    assert module.seen.compute() == 2.0
+    module.seen.update(torch.ones(1))
+    assert module.seen.compute() == 3.0
 
 
 def test_the_learning_rate_is_logged_at_every_step(tmp_path: Path) -> None:

@@ -509,7 +509,7 @@ def four_tasks_in_turn(run: Run) -> float:
 @program(
     sgd=0.01,
     adamw=0.02,
-    fails={"sgd": "4 times the loss: a step beside the wall is long, and the loss stays above its start"},
+    fails={"sgd": "one seed of three raises the ValueError at the end of a step that GeN chose"},
 )
 def learned_standard_deviation(run: Run) -> float:
     """``Normal`` raises a ValueError if its scale is not positive."""
@@ -551,7 +551,14 @@ def cross_entropy_of_raw_probabilities(run: Run) -> float:
     return functional.binary_cross_entropy(probabilities.detach(), rate).item()
 
 
-@program(sgd=0.01, adamw=0.02)
+@program(
+    sgd=0.01,
+    adamw=0.02,
+    fails={
+        "sgd": "1.8 times the loss: a step beside the wall is long, and the loss stays above its start",
+        "adamw": "one seed of three raises the LinAlgError at the end of a step that GeN chose",
+    },
+)
 def covariance_that_must_be_positive_definite(run: Run) -> float:
     """A Gaussian fitted by its raw covariance matrix, whose Cholesky factorization may fail."""
     factor = torch.tensor([[1.0, 0.0], [0.6, 0.5]])
