@@ -93,9 +93,8 @@ def measure(task: Task, base: str, lr: float, marks: Sequence[int]) -> tuple[flo
         loss.backward()  # type: ignore[no-untyped-call]
         if not math.isfinite(loss.item()):
             return math.nan, [*ratios, *[math.inf] * (len(marks) - len(ratios))]
-        above = weights.excess_loss() if step % 8 == 0 else None
-        if above is not None and step >= SKIPPED:
-            averages = averages.with_losses(loss.item(), above.item(), step)
+        if step % 8 == 0 and step >= SKIPPED:
+            averages = averages.with_losses(loss.item(), float(weights.excess_loss()), step)
         optimizer.step()
         weights.update()
         if step in marks:

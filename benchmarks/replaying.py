@@ -17,7 +17,9 @@ _SEARCHES = (ProbeStatus.STARTED, ProbeStatus.START_FAILED)
 def replay(records: Iterable[ProbeRecord], rule: Rule) -> list[Decision]:
     """Let a rule decide again, from what the probe steps of a run measured.
 
-    The rule of the run makes the same decisions, bit for bit. Another rule gets the parabolas along the path of the
+    The rule of the run makes the same decisions, bit for bit. Under a scheduler, looking back, they are the same but for
+    the change of its factor since the last record: records do not have the factor of the step that was looked back at.
+    Another rule gets the parabolas along the path of the
     run, not those along its own path.
 
     Args:
@@ -63,5 +65,5 @@ def replay(records: Iterable[ProbeRecord], rule: Rule) -> list[Decision]:
                 factor=record.factor,
             )
         decisions.append(decision)
-        state = decision.state
+        state = rule.before_step(decision.state, record.factor)
     return decisions

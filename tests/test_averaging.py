@@ -92,7 +92,6 @@ def test_the_excess_loss_over_an_average_at_the_minimum_is_exact(dtype: torch.dt
         loss += 0.5 * (curvature * distance**2).sum()
         parameter.grad = (curvature * distance).to(dtype)
     excess = walk.weights.excess_loss()
-    assert excess is not None
     assert excess.item() == pytest.approx(loss.item(), rel=1e-5 if dtype is not torch.bfloat16 else 1e-2)
 
 
@@ -104,7 +103,6 @@ def test_the_excess_loss_is_unknown_before_the_first_update_and_counts_no_parame
     second.grad = None
     expected = 0.5 * (first.grad * (first - walk.average())).sum().item()
     excess = walk.weights.excess_loss()
-    assert excess is not None
     assert excess.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -1027,7 +1025,7 @@ def test_an_interrupt_at_the_average_leaves_parameters_and_average_in_place() ->
             except KeyboardInterrupt:
                 assert not optimizer._averages.is_swapped
                 assert not same(parameters_of(model), kept), "the step is finished"
-                assert optimizer._averages.excess_loss() is not None
+                assert math.isfinite(optimizer._averages.excess_loss())
                 return
         assert not interrupted, "no probe has been at the average"
 

