@@ -17,9 +17,9 @@ _SEARCHES = (ProbeStatus.STARTED, ProbeStatus.START_FAILED)
 def replay(records: Iterable[ProbeRecord], rule: Rule) -> list[Decision]:
     """Let a rule decide again, from what the probe steps of a run measured.
 
-    The rule of the run makes the same decisions, bit for bit. Under a scheduler, looking back, they are the same but for
-    the change of its factor since the last record, which does not have that of the step that was looked back at. Another
-    rule gets the parabolas along the path of the run, not those along its own path.
+    The rule of the run makes the same decisions, bit for bit. Under a scheduler, looking back, they are the same but
+    for the change of its factor since the last record, since no record has that of the step that was looked back at.
+    Another rule gets the parabolas along the path of the run, not those along its own path.
 
     Args:
         records: The probe steps of a run, from the first on, in order.
