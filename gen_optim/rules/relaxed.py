@@ -109,7 +109,7 @@ class RelaxedRule(Rule):
       The gain is how much the loss falls while the number of steps grows e-fold. At a higher learning rate the excess
       loss is larger and the gain smaller. If their ratio is above ``balance``, the learning rate falls like a power of
       the steps; if it is below, it grows. Under a scheduler the ratio may be as large as its factor. While the factor
-      is exactly 1, the rule acts as without a scheduler.
+      is 1 up to rounding, the rule acts as without a scheduler.
     - **Hold.** If the excess loss is not known, the learning rate stays as it is under a scheduler, whose factor does
       the annealing, and falls like t^(−1/8) without one.
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step, unless the
