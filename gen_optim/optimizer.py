@@ -100,7 +100,7 @@ class GeNOptimizer(OptimizerWrapper):
     3. These numbers are averaged over the processes that train the model together.
     4. A parabola is fitted and judged, and the learning rate is chosen.
     5. The parameters are put back, and the base optimizer steps once, at the learning rate times the scheduler's
-       factor. If the last step has led far up, it is reverted instead.
+       factor. If the last step has led far up, or to where the closure fails, it is reverted instead.
     6. Gradients, buffers, grad mode and random streams are as after 1, whatever happened in between. An exception at a
        point that only a probe visits counts as an infinite loss there. After any other exception or an interrupt in a
        probe, the step is taken at the last learning rate, and that is raised again.

@@ -208,7 +208,10 @@ def look_back_step(
     def measure() -> tuple[Loss, Loss]:
         return start_point.end_slope(), math.nan if averages is None else averages.excess_loss()
 
-    loss = None if closure is None else context.call(session, closure, measure if is_own else tuple)
+    try:
+        loss = None if closure is None else context.call(session, closure, measure if is_own else tuple)
+    except Exception as error:  # noqa: BLE001 - raised if it is not the fault of where the last step ended
+        return _revert_failed_step(context, session, start_point.duplicate(), error)
     state = controller.recall_after_closure()
     context.start_point = None  # it serves once; but a closure that has failed may be called again
 
@@ -217,12 +220,6 @@ def look_back_step(
         if averages is not None:
             averages.leave()
         start_point.leave()
-
-    def revert() -> None:
-        """Put the parameters back to where the last step began, for good."""
-        start_point.stay()
-        session.revert_buffers()
-        _remember(context, after, controller.rates.rates_in_force(after.lr))
 
     context.unfinished.add(leave)
     after, is_reverted = controller.rule.skip(state), False
@@ -251,7 +248,7 @@ def look_back_step(
         after, is_reverted = decision.state, decision.is_reverted
     finally:
         if is_reverted:
-            context.unfinished.do(revert)
+            _revert(context, session, start_point, after)
         else:  # after an exception, too: the lazy step that it would have been without looking back
             leave()
             _step_base(context, after, start_point)
@@ -259,6 +256,44 @@ def look_back_step(
     context.warn_of_failure(step_loss.failure)
     record = ProbeRecord.of(state, measurement, decision, factor)
     return StepResult(step_loss.losses[1.0] if loss is None else loss, record)
+
+
+def _revert_failed_step(
+    context: StepContext, session: Session, start_point: StartPoint, error: Exception
+) -> StepResult:
+    """Revert the last step if the closure fails where it ended, twice, and not where it began; else raise the error."""
+    controller = context.controller
+    state = controller.recall_after_closure()
+    context.unfinished.add(start_point.leave)
+    try:
+        with session.probing(), _refusing_steps(context.base_optim, context.unfinished):
+            step_loss = StepLoss(start_point, start_point.lr, session, {}, valid=0.0)
+            loss = step_loss.evaluate(0.0)
+            measurement = context.mode.measure(step_loss)
+        factor = controller.rates.factor()
+        decision = controller.decide(measurement, factor)
+    except Exception:  # noqa: BLE001 - the closure fails where it has not failed before, too
+        decision = None
+    if decision is None or step_loss.failure is None or not decision.is_reverted:
+        start_point.leave()
+        context.unfinished.drop(start_point.leave)
+        raise error
+    context.start_point = None
+    _revert(context, session, start_point, decision.state)
+    context.unfinished.drop(start_point.leave)
+    context.warn_of_failure(step_loss.failure)
+    return StepResult(loss, ProbeRecord.of(state, measurement, decision, factor))
+
+
+def _revert(context: StepContext, session: Session, start_point: StartPoint, state: RuleState) -> None:
+    """Put the parameters back to where the last step began, for good, and keep the state after the step."""
+
+    def revert() -> None:
+        start_point.stay()
+        session.revert_buffers()
+        _remember(context, state, context.controller.rates.rates_in_force(state.lr))
+
+    context.unfinished.do(revert)
 
 
 def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probed, *, searches: bool) -> StepResult:

@@ -97,14 +97,23 @@ class Scene:
         self.of.model.load_state_dict(self.model)
         self.of.optimizer.load_state_dict(copy.deepcopy(self.state))
         self.of.optimizer._diagnostics.missed_probes = 0  # of steps that were interrupted
+        self.of.optimizer._context.has_warned = True  # of probes that fail
         torch.manual_seed(1)
 
     def step(self) -> None:
         if self.ways == "closure":
             self.of.optimizer.step(self.of.closure)
+        elif self.ways == "closure that fails where the last step ended":
+            self.of.optimizer.step(self.failing)
         else:
             self.of.closure()
             self.of.optimizer.step(probe=self.of.loss)
+
+
+    def failing(self) -> Tensor:
+        if all(map(torch.equal, self.model.values(), self.of.model.state_dict().values())):
+            raise ValueError("on purpose")
+        return self.of.closure()
 
 
 def legitimate(scene: Scene, ends: list[list[Tensor]]) -> bool:
@@ -150,6 +159,7 @@ def check(scene: Scene, ends: list[list[Tensor]], lrs: list[float], batches: int
 CASES = [(kind, "closure") for kind in KINDS] + [
     (kind, "probe") for kind in ("searches", "looks back", "balances", "lazy")
 ]
+CASES.append(("balances", "closure that fails where the last step ended"))
 
 
 def interrupt(sample: int | None, kind: str, ways: str) -> None:

@@ -312,6 +312,121 @@ def test_a_step_that_has_led_astray_is_taken_back(bad: float) -> None:
     assert training.optimizer.last_probe.status is not ProbeStatus.REVERTED
 
 
+def at_the_end(training: Training) -> Callable[[Training], None]:
+    """Raises while the parameters are where they are now."""
+    bad = parameters_of(training.model)
+
+    def fail(training: Training) -> None:
+        if same(parameters_of(training.model), bad):
+            raise ValueError("scale must be positive")
+
+    return fail
+
+
+def test_a_step_at_whose_end_the_closure_always_fails_is_reverted() -> None:
+    training = Training.of(gen_adamw, mlp(norm=True, dropout=0.5))
+    training.train(12)
+    before = parameters_of(training.model)
+    training.train(1)
+    buffers, lr = [each.clone() for each in training.model.buffers()], training.optimizer.get_last_lr()[0]
+    moments = copy.deepcopy(list(training.optimizer.state.values()))
+    training.before_return, calls = at_the_end(training), training.calls
+
+    with pytest.warns(UserWarning, match="At step 14 a probe .* raised ValueError: scale must be positive"):
+        loss = training.optimizer.step(training.closure)
+
+    record = training.optimizer.last_probe
+    assert (record.step, record.status) == (14, ProbeStatus.REVERTED)
+    assert (record.lr_before, record.lr_after) == (lr, lr / 2)
+    assert record.losses == (float(loss), math.inf)
+    assert training.calls - calls == 4  # at the end, at the start, at the end again, at the start again
+    assert same(parameters_of(training.model), before)
+    assert same(list(training.model.buffers()), buffers)
+    for mine, theirs in zip(training.optimizer.state.values(), moments, strict=True):
+        assert all(torch.equal(torch.as_tensor(mine[name]), torch.as_tensor(theirs[name])) for name in theirs)
+    training.train(20)  # from there on without the bad point
+    assert training.optimizer.last_probe.status is not ProbeStatus.REVERTED
+
+
+def once(training: Training) -> Callable[[Training], None]:
+    """Raises once, wherever the parameters are."""
+    calls = iter([True])
+
+    def fail(_: Training) -> None:
+        if next(calls, False):
+            raise ValueError("scale must be positive")
+
+    return fail
+
+
+def everywhere(_: Training) -> Callable[[Training], None]:
+    """Raises always, as an exhausted iterator does."""
+
+    def fail(_: Training) -> None:
+        raise ValueError("scale must be positive")
+
+    return fail
+
+
+def outside_of_probes(_: Training) -> Callable[[Training], None]:
+    def fail(training: Training) -> None:
+        if not training.optimizer.is_probing:
+            raise ValueError("scale must be positive")
+
+    return fail
+
+
+@pytest.mark.parametrize("failing", [once, everywhere, outside_of_probes])
+def test_an_exception_that_is_not_the_fault_of_the_end_is_raised(failing: Callable[[Training], Any]) -> None:
+    training, other = (Training.of(gen_adamw, mlp(norm=True, dropout=0.5)) for _ in range(2))
+    for each in (training, other):
+        seed_all()
+        each.train(13)
+    before, record = parameters_of(training.model), training.optimizer.last_probe
+    training.before_return = failing(training)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        training.optimizer.step(training.closure)
+    assert same(parameters_of(training.model), before)
+    assert training.optimizer.last_probe is record
+    assert not training.optimizer.is_probing
+    training.before_return = lambda training: None
+    training.model.load_state_dict(other.model.state_dict())  # the statistics of the call that failed are the closure's
+    assert training.optimizer.get_last_lr() == other.optimizer.get_last_lr()
+    training.train(1)
+    assert training.optimizer.last_probe.step in (13, 14)
+
+
+def test_an_exception_at_the_end_is_raised_if_the_rule_does_not_revert() -> None:
+    training = Training.of(looking)
+    training.train(5)
+    before = parameters_of(training.model)
+    training.before_return = at_the_end(training)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        training.optimizer.step(training.closure)
+    assert same(parameters_of(training.model), before)
+    training.before_return = lambda training: None
+    training.train(1)
+    assert training.optimizer.last_probe.step == 6  # looks back at the step before, as ever
+
+
+def test_an_interrupt_while_an_exception_is_looked_into_is_raised() -> None:
+    training = Training.of(gen_adamw)
+    training.train(13)
+    before, fail = parameters_of(training.model), at_the_end(training)
+
+    def interrupt(training: Training) -> None:
+        fail(training)
+        raise KeyboardInterrupt
+
+    training.before_return = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        training.optimizer.step(training.closure)
+    assert same(parameters_of(training.model), before)
+    assert not training.optimizer.is_probing
+    training.before_return = lambda training: None
+    training.train(3)
+
+
 def test_statistics_of_a_loss_that_is_not_finite_do_not_stay() -> None:
     training = Training.of(lambda p: gen_adamw(p, mode="lookback"), mlp(norm=True))
     training.train(12)

@@ -138,6 +138,14 @@ class StartPoint:
         numbers = torch.stack([each.to(sums[0].device) for each in sums]).tolist()
         return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big") or 1
 
+    @torch.no_grad()
+    def duplicate(self) -> StartPoint:
+        """A start point of the same step with copies of its own, while the parameters are at the end of the step."""
+        point = StartPoint(self._parameters, self.lr, on_host=self._on_host)
+        copy(point._copies, self._copies)
+        point.keeps_infinities = self.keeps_infinities
+        return point
+
     # --- moving -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -509,7 +509,7 @@ def four_tasks_in_turn(run: Run) -> float:
 @program(
     sgd=0.01,
     adamw=0.02,
-    fails={"sgd": "one seed of three raises the ValueError at the end of a step that GeN chose"},
+    fails={"sgd": "three times the loss: steps beside the wall throw the scale far out, where gradients vanish"},
 )
 def learned_standard_deviation(run: Run) -> float:
     """``Normal`` raises a ValueError if its scale is not positive."""
@@ -554,10 +554,7 @@ def cross_entropy_of_raw_probabilities(run: Run) -> float:
 @program(
     sgd=0.01,
     adamw=0.02,
-    fails={
-        "sgd": "1.8 times the loss: a step beside the wall is long, and the loss stays above its start",
-        "adamw": "one seed of three raises the LinAlgError at the end of a step that GeN chose",
-    },
+    fails={"sgd": "1.5 times the loss or more, depending on rounding: steps beside the wall are long"},
 )
 def covariance_that_must_be_positive_definite(run: Run) -> float:
     """A Gaussian fitted by its raw covariance matrix, whose Cholesky factorization may fail."""
