@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,7 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.workloads.registry import Batch, Task
 
-Closure = Callable[[], Tensor]
+
+class Closure(Protocol):
+    """Zeroes the gradients and evaluates the loss of a step's batch."""
+
+    def __call__(self, *, differentiates: bool = True) -> Tensor:
+        """Returns the loss, after its ``backward()`` unless told not to differentiate."""
 
 
 def _constant(_step: int, _steps: int) -> float:
@@ -113,12 +119,13 @@ def train(
     probes = 0
     losses: list[Tensor] = []
 
-    def closure() -> Tensor:
+    def closure(*, differentiates: bool = True) -> Tensor:
         nonlocal probes
         probes += stepper.is_probing
         stepper.optimizer.zero_grad()
         loss = task.loss(task.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if differentiates:
+            loss.backward()  # type: ignore[no-untyped-call]
         if not losses:
             losses.append(loss.detach())
         return loss

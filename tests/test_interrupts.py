@@ -109,7 +109,6 @@ class Scene:
             self.of.closure()
             self.of.optimizer.step(probe=self.of.loss)
 
-
     def failing(self) -> Tensor:
         if all(map(torch.equal, self.model.values(), self.of.model.state_dict().values())):
             raise ValueError("on purpose")

@@ -21,6 +21,11 @@ USUAL = 1e-5
 """The first of the initial learning rates given to our rule: far from any that a user would choose."""
 
 
+def installed_peers() -> frozenset[str]:
+    """Returns the names of the peers that are installed."""
+    return frozenset(each.name for each in PEERS if each.is_installed)
+
+
 @dataclass(frozen=True)
 class Study:
     """The whole battery over some cells.
@@ -31,7 +36,7 @@ class Study:
     """
 
     cells: Sequence[Cell]
-    peers: frozenset[str] = field(default_factory=lambda: frozenset(each.name for each in PEERS if each.is_installed))
+    peers: frozenset[str] = field(default_factory=installed_peers)
 
     def stages(self, results: Results) -> Iterator[tuple[str, list[Config]]]:
         """Yields names and runs of the stages in order; some depend on the results so far.

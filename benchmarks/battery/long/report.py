@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from benchmarks.battery.config import SEEDS, SWEEP_SEED, Cell, Config
-from benchmarks.battery.long.statistics import log_area, steps_to_loss
+from benchmarks.battery.long.statistics import final_loss, log_area, loss_at_the_end, steps_to_loss
 from benchmarks.battery.long.study import (
     AVERAGED,
     COSINE,
@@ -26,11 +26,14 @@ from benchmarks.battery.long.study import (
     ours,
     tuned,
 )
-from benchmarks.battery.number_formats import NOTHING, number
+from benchmarks.battery.methods import PEERS
+from benchmarks.battery.number_formats import NOTHING, named, number
 from benchmarks.battery.records import Results
 from benchmarks.battery.report import missing_table
 from benchmarks.battery.scores import CAP, geometric_mean, ratio_of
+from benchmarks.battery.study import peer
 from benchmarks.markdown import markdown_table
+from benchmarks.optimizers import BASES
 
 _STEPS_GOAL = (" (≥ 0.95)", " (≥ 0.75)")
 _GOALS = {
@@ -52,6 +55,11 @@ geometric mean over all steps of the ratio of validation losses, which is what r
 *Averaged* is the loss at averaged weights: a power-law average with exponent 16, updated every 4 steps. Data do not run
 out: images are augmented, and validated on other augmentations. Nothing is decided by the workloads that are held out.
 A figure with a star may still change."""
+
+READING_OF_PEERS = f"""\
+At the settings that their authors recommend, listed in [the report of short runs](battery.md#settings-of-the-peers).
+Over tuned, on seed {SWEEP_SEED}. *We are ahead on*: under the same schedule, or at averaged weights if
+there is none."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,8 @@ def page(known: LongComparison, command: str, pictures: Sequence[str]) -> str:
     for title, cells in groups(known.study.cells).items():
         parts += [f"## {title}", summary(known, cells), "### Our runs over tuned", main_table(known, cells)]
     parts += [f"![Validation losses of tuned and our runs]({picture})" for picture in pictures]
+    parts += ["## Optimizers of others", READING_OF_PEERS]
+    parts += [f"### With {base}\n\n{table}" for base in BASES if (table := peers_table(known, base))]
     parts += ["## Tuned", baselines_table(known), "## Still missing", missing_table(known.study.stages, known.results)]
     return "\n\n".join(parts) + "\n"
 
@@ -234,6 +244,43 @@ def baselines_table(known: LongComparison) -> str:
     head = ["workload, base", "tuned", *(f"best {kind}" for kind in kinds)]
     head += [f"tuned at {fraction:g}" for fraction in FRACTIONS]
     return markdown_table([*head, "sweep", "at its edge"], rows)
+
+
+def peers_table(known: LongComparison, base: str) -> str:
+    """Returns the table of optimizers of others, over tuned; empty if none of their runs is known."""
+    kinds = {COSINE.schedule: COSINE, LINEAR.schedule: LINEAR, AVERAGED.schedule: AVERAGED}
+    baselines = {cell: each for cell, each in known.tuned.items() if cell.base == base and each is not None}
+    over = {cell: mean_loss(cell, each, [SWEEP_SEED], known.results) for cell, each in baselines.items()}
+    mine: dict[str, dict[Cell, float]] = {
+        name: {
+            cell: ratio_of(loss, over[cell])
+            for cell in baselines
+            for config in ours(cell, [SWEEP_SEED])
+            if config.schedule == name
+            and (loss := final_loss(config, kind.is_averaged, cell, known.results)) is not None
+        }
+        for name, kind in kinds.items()
+    }
+    rows = [[f"**GeN**, {kinds[name]}", *_mean_and_worst(list(found.values())), ""] for name, found in mine.items()]
+    count = len(rows)
+    for method in PEERS:
+        for schedule in method.schedules:
+            theirs = {
+                cell: ratio_of(loss, over[cell])
+                for cell in baselines
+                for config in peer(cell, method.name, (SWEEP_SEED,))
+                if config.schedule == schedule and (loss := loss_at_the_end(config, cell, known.results)) is not None
+            }
+            if theirs:
+                both = [(mine[schedule][cell], ratio) for cell, ratio in theirs.items() if cell in mine[schedule]]
+                won = f"{sum(own < other for own, other in both)} of {len(both)}"
+                rows.append([f"{method.title}, {named(schedule)}", *_mean_and_worst(list(theirs.values())), won])
+    head = ["", "geometric mean", "worst", "workloads", "we are ahead on"]
+    return markdown_table(head, rows) if len(rows) > count else ""
+
+
+def _mean_and_worst(ratios: Sequence[float]) -> list[str]:
+    return [number(geometric_mean(ratios)), number(max(ratios, default=math.nan)), str(len(ratios))]
 
 
 def _float(lr: float | None) -> float:

@@ -35,6 +35,14 @@ def final_loss(config: Config, is_averaged: bool, cell: Cell, results: Results) 
     return curve[-1] + _floor(record, cell)
 
 
+def loss_at_the_end(config: Config, cell: Cell, results: Results) -> float | None:
+    """Returns the validation loss of the model that a method hands over after its last step, as :func:`final_loss`."""
+    record = results.get(config)
+    if record is None:
+        return None
+    return math.inf if record.diverged or record.error else record.validation_loss + _floor(record, cell)
+
+
 def log_area(config: Config, is_averaged: bool, cell: Cell, results: Results) -> float | None:
     """Returns the mean over a run's steps of the log of its validation loss.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.battery.config import SEEDS, SWEEP, SWEEP_SEED, Cell, Config
 from benchmarks.battery.long.statistics import final_loss
 from benchmarks.battery.methods import OURS, code_fingerprint
 from benchmarks.battery.records import Results
-from benchmarks.battery.study import OTHER_SEEDS, USUAL, other_seed
+from benchmarks.battery.study import OTHER_SEEDS, USUAL, installed_peers, other_seed, peer
 from benchmarks.training import SCHEDULES
 
 RATES = 5
@@ -60,10 +60,12 @@ class LongStudy:
     Attributes:
         cells: Long workloads with base optimizers.
         with_held_out: Whether our rule is run on workloads that are held out.
+        peers: Names of the peers that are installed.
     """
 
     cells: Sequence[Cell]
     with_held_out: bool = False
+    peers: frozenset[str] = field(default_factory=installed_peers)
 
     @property
     def shown(self) -> list[Cell]:
@@ -83,6 +85,7 @@ class LongStudy:
         yield "sweep, cosine", _each(self.cells, lambda cell: sweep(cell, ("cosine",)))
         yield "sweep, beyond its edges", _each(self.cells, lambda cell: extended_sweep(cell, results))
         yield "shorter tuned runs", _each(self.cells, lambda cell: shorter_runs(cell, results, first))
+        yield "peers", _each(self.shown, self._of_peers)
         yield "ours, other seeds", _each(self.shown, lambda cell: ours(cell, OTHER_SEEDS))
         yield "tuned, other seeds", _each(self.cells, lambda cell: refinements(cell, results))
         yield "shorter, other seeds", _each(self.cells, lambda cell: shorter_runs(cell, results, OTHER_SEEDS))
@@ -91,7 +94,11 @@ class LongStudy:
         """Returns the number of runs, about: it depends on the results."""
         shorter = len(FRACTIONS) * (2 + len(OTHER_SEEDS))
         bare = RATES * len(SCHEDULES) + 3 * len(OTHER_SEEDS) + shorter
-        return bare * len(self.cells) + len(SEEDS) * len(SCHEDULES) * len(self.shown)
+        theirs = sum(len(self._of_peers(cell)) for cell in self.shown)
+        return bare * len(self.cells) + len(SEEDS) * len(SCHEDULES) * len(self.shown) + theirs
+
+    def _of_peers(self, cell: Cell) -> list[Config]:
+        return [config for name in sorted(self.peers) for config in peer(cell, name, (SWEEP_SEED,))]
 
 
 def _each(cells: Sequence[Cell], runs: Callable[[Cell], Iterable[Config]]) -> list[Config]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from benchmarks import paper_authors
 from benchmarks.battery.config import Config
@@ -222,6 +224,70 @@ def _paper_authors(task: Task, config: Config) -> Stepper:
 
 _DECAY = f"weight decay {WEIGHT_DECAY:g} as in AdamW"
 
+# --- SaLSA: an Armijo line search on averages ------------------------------------------------------------------------
+
+
+class _SaLSA(Stepper):
+    takes_schedule = False
+    optimizer: Any
+
+    def __init__(self, optimizer: Any, task: Task) -> None:
+        super().__init__(optimizer)
+        self.task = task
+
+    def step(self, closure: Closure) -> None:
+        """Takes a step, which evaluates the loss again until it has fallen enough."""
+
+        def evaluate(backwards: bool = False) -> Tensor:
+            with torch.set_grad_enabled(backwards or self.task.differentiates):
+                return closure() if backwards else closure(differentiates=False)
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.optimizer.step(evaluate)
+        self.extra_forwards = self.optimizer.state["n_forwards"] - self.optimizer.state["step"]
+
+    def lr(self) -> float:
+        """Returns the step size of the last search."""
+        return float(self.optimizer.step_size)
+
+
+def _salsa(task: Task, _: Config) -> Stepper:
+    package = import_module("salsa.SaLSA")
+    return _SaLSA(package.SaLSA(task.parameters()), task)
+
+
+# --- what most people do ---------------------------------------------------------------------------------------------
+
+
+class _Scheduled(Stepper):
+    """An optimizer with a schedule of its own."""
+
+    takes_schedule = False
+
+    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+        super().__init__(optimizer)
+        self.scheduler = scheduler
+        self._used = math.nan
+
+    def step(self, closure: Closure) -> None:
+        """Takes a step, and one of the schedule."""
+        super().step(closure)
+        self._used = super().lr()
+        self.scheduler.step()
+
+    def lr(self) -> float:
+        """Returns the learning rate that the last step used."""
+        return self._used
+
+
+def _usual(task: Task, config: Config) -> Stepper:
+    optimizer = base_optimizer(task.parameters(), config.base, 1e-3)
+    warmup = max(1, config.steps // 20)
+    rises = LinearLR(optimizer, 1.0 / warmup, total_iters=warmup)
+    falls = CosineAnnealingLR(optimizer, max(1, config.steps - warmup))
+    return _Scheduled(optimizer, SequentialLR(optimizer, [rises, falls], [warmup]))
+
+
 # --- a rule of others, on our measurements ----------------------------------------------------------------------------
 
 
@@ -312,6 +378,23 @@ PEERS = (
         build=_mechanic,
         package=("mechanic-pytorch", "mechanic_pytorch"),
         note="defaults, on SGD with momentum and on AdamW, lr 1",
+    ),
+    Method(
+        name="salsa",
+        title="SaLSA",
+        bases=("AdamW",),
+        schedules=("constant",),
+        build=_salsa,
+        package=("SaLSa-Optimizer", "salsa"),
+        note="defaults, no weight decay; it seeds random numbers by the clock: runs with dropout or noise differ",
+    ),
+    Method(
+        name="usual",
+        title="AdamW at 1e-3",
+        bases=("AdamW",),
+        schedules=("cosine",),
+        build=_usual,
+        note="torch's default learning rate, warm-up over 5 % of the steps, then cosine: what most people do",
     ),
     Method(
         name="gen-optim",
