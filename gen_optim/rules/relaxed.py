@@ -48,6 +48,9 @@ _SHARE = 0.125
 _STEEPEST_FALL, _STEEPEST_GROWTH = 0.5, 1.0
 """Largest exponents p of the corrections by the balance, t^(−p) and t^p."""
 
+_LATENESS = 3
+"""Exponent of the factor: while a schedule has taken little off, the balance is nearly that without a scheduler."""
+
 _REPEATS = 5
 """How many steps in a row on the batch of the step before show that there is one batch only, and no noise."""
 
@@ -108,8 +111,8 @@ class RelaxedRule(Rule):
       quantities do. The excess loss is the loss at the present weights minus that at their average: what noise costs.
       The gain is how much the loss falls while the number of steps grows e-fold. At a higher learning rate the excess
       loss is larger and the gain smaller. If their ratio is above ``balance``, the learning rate falls like a power of
-      the steps; if it is below, it grows. Under a scheduler the ratio may be as large as its factor. While the factor
-      is 1 up to rounding, the rule acts as without a scheduler.
+      the steps; if it is below, it grows. Under a scheduler the ratio may be as large as its factor, once that has
+      fallen; close to 1 the rule acts as without a scheduler.
     - **Hold.** If the excess loss is not known, the learning rate stays as it is under a scheduler, whose factor does
       the annealing, and falls like t^(−1/8) without one.
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step, unless the
@@ -288,8 +291,10 @@ class RelaxedRule(Rule):
         return lr * min(max(_LATER_FALL, longest / taken), annealing), status
 
     def _annealing(self, begin: int, end: int, factor: float) -> float:
-        """The fall of the learning rate from one step to another: t^(−p) without a scheduler, else none."""
-        return (max(begin, 1) / max(end, 1)) ** self.annealing if _is_full(factor) else 1.0
+        """The fall of the learning rate from one step to another: t^(−p), none if a scheduler takes something off."""
+        if not math.isclose(factor, 1.0, rel_tol=1e-6):  # a warm-up may end at 0.9999999999999998
+            return 1.0
+        return math.pow(max(begin, 1) / max(end, 1), self.annealing)
 
     def _correction(self, state: RelaxedState, factor: float) -> float | None:
         """The change of the learning rate that brings the excess loss to the gain times ``balance``, or the factor.
@@ -301,9 +306,10 @@ class RelaxedRule(Rule):
         is_short = averages.count < max(2 * self._transient, _SHARE * state.step)
         if state.repeats >= _REPEATS or is_short or math.isnan(averages.ratio):
             return None
-        # The fall of a schedule will take the noise out: until then it may cost as much as training gains. The factor
-        # lowers the excess loss, and not what the learning rate found is worth.
-        ratio = averages.ratio / (self.balance if _is_full(factor) else factor)
+        # The fall of a schedule takes the noise out: once it is under way, noise may cost as much as training gains.
+        # The factor lowers the excess loss, and not what the learning rate found is worth.
+        unscheduled = min(factor, 1.0) ** _LATENESS
+        ratio = averages.ratio / (unscheduled * self.balance + (1.0 - unscheduled) * factor)
         exponent = min(max(math.log(ratio) if ratio > 0.0 else -math.inf, -_STEEPEST_GROWTH), _STEEPEST_FALL)
         return min(math.pow(state.step / (state.step + self.period), exponent), _GROWTH)
 
@@ -364,11 +370,6 @@ class RelaxedRule(Rule):
         state = replace(state, loss=state.loss.with_loss(loss, self.smoothing))
         is_urgent = status in _URGENT or state.probes + 1 < self.burn_in
         return Decision(self.after_probe(state, lr, steps_to_next=1 if is_urgent else None), status)
-
-
-def _is_full(factor: float) -> bool:
-    """Whether a scheduler takes nothing off, up to rounding: a warm-up may end at 0.9999999999999998."""
-    return math.isclose(factor, 1.0, rel_tol=1e-6)
 
 
 def _target(kappa: float, slope: float, curvature: float) -> float:
