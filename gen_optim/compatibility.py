@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from gen_optim.learning_rates import Group, check_lr, write_lr
@@ -109,6 +110,11 @@ def check_groups(groups: Sequence[Group]) -> None:
             raise ValueError(
                 f"base_optim must have parameters with data, but param_groups[{index}] has some on the meta device. "
                 "Materialize the model first, for example with model.to_empty(device=...), and load its weights."
+            )
+        if any(isinstance(each, UninitializedParameter) for each in _parameters(group)):
+            raise ValueError(
+                f"base_optim must have parameters with data, but param_groups[{index}] has some of lazy modules, which "
+                "are not initialized yet. Call the model once on a batch before you construct the optimizer."
             )
     if len({bool(group.get("maximize")) for group in groups}) > 1:
         raise ValueError(

@@ -20,12 +20,16 @@ Group = dict[str, Any]
 _REPEATS = 5
 """How many steps on the batch of the step before, and on another one, are no coincidence."""
 
+_HITS_PER_MISS = 9
+"""One probe step in ten may be missed. If more are, those that are left need not be typical."""
+
 
 class Diagnostics:
-    """Counts what happens in the steps of one optimizer, and warns once it has happened too often in a row."""
+    """Counts what happens in the steps of one optimizer, and warns once it has happened too often."""
 
     def __init__(self) -> None:
-        self.missed_probes = 0
+        self.misses = 0
+        self._has_warned_of_misses = False
         self._lost_steps = 0
         self._last: ProbeRecord | None = None
         self._repeats = self._changes = 0
@@ -68,15 +72,20 @@ class Diagnostics:
             "or set lr_max."
         )
 
+    def hit(self) -> None:
+        """Count a probe step that looks back."""
+        self.misses = max(self.misses - 1, 0)
+
     def miss(self, state: RuleState) -> None:
-        """Count a probe step that was due and could not look back, and warn if that has become the rule."""
-        self.missed_probes += 1
-        if self.missed_probes == PATIENCE:
+        """Count a probe step that was due and could not look back, and warn if that happens often."""
+        self.misses += _HITS_PER_MISS
+        if self.misses >= _HITS_PER_MISS * PATIENCE and not self._has_warned_of_misses:
+            self._has_warned_of_misses = True
             warn(
-                f"GeNOptimizer could not look back in {PATIENCE} steps in a row in which a probe was due, up to step "
-                f"{state.step + 1}, and keeps its learning rate of {state.lr:.3g}: something else writes to the "
-                "parameters between its steps (the loop, a forward pass, an optimizer that shares them), or some steps "
-                "have neither a closure nor a probe. Write to parameters in "
+                "GeNOptimizer could not look back in many of the steps in which a probe was due, up to step "
+                f"{state.step + 1}, so that its learning rate of {state.lr:.3g} may be wrong: something else writes to "
+                "the parameters between its steps (the loop, a forward pass, an optimizer that shares them), or some "
+                "steps have neither a closure nor a probe. Write to parameters in "
                 "base_optim.register_step_post_hook(...), give every step a closure or a probe, or use "
                 "mode='approximate' with a probe on another batch."
             )

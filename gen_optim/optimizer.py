@@ -385,7 +385,7 @@ class GeNOptimizer(OptimizerWrapper):
             self._context.start_point = start_point = None
             self._context.allows_writes = True
         if start_point is not None:
-            self._diagnostics.missed_probes = 0
+            self._diagnostics.hit()
             return start_point
         if self._context.controller.rates.factor() > 0.0:
             self._diagnostics.miss(self._context.controller.state)
@@ -629,6 +629,7 @@ class GeNOptimizer(OptimizerWrapper):
         start_point = self._context.start_point
         if start_point is not None and not start_point.is_intact():
             self._context.start_point = None
+            self._context.allows_writes = True
 
     def _starts(self) -> dict[Tensor, Tensor]:
         """What a checkpoint holds per parameter: the start of the last step, or the parameter itself.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -106,12 +107,13 @@ class OptimizerWrapper(Optimizer):
         state, groups, kept = self.state, self.param_groups, self._set_aside()
         try:
             # torch's own loading keeps the tensors it is given, and two optimizers would go on writing into one state.
-            state_dict = copy.deepcopy(state_dict)
-            if self._is_hooked:
-                self.base_optim.load_state_dict(state_dict)
-            else:
-                self.base_optim.load_state_dict(self._take_tensors(state_dict))
-                self._load_numbers()
+            with torch.inference_mode(mode=False):  # else steps could not write to the copies
+                state_dict = copy.deepcopy(state_dict)
+                if self._is_hooked:
+                    self.base_optim.load_state_dict(state_dict)
+                else:
+                    self.base_optim.load_state_dict(self._take_tensors(state_dict))
+                    self._load_numbers()
         except BaseException:
             self.state, self.param_groups = state, groups
             self._put_back(kept)

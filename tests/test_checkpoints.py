@@ -30,6 +30,15 @@ def through_torch_save(value: Any) -> Any:
     return torch.load(buffer, weights_only=True)
 
 
+def test_training_goes_on_after_loading_in_inference_mode() -> None:
+    training, other = Training.of(gen_sgd), Training.of(gen_sgd)
+    training.train(7), other.train(7)
+    with torch.inference_mode():
+        other.optimizer.load_state_dict(through_torch_save(training.optimizer.state_dict()))
+    training.train(20), other.train(20)
+    assert same(parameters_of(training.model), parameters_of(other.model))
+
+
 def fresh_like(training: Training) -> Training:
     """The same script started anew: another initialisation, another learning rate."""
     model = mlp(seed=99)

@@ -315,6 +315,14 @@ def test_parameters_on_the_meta_device_are_refused() -> None:
         check_wrappable(optim.SGD(meta, lr=0.1))
 
 
+def test_parameters_of_lazy_modules_are_refused_before_they_are_initialized() -> None:
+    lazy = nn.LazyLinear(2)
+    with pytest.raises(ValueError, match=r"param_groups\[0\] has some of lazy modules.*Call the model once"):
+        check_wrappable(optim.SGD(lazy.parameters(), lr=0.1))
+    lazy(torch.ones(1, 3))
+    check_wrappable(optim.SGD(lazy.parameters(), lr=0.1))
+
+
 @pytest.mark.parametrize("make", [optim.LBFGS, NeedsClosure])
 def test_optimizer_that_evaluates_the_closure_itself_is_refused(make: Make) -> None:
     base = make(parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from typing import Any
 
@@ -123,6 +124,20 @@ def test_a_closure_that_returns_nothing_says_what_else_may_have_passed_it() -> N
     training = Training.of(gen_sgd)
     with pytest.raises(TypeError, match=r"End it with `return loss`\. If a framework has passed .*manual optimization"):
         training.optimizer.step(lambda: None)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from Python 3.11 on")
+def test_a_closure_that_needs_gradients_in_probes_is_told_that_they_are_absent() -> None:
+    training = Training.of(gen_sgd)
+
+    def closure() -> Tensor:
+        loss = training.closure()
+        torch.nn.utils.clip_grad_value_(training.model.parameters(), 1.0)
+        return loss
+
+    with pytest.raises(RuntimeError) as caught:
+        training.optimizer.step(closure)
+    assert any("gradients absent (None)" in note for note in caught.value.__notes__)
 
 
 # --- losses and parameters -------------------------------------------------------------------------------------------

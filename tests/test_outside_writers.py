@@ -96,13 +96,42 @@ def test_a_run_that_cannot_be_looked_back_at_is_warned_of_once(write: Callable[[
         write(training)
         training.train(1)
     write(training)
-    with pytest.warns(UserWarning, match="could not look back in 10 steps") as caught:
+    with pytest.warns(UserWarning, match="could not look back in many of the steps") as caught:
         training.train(1)
     assert len(caught) == 1
     for _ in range(20):
         write(training)
         training.train(1)
     assert training.optimizer.last_probe.status is ProbeStatus.STARTED
+
+
+def test_writes_at_every_fifth_step_are_warned_of_and_those_at_every_twentieth_are_not() -> None:
+    for every, warned in ((5, True), (20, False)):
+        training = Training.of(lambda parameters: gen_sgd(parameters, period=1, lr_max=1e-3))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(200):
+                training.train(1)
+                if step % every == 0:
+                    written_between_steps(training)
+        assert any("could not look back in many" in str(each.message) for each in caught) is warned
+
+
+def test_saving_after_every_step_changes_nothing_in_a_loop_that_clamps() -> None:
+    runs = []
+    for saves in (False, True):
+        training = Training.of(gen_sgd)
+        for _ in range(80):
+            training.train(1)
+            with torch.no_grad():
+                for parameter in training.model.parameters():
+                    parameter.clamp_(-0.5, 0.5)
+            if saves:
+                training.optimizer.state_dict()
+        runs.append((training.probes, parameters_of(training.model)))
+    (probes, parameters), (probes_if_saved, parameters_if_saved) = runs
+    assert probes == probes_if_saved > 20
+    assert same(parameters, parameters_if_saved)
 
 
 def test_a_schedule_that_stands_at_zero_is_not_warned_of() -> None:

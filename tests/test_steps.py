@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import math
@@ -15,11 +16,30 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim import SGD, AdamW, lr_scheduler
 
 from gen_optim import GeNOptimizer, History, ProbeRecord, ProbeStatus
 from gen_optim.measurement.start_point import StartPoint
 from tests.training import Training, gen_adamw, gen_sgd, looking, mlp, parameters_of, regression_data, same
+
+# --- probes see the weights as they are ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [looking, gen_sgd, lambda p: gen_sgd(p, mode="approximate", rule="published")])
+def test_probes_do_not_see_cached_parametrizations(make: Callable[..., GeNOptimizer]) -> None:
+    runs = []
+    for is_cached in (False, True):
+        model = mlp()
+        nn.utils.parametrizations.weight_norm(model[0])
+        training = Training.of(make, model)
+        for _ in range(12):
+            with parametrize.cached() if is_cached else contextlib.nullcontext():
+                training.train(1)
+                assert len(parametrize._cache) == is_cached  # that of the first call is back
+        runs.append(parameters_of(model))
+    assert same(*runs)
+
 
 # --- nothing is left behind ------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ def check_loss(loss: Any, caller: str) -> Loss:
         "End it with `return loss`. If a framework has passed this closure, as Lightning does in manual optimization "
         "for a step() without one, give step() a closure or a probe, or use the framework's integration"
     )
-    return _checked(loss, expected, "End it with `return loss`" if loss is not None else advice)
+    return _checked(loss, expected, advice if loss is None else "Return the loss alone, as a tensor")
 
 
 def _checked(loss: Any, expected: str, advice: str) -> Loss:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gen_optim.closures.buffers import Buffers
 from gen_optim.closures.gradients import GradientOrigin, GradientWatch, Measure, Source
-from gen_optim.closures.interception import BackwardHandler, Interception, repair
+from gen_optim.closures.interception import BackwardHandler, Interception, WeightCaches, repair
 from gen_optim.closures.losses import Closure, Loss, check_loss, rounding_of
 from gen_optim.closures.modules import ParallelModules, owners_of, parameters_of, with_children
 from gen_optim.distributed import Ranks
@@ -184,6 +184,7 @@ class Session:
         # Of this moment: the base optimizer may have drawn random numbers since the first call.
         random_after = RandomStreams(self._devices)
         self._gradients = [(each, each.grad) for each in self.parameters()]
+        self._weight_caches = WeightCaches()
 
         def undo() -> None:
             self._caller.is_probing = False
@@ -191,7 +192,7 @@ class Session:
                 parameter.grad = gradient
             random_after.restore()
             self._buffers.restore()
-            torch.clear_autocast_cache()
+            self._weight_caches.restore()
 
         with self._caller.unfinished.ending_with(undo):
             self._caller.is_probing = True
@@ -289,8 +290,7 @@ class Session:
         # Before each probe: a ``backward`` that was imported by name is not replaced, and writes to them.
         for parameter, _ in self._gradients:
             parameter.grad = None
-        # An outer autocast keeps low-precision copies of the weights, which have moved since.
-        torch.clear_autocast_cache()
+        self._weight_caches.clear()
         interception, ending_with = self._intercepting(on_backward), self._caller.unfinished.ending_with
         with (
             torch.set_grad_enabled(with_graph or self._has_fast_attention),
@@ -301,7 +301,7 @@ class Session:
             self._parallel.begin_replay()
             try:
                 result = self._probed()
-            except (AttributeError, TypeError) as error:
+            except Exception as error:
                 if hasattr(error, "add_note"):  # from Python 3.11 on
                     error.add_note(
                         f"This was a probe of GeNOptimizer, which calls the {self._probed_name} again with gradients "
