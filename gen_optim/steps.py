@@ -210,7 +210,9 @@ def look_back_step(
 
     try:
         loss = None if closure is None else context.call(session, closure, measure if is_own else tuple)
-    except Exception as error:  # noqa: BLE001 - raised if it is not the fault of where the last step ended
+    except Exception as error:
+        if len(session.ranks) > 1:  # the others would wait for this one in a collective operation
+            raise
         return _revert_failed_step(context, session, start_point.duplicate(), error)
     state = controller.recall_after_closure()
     context.start_point = None  # it serves once; but a closure that has failed may be called again
@@ -272,9 +274,10 @@ def _revert_failed_step(
             measurement = context.mode.measure(step_loss)
         factor = controller.rates.factor()
         decision = controller.decide(measurement, factor)
-    except Exception:  # noqa: BLE001 - the closure fails where it has not failed before, too
-        decision = None
-    if decision is None or step_loss.failure is None or not decision.is_reverted:
+        is_reverted = step_loss.failure is not None and decision.is_reverted
+    except Exception:  # noqa: BLE001 - the closure fails where the step began, too
+        is_reverted = False
+    if not is_reverted:
         start_point.leave()
         context.unfinished.drop(start_point.leave)
         raise error
