@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,61 +158,47 @@ def _summands(
     ]
 
 
-class _Setting(NamedTuple):
-    """A global of torch that is replaced: how to read it, how to write it, and the new value given the old one."""
-
-    read: Callable[[], Any]
-    write: Callable[[Any], object]
-    replace: Callable[[Any], Any]
-
-
 class _Replacement:
-    """Settings that are replaced while anything holds them, from any number of threads."""
+    """Attributes that are replaced while anything holds them, from any number of threads.
 
-    def __init__(self, *settings: _Setting) -> None:
-        self._settings = settings
+    Each is given as its owner, its name, and a function that returns the new value for the old one.
+    """
+
+    def __init__(self, *attributes: tuple[Any, str, Callable[[Any], Any]]) -> None:
+        self._attributes = attributes
         self._lock = threading.RLock()
         self._holders: weakref.WeakSet[object] = weakref.WeakSet()
-        self._undo: list[tuple[_Setting, Any]] = []
+        self._originals: list[tuple[Any, str, Any]] = []
 
     def hold(self, holder: object) -> None:
-        """Replace the settings, unless they are replaced already."""
+        """Replace the attributes, unless they are replaced already."""
         with self._lock:
             self.repair()
             self._holders.add(holder)
-            if not self._undo:
-                for setting in self._settings:
-                    original = setting.read()
-                    self._undo.append((setting, original))  # first: an interrupt may come in between
-                    setting.write(setting.replace(original))
+            if not self._originals:
+                for owner, name, replaced in self._attributes:
+                    original = getattr(owner, name)
+                    self._originals.append((owner, name, original))  # first: an interrupt may come in between
+                    setattr(owner, name, replaced(original))
 
     def release(self, holder: object) -> None:
-        """Restore the settings, unless something else holds them."""
+        """Restore the attributes, unless something else holds them."""
         with self._lock:
             self._holders.discard(holder)
             self.repair()
 
     def repair(self) -> None:
-        """Restore the settings if they are replaced and nothing holds them."""
-        if self._undo and not self._holders:
+        """Restore the attributes if they are replaced and nothing holds them."""
+        if self._originals and not self._holders:
             with self._lock:
-                while self._undo and not self._holders:
-                    setting, original = self._undo[-1]
-                    setting.write(original)
-                    self._undo.pop()
+                while self._originals and not self._holders:
+                    setattr(*self._originals[-1])
+                    self._originals.pop()
 
 
 _functions = _Replacement(
-    _Setting(
-        lambda: torch.autograd.backward,
-        partial(setattr, torch.autograd, "backward"),
-        _intercepted_backward,
-    ),
-    _Setting(
-        lambda: torch.autocast.__enter__,
-        partial(setattr, torch.autocast, "__enter__"),
-        _intercepted_autocast,
-    ),
+    (torch.autograd, "backward", _intercepted_backward),
+    (torch.autocast, "__enter__", _intercepted_autocast),
 )
 
 

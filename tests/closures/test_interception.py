@@ -6,6 +6,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from gen_optim.closures import interception
-from gen_optim.closures.interception import Interception, _Replacement, _Setting, repair
+from gen_optim.closures.interception import Interception, _Replacement, repair
 from tests.closures.probes import begun, closure_of, originals, session_of
 from tests.training import Training, gen_adamw, mlp
 
@@ -135,11 +136,8 @@ def test_the_dtypes_of_autocasts_are_noted() -> None:
 # --- interrupts ------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupt_while_settings_are_replaced_leaves_none_replaced() -> None:
-    values = {"first": 1, "second": 2}
-
-    def setting(name: str, replace: Callable[[int], int]) -> _Setting:
-        return _Setting(lambda: values[name], lambda value: values.update({name: value}), replace)
+def test_an_interrupt_while_attributes_are_replaced_leaves_none_replaced() -> None:
+    values = SimpleNamespace(first=1, second=2)
 
     def interrupted(_: int) -> int:
         raise KeyboardInterrupt
@@ -147,13 +145,13 @@ def test_an_interrupt_while_settings_are_replaced_leaves_none_replaced() -> None
     class Holder:
         pass
 
-    replacement = _Replacement(setting("first", lambda _: 10), setting("second", interrupted))
+    replacement = _Replacement((values, "first", lambda _: 10), (values, "second", interrupted))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             replacement.hold(Holder())
         gc.collect()
         replacement.repair()
-        assert values == {"first": 1, "second": 2}
+        assert values == SimpleNamespace(first=1, second=2)
 
 
 @pytest.mark.parametrize("begins", ["a lazy step", "a probe step"])
