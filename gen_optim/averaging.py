@@ -21,6 +21,7 @@ from gen_optim.tensors.dtensor import gradient_dot, is_dtensor, local
 from gen_optim.tensors.foreach import chunks, copy, near, room_for, write
 from gen_optim.tensors.interrupts import despite_interrupts, exchange
 from gen_optim.tensors.scalars import to_floats
+from gen_optim.wrapper import take_entry
 
 _AVERAGE = "gen_average"
 """The entry of a parameter's state for its average."""
@@ -240,19 +241,9 @@ class AveragedWeights:
     # --- checkpoints, copies ------------------------------------------------------------------------------------------
 
     def take_from(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, Tensor]]:
-        """Return a copy of the optimizer's state dictionary without averages, and these by position, for :meth:`load`.
-
-        Parameters may have names instead of numbers.
-        """
+        """Return the optimizer's state dictionary without averages, and these by position, for :meth:`load`."""
         self.refuse_if_swapped("loading the optimizer")
-        states, averages = dict(state_dict["state"]), {}
-        for position, name in enumerate(chain.from_iterable(group["params"] for group in state_dict["param_groups"])):
-            if _AVERAGE in (state := states.get(name, {})):
-                averages[position] = state[_AVERAGE]
-                states[name] = {key: value for key, value in state.items() if key != _AVERAGE}
-                if not states[name]:
-                    del states[name]
-        return {**state_dict, "state": states}, averages
+        return take_entry(state_dict, _AVERAGE)
 
     @torch.no_grad()
     def load(self, averages: Mapping[int, Tensor]) -> None:

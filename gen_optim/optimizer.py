@@ -31,7 +31,7 @@ from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
 from gen_optim.rules import RULES, Rule, make_rule
 from gen_optim.steps import Probed, StepContext, StepResult, lazy_step, look_ahead_step, look_back_step
-from gen_optim.wrapper import OptimizerWrapper
+from gen_optim.wrapper import OptimizerWrapper, take_entry
 
 P = ParamSpec("P")
 
@@ -222,7 +222,7 @@ class GeNOptimizer(OptimizerWrapper):
         self._averages = AveragedWeights(base_optim, on_host=offload_average)
         self._loaded_averages: dict[int, Tensor] = {}
         self._has_state_keys = False
-        self._loaded_starts: dict[Tensor, Tensor] = {}
+        self._loaded_starts: dict[int, Tensor] = {}
         self._save_numbers()
 
     def _begin(self, rule: Rule, mode: Mode, modules: Sequence[nn.Module], **options: Any) -> None:
@@ -579,7 +579,8 @@ class GeNOptimizer(OptimizerWrapper):
         self.last_probe = None
         group = self.param_groups[0]
         self._averages.load(self._loaded_averages if self.average else {})
-        starts = self._pop_starts() | self._loaded_starts
+        parameters = self._parameters()
+        starts = self._pop_starts() | {parameters[index]: start for index, start in self._loaded_starts.items()}
         self._loaded_starts, self._loaded_averages = {}, {}
         lr, fingerprint = float(group.get(_START_LR, 0.0)), int(group.get(_START_FINGERPRINT, 0))
         self._context.controller.load()
@@ -606,15 +607,8 @@ class GeNOptimizer(OptimizerWrapper):
     def _take_tensors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a state dictionary without starts and averages, and keep these for :meth:`_load_numbers`."""
         state_dict, self._loaded_averages = self._averages.take_from(state_dict)
-        self._loaded_starts, state = {}, state_dict["state"]
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for key, parameter in zip(saved["params"], group["params"], strict=True):
-                if _START in (own := state.get(key, {})):
-                    self._loaded_starts[parameter] = own[_START]
-                    state[key] = {name: value for name, value in own.items() if name != _START}
-                    if not state[key]:
-                        del state[key]
-        return {**state_dict, "state": state}
+        state_dict, self._loaded_starts = take_entry(state_dict, _START)
+        return state_dict
 
     def _set_aside(self) -> StartPoint | None:
         return self._context.start_point

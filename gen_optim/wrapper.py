@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -200,6 +201,21 @@ class _Relay:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Relay, (None, self._name)
+
+
+def take_entry(state_dict: Mapping[str, Any], key: str) -> tuple[dict[str, Any], dict[int, Any]]:
+    """Return a state dictionary without an entry of the parameters' states, and these entries by position.
+
+    The state dictionary given is not changed. Its parameters may have names instead of numbers.
+    """
+    states, taken = dict(state_dict["state"]), {}
+    for position, name in enumerate(chain.from_iterable(group["params"] for group in state_dict["param_groups"])):
+        if key in (state := states.get(name, {})):
+            taken[position] = state[key]
+            states[name] = {other: value for other, value in state.items() if other != key}
+            if not states[name]:
+                del states[name]
+    return {**state_dict, "state": states}, taken
 
 
 def copy_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
