@@ -28,7 +28,7 @@ from gen_optim.closures.session import ClosureCaller, Session
 from gen_optim.controller import Controller
 from gen_optim.distributed import ranks_of
 from gen_optim.measurement import Mode, StepLoss
-from gen_optim.measurement.interpolation import Interpolation, movable
+from gen_optim.measurement.interpolation import Interpolation
 from gen_optim.measurement.lookahead import measure_initial_search, searched_lr
 from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
@@ -100,7 +100,7 @@ class StepContext:
 
     def moving(self) -> list[list[Tensor]]:
         """The parameters that a step can change, of each group whose learning rate is not 0."""
-        return [movable(parameters) for parameters in self.unfrozen()]
+        return [[each for each in group if each.requires_grad or each.grad is not None] for group in self.unfrozen()]
 
     def keeps_infinities(self) -> bool:
         """Whether parameters that move are infinite on purpose, such as a mask of −∞; looked up when others do."""
@@ -172,12 +172,9 @@ class StepContext:
         taken = lr * self.controller.rates.factor()
         if not taken > 0.0:
             return None
-        return StartPoint(
-            list(chain(*self.moving())),
-            taken,
-            last=last,
-            on_host=self.offload_copies,
-        )
+        parameters, on_host = list(chain(*self.moving())), self.offload_copies
+        copies = None if last is None else last.present_copies(parameters, on_host=on_host)
+        return StartPoint(parameters, taken, copies=copies, on_host=on_host)
 
 
 def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: bool = True) -> StepResult:
@@ -337,7 +334,7 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
             if is_proposed:
                 step.settle([taken * each / lr for each in factors])
             else:
-                step.cancel()
+                step.write(0.0)
 
         context.unfinished.add(end)
         try:
@@ -349,7 +346,7 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
             step.arrive()
             is_proposed = True
         except BaseException as error:
-            step.cancel()
+            step.write(0.0)
             if not session.ranks.keep(error):
                 raise
             step.arrive()  # at its start: the other ranks count on this one for their probes

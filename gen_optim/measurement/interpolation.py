@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,11 +12,6 @@ from torch import Tensor
 from gen_optim.tensors.dtensor import is_dtensor, local, placed_like
 from gen_optim.tensors.foreach import clone, copy, lerp, near, room_for
 from gen_optim.tensors.interrupts import despite_interrupts
-
-
-def movable(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters that a step can change."""
-    return [each for each in parameters if each.requires_grad or each.grad is not None]
 
 
 class Interpolation:
@@ -47,10 +42,6 @@ class Interpolation:
         for group, after in zip(self._groups, self._after, strict=True):
             copy(after, group)
         self._is_at_end = True
-
-    def cancel(self) -> None:
-        """Go back to θ, even if the base optimizer failed in the middle of its step."""
-        self.write(0.0)
 
     @torch.no_grad()
     def step(self) -> tuple[list[Tensor], list[Tensor]]:

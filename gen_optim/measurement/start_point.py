@@ -24,10 +24,10 @@ class StartPoint:
     At any time it holds one copy of the parameters, of the end of the step that they are not at; a second copy is made
     only if a point between both ends is visited. Of a DTensor, each rank keeps its own part.
 
-    ``lr`` is the learning rate of the step, with the scheduler's factor. ``last`` is the start point of the step
-    before: if the parameters have just left it, its copies already hold their present values, and are used again. With
-    ``on_host`` the copies are in the host's memory. If ``keeps_infinities`` is set, elements that are infinite stay so
-    between both ends, and do not count in the slope.
+    ``lr`` is the learning rate of the step, with the scheduler's factor. ``copies`` are those to keep, if there are
+    some: :meth:`present_copies` of the start point before, for example. With ``on_host`` the copies are in the host's
+    memory. If ``keeps_infinities`` is set, elements that are infinite stay so between both ends, and do not count in
+    the slope.
 
     Moves write to the parameters' ``data``, which autograd does not notice: a graph that holds them (that of gradients
     that the base optimizer differentiates once more) remains valid, since they are put back bit for bit.
@@ -39,7 +39,7 @@ class StartPoint:
         parameters: Sequence[Tensor],
         lr: float,
         *,
-        last: StartPoint | None = None,
+        copies: list[Tensor] | None = None,
         on_host: bool = False,
     ) -> None:
         self.lr = lr
@@ -47,8 +47,7 @@ class StartPoint:
         self._parameters = parameters
         self._on_host = on_host
         self._is_visited = self._was_left = self._has_stayed = False
-        present = None if last is None else last.present_copies(parameters, on_host=on_host)
-        self._copies = self._copied() if present is None else present
+        self._copies = self._copied() if copies is None else copies
         # Chunks of parameters, with the copies that hold the end of the step while the parameters are at its start.
         self._swapped: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._starts: list[Tensor] = []
@@ -141,8 +140,8 @@ class StartPoint:
     @torch.no_grad()
     def duplicate(self) -> StartPoint:
         """A start point of the same step with copies of its own, while the parameters are at the end of the step."""
-        point = StartPoint(self._parameters, self.lr, on_host=self._on_host)
-        copy(point._copies, self._copies)
+        copies = [each.clone() for each in self._copies]
+        point = StartPoint(self._parameters, self.lr, copies=copies, on_host=self._on_host)
         point.keeps_infinities = self.keeps_infinities
         return point
 
@@ -218,11 +217,8 @@ class StartPoint:
 
         ``fingerprint`` is compared with that of both ends when the start point is used; 0 if it is unknown.
         """
-        point = cls([], lr, on_host=on_host)
-        point._parameters = list(starts)
-        point._copies = [
-            clone(local(start).to(local(parameter)), on_host=on_host) for parameter, start in starts.items()
-        ]
+        copies = [clone(local(start).to(local(parameter)), on_host=on_host) for parameter, start in starts.items()]
+        point = cls(list(starts), lr, copies=copies, on_host=on_host)
         point._fingerprint_expected = fingerprint
         return point
 

@@ -142,8 +142,7 @@ def test_copies_that_are_elsewhere_do_not_serve_again(on_host: bool) -> None:
     parameters, _, _, start_point = points()
     start_point.write(0.0)
     start_point.leave()
-    again = StartPoint(parameters, 0.1, last=start_point, on_host=on_host)
-    assert (again._copies is start_point._copies) is not on_host
+    assert (start_point.present_copies(parameters, on_host=on_host) is start_point._copies) is not on_host
 
 
 def test_it_is_of_parameters_that_have_not_been_written_since() -> None:
