@@ -35,7 +35,6 @@ class Controller:
         self.rates = LearningRates()
         self._base_optim = base_optim
         self._manual_steps, self._last_manual_step = 0, 0
-        self._seen: list[Any] = []
         self.load()
 
     @property
@@ -46,23 +45,17 @@ class Controller:
     # --- before a step ------------------------------------------------------------------------------------------------
 
     def recall(self) -> RuleState:
-        """Take in what schedulers and the user have written since the last step; return the state that holds now."""
+        """Take in what schedulers and the user have written; return the state that holds now.
+
+        Called before a step, and after the closure, which may have written to the groups: manual warm-ups do that.
+        """
         groups = self.groups
         if not self.rates.is_unchanged(groups, self.state.lr):
             lr = self.rates.update(groups, self.state.lr, self._base_optim.defaults.get("lr"))
             if lr is not None:
                 self._warn_of_manual_values(lr)
                 self.state = self.rule.set_lr(self.state, lr)
-        self._seen = self.rates.marks(groups)
         return self.state
-
-    def recall_after_closure(self) -> RuleState:
-        """Take in what the closure has written to the groups; manual warm-ups do that."""
-        return self.state if self.rates.marks(self.groups) == self._seen else self.recall()
-
-    def join(self, group: Group, *, brings_lr: bool) -> None:
-        """Let a group that was added take part, at its own learning rate or at ratio 1."""
-        self.rates.join(group, self.state.lr, brings_lr=brings_lr)
 
     # --- decisions ----------------------------------------------------------------------------------------------------
 

@@ -246,12 +246,6 @@ class LearningRates:
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def marks(groups: Sequence[Group]) -> list[Any]:
-        """Return something that differs after a learning rate was written; no tensor is read for that."""
-        rates = [group["lr"] for group in groups]
-        return [(id(rate), rate._version) if isinstance(rate, Tensor) else rate for rate in rates]
-
     def all_zero(self, groups: Sequence[Group]) -> bool:
         """Return whether every ``group["lr"]`` is 0."""
         return all(rate.read("lr") == 0.0 for rate in self._of(groups))

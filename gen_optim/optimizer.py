@@ -553,10 +553,11 @@ class GeNOptimizer(OptimizerWrapper):
             [0.1, 0.2]
         """
         brings_lr = "lr" in param_group
-        self._context.controller.recall()
+        controller = self._context.controller
+        controller.recall()
         check_groups([*self.param_groups, {**self.defaults, **param_group}])
         self.base_optim.add_param_group(param_group)
-        self._context.controller.join(self.param_groups[-1], brings_lr=brings_lr)
+        controller.rates.join(self.param_groups[-1], controller.state.lr, brings_lr=brings_lr)
 
     # --- checkpoints, copies and pickles ------------------------------------------------------------------------------
 

@@ -180,7 +180,7 @@ class StepContext:
 def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: bool = True) -> StepResult:
     """The base optimizer's step at the last learning rate; with ``keeps_start`` the next step may look back at it."""
     loss = None if closure is None else context.caller.call(closure, context.groups)
-    state = context.controller.recall_after_closure()
+    state = context.controller.recall()
     _step_base(context, context.controller.rule.skip(state), keeps_start=keeps_start)
     return StepResult(loss)
 
@@ -211,7 +211,7 @@ def look_back_step(
         if len(session.ranks) > 1:  # the others would wait for this one in a collective operation
             raise
         return _revert_failed_step(context, session, start_point.duplicate(), error)
-    state = controller.recall_after_closure()
+    state = controller.recall()
     context.start_point = None  # it serves once; but a closure that has failed may be called again
 
     def leave() -> None:
@@ -262,7 +262,7 @@ def _revert_failed_step(
 ) -> StepResult:
     """Revert the last step if the closure fails where it ended, twice, and not where it began; else raise the error."""
     controller = context.controller
-    state = controller.recall_after_closure()
+    state = controller.recall()
     context.unfinished.add(start_point.leave)
     try:
         with session.probing(), _refusing_steps(context.base_optim, context.unfinished):
@@ -308,7 +308,7 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
     with context.unfinished.ending_with(around.close):
         around.enter_context(context.mode.around_calls())
         loss = None if closure is None else context.call(session, closure)
-        state = controller.recall_after_closure()
+        state = controller.recall()
         loss_start = loss if probed.call is closure else None
         lr = state.lr
         if not state.probes or (searches and loss_start is None):

@@ -73,9 +73,9 @@ def test_what_a_closure_writes_is_taken_in_after_it() -> None:
     optimizer = base()
     controller = Controller(optimizer, Counting())
     before = controller.recall()
-    assert controller.recall_after_closure() is before
+    assert controller.recall() is before
     optimizer.param_groups[0]["lr"] = 0.7
-    assert controller.recall_after_closure().lr == 0.7
+    assert controller.recall().lr == 0.7
 
 
 def test_a_schedulers_factor_multiplies_what_the_rule_chooses() -> None:
