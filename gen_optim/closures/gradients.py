@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,8 +55,7 @@ class GradientWatch:
         self._groups = groups
         self._has_accumulated = False
         self._handle: RemovableHandle | None = None
-        self._parameter = _first_with_gradient(groups)
-        gradient = None if self._parameter is None else self._parameter.grad
+        self._parameter, gradient = _first_with_gradient(groups)
         if gradient is None:
             self._seen, self._version, self._is_fresh = None, 0, False
         else:
@@ -81,8 +80,7 @@ class GradientWatch:
         """Return where the gradients come from. If ``loss`` has no graph, gradients that are all zero count, too."""
         if self._has_accumulated:
             return Source.CLOSURE
-        parameter = _first_with_gradient(self._groups)
-        gradient = None if parameter is None else parameter.grad
+        _, gradient = _first_with_gradient(self._groups)
         if gradient is None:
             return Source.NONE
         if self._seen is None or gradient is not self._seen():
@@ -118,9 +116,9 @@ class GradientWatch:
 
 def mark_used(groups: Sequence[dict[str, Any]]) -> None:
     """Note that a step has used the present gradients."""
-    parameter = _first_with_gradient(groups)
-    if parameter is not None and parameter.grad is not None:
-        setattr(parameter.grad, _USED, _version(parameter.grad))
+    _, gradient = _first_with_gradient(groups)
+    if gradient is not None:
+        setattr(gradient, _USED, _version(gradient))
 
 
 class GradientOrigin:
@@ -180,18 +178,17 @@ def _gradients(groups: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
 
 def _used_gradient(groups: Sequence[dict[str, Any]]) -> Tensor | None:
     """Return the first gradient if the last step has used it and nothing has written to it since."""
-    parameter = _first_with_gradient(groups)
-    gradient = None if parameter is None else parameter.grad
+    _, gradient = _first_with_gradient(groups)
     return gradient if gradient is not None and getattr(gradient, _USED, None) == _version(gradient) else None
 
 
-def _first_with_gradient(groups: Sequence[dict[str, Any]]) -> Tensor | None:
-    """Return the first trained parameter that has a gradient. Called twice per lazy step."""
+def _first_with_gradient(groups: Sequence[dict[str, Any]]) -> tuple[Tensor | None, Tensor | None]:
+    """Return the first trained parameter that has a gradient, and that gradient. Called twice per lazy step."""
     for group in groups:
         for parameter in group["params"]:
-            if parameter.requires_grad and parameter.grad is not None:
-                return cast(Tensor, parameter)
-    return None
+            if parameter.requires_grad and (gradient := parameter.grad) is not None:
+                return parameter, gradient
+    return None, None
 
 
 def _version(gradient: Tensor) -> int:
