@@ -149,14 +149,13 @@ def derivatives_along(
         Derivatives(value=tensor(9.), slope=tensor(6.), curvature=tensor(2.))
     """
     _check_direction(params, direction)
-    still = {name: tensor for name, tensor in params.items() if name not in direction}
     moving = {name: params[name] for name in direction}
     if not moving:
-        value = _check_loss(loss_fn(still))
+        value = _check_loss(loss_fn(dict(params)))
         return Derivatives(value, torch.zeros_like(value), torch.zeros_like(value))
 
     def loss_of(theta: dict[str, Tensor]) -> Tensor:
-        return _check_loss(loss_fn({**still, **theta}))
+        return _check_loss(loss_fn({**params, **theta}))
 
     streams = None
     if not torch.compiler.is_compiling():

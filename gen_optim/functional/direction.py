@@ -62,9 +62,8 @@ def optimizer_direction(
     base: Optimizer = getattr(optimizer, "base_optim", optimizer)
     check_wrappable(base)
     named = dict(named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters)
-    known = {id(tensor) for tensor in named.values()}
     for index, group in enumerate(base.param_groups):
-        if any(id(parameter) not in known for parameter in group["params"]):
+        if not set(named.values()).issuperset(group["params"]):
             raise ValueError(
                 f"named_parameters must hold all parameters of the optimizer, but lacks some of param_groups[{index}]. "
                 "Pass model.named_parameters() of the whole model."
@@ -74,25 +73,24 @@ def optimizer_direction(
     ratios = [rate / unit for rate in rates]
     # The largest number in float16 is 65504.
     limit = min(torch.finfo(each.dtype).max for group in base.param_groups for each in group["params"]) / 16
-    originals = {id(each): each for group in base.param_groups for each in group["params"]}
-    moved: dict[int, Tensor] = {}
+    moved: dict[Tensor, Tensor] = {}
     for far in (far for far in _FAR if far == 1.0 or far * max(ratios) < limit):
         moved = _far_step(base, ratios, far)
         if all(bool(torch.isfinite(each).all()) for each in moved.values()):
-            for key, half in _far_step(base, ratios, far / 2).items():
-                rounding = 4.0 * torch.finfo(half.dtype).eps * originals[key].norm() / far
-                if (moved[key] - half).norm() > _TOLERANCE * half.norm() + rounding:
+            for parameter, half in _far_step(base, ratios, far / 2).items():
+                rounding = 4.0 * torch.finfo(half.dtype).eps * parameter.norm() / far
+                if (moved[parameter] - half).norm() > _TOLERANCE * half.norm() + rounding:
                     raise ValueError(
                         f"the update of {type(base).__name__} must be proportional to its learning rate at any "
                         "learning rate, and is so at small ones alone, as with weight decay after the update: set "
                         "weight_decay=0"
                     )
             break
-    return {name: moved.get(id(tensor), torch.zeros_like(tensor)) for name, tensor in named.items()}
+    return {name: moved.get(tensor, torch.zeros_like(tensor)) for name, tensor in named.items()}
 
 
-def _far_step(base: Optimizer, ratios: list[float], far: float) -> dict[int, Tensor]:
-    """Return the direction of each parameter that moves, by its id, from a copy's step at the learning rate ``far``."""
+def _far_step(base: Optimizer, ratios: list[float], far: float) -> dict[Tensor, Tensor]:
+    """Return the direction of each parameter that moves, from a copy's step at the learning rate ``far``."""
     duplicate, originals = _duplicate(base)
     for group, ratio in zip(duplicate.param_groups, ratios, strict=True):
         write_lr(group, far * ratio)
@@ -102,11 +100,10 @@ def _far_step(base: Optimizer, ratios: list[float], far: float) -> dict[int, Ten
     finally:
         streams.restore()
     return {
-        id(parameter): (parameter - copied).div_(far)
+        originals[copied]: (originals[copied] - copied).div_(far)
         for group, ratio in zip(duplicate.param_groups, ratios, strict=True)
         for copied in group["params"]
         if ratio != 0.0
-        for parameter in [originals[copied]]
     }
 
 
