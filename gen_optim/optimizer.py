@@ -230,9 +230,7 @@ class GeNOptimizer(OptimizerWrapper):
         self._context = StepContext(
             self.base_optim, Controller(self.base_optim, rule), mode, ClosureCaller(modules), **options
         )
-        self.closure: Closure | None = None
-        self.probe: Closure | None = None
-        self.last_probe: ProbeRecord | None = None
+        self.closure = self.probe = self.last_probe = None
         self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
         self._diagnostics = Diagnostics()
 
@@ -296,8 +294,7 @@ class GeNOptimizer(OptimizerWrapper):
         self._averages.refuse_if_swapped("step()")
         if loss is not None:
             loss = self._check_given_loss(loss, closure, probe)
-        controller = self._context.controller
-        if closure is None and probe is None and controller.rates.all_zero(self.param_groups):
+        if closure is None and probe is None and self._context.controller.rates.all_zero(self.param_groups):
             self._set_up_state()
             return None
         unfinished, is_grad_enabled = self._context.unfinished, torch.is_grad_enabled()
@@ -310,8 +307,9 @@ class GeNOptimizer(OptimizerWrapper):
             raise
         if self.average:
             self._averages.update()
-        evaluated = self._report(result)
-        return evaluated if loss is None else loss
+        if result.record is not None:
+            self._report(result.record)
+        return result.loss if loss is None else loss
 
     def _check_given_loss(self, loss: Loss, closure: Closure | None, probe: Closure | None) -> Loss:
         if closure is not None or self.closure is not None:
@@ -365,15 +363,12 @@ class GeNOptimizer(OptimizerWrapper):
         for parameter, start in self._starts().items():
             self.base_optim.state[parameter][_START] = start
 
-    def _report(self, result: StepResult) -> Loss | None:
+    def _report(self, record: ProbeRecord) -> None:
         """Keep the record of a probe step, and call the probe hooks."""
-        record = result.record
-        if record is not None:
-            self.last_probe = record
-            self._diagnostics.look_at(record, self.param_groups, probes=self._context.controller.state.probes)
-            for hook in list(self._probe_hooks.values()):
-                hook(self, record)
-        return result.loss
+        self.last_probe = record
+        self._diagnostics.look_at(record, self.param_groups, probes=self._context.controller.state.probes)
+        for hook in list(self._probe_hooks.values()):
+            hook(self, record)
 
     def _parameters(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -381,12 +376,11 @@ class GeNOptimizer(OptimizerWrapper):
     def _pending_start_point(self) -> StartPoint | None:
         """Where the last step began, for a probe step that is due; None if that is not known any more."""
         start_point = self._context.start_point
-        if start_point is not None and not start_point.is_of(list(chain(*self._context.unfrozen()))):
-            self._context.start_point = start_point = None
-            self._context.allows_writes = True
         if start_point is not None:
-            self._diagnostics.hit()
-            return start_point
+            if start_point.is_of(list(chain(*self._context.unfrozen()))):
+                self._diagnostics.hit()
+                return start_point
+            self._context.start_point, self._context.allows_writes = None, True
         if self._context.controller.rates.factor() > 0.0:
             self._diagnostics.miss(self._context.controller.state)
         return None
@@ -564,9 +558,12 @@ class GeNOptimizer(OptimizerWrapper):
     def _save_numbers(self) -> None:
         """Write what GeN remembers to the parameter groups; called before a state dictionary is made."""
         self._averages.refuse_if_swapped("saving, loading or copying the optimizer")
-        self._drop_stale_start_point()
         self._context.controller.save()
         start_point = self._context.start_point
+        if start_point is not None and not start_point.is_intact():
+            # Something else has written over its step since: in a copy nothing would show it.
+            self._context.start_point, self._context.allows_writes = None, True
+            start_point = None
         self.param_groups[0].update(
             {
                 _START_LR: 0.0 if start_point is None else start_point.lr,
@@ -618,13 +615,6 @@ class GeNOptimizer(OptimizerWrapper):
         self._loaded_starts, self._loaded_averages = {}, {}
         self._load_numbers()
         self._context.start_point = kept
-
-    def _drop_stale_start_point(self) -> None:
-        """Forget a start point whose step something else has written over since: in a copy nothing would show it."""
-        start_point = self._context.start_point
-        if start_point is not None and not start_point.is_intact():
-            self._context.start_point = None
-            self._context.allows_writes = True
 
     def _starts(self) -> dict[Tensor, Tensor]:
         """What a checkpoint holds per parameter: the start of the last step, or the parameter itself.

@@ -88,12 +88,9 @@ class StepLoss:
             all raise at the next :meth:`read`.
         """
         if multiple not in self.losses:
-            self.losses[multiple] = self._evaluate(multiple)
+            self.path.write(multiple)
+            self.losses[multiple] = self.session.probe() if multiple == self._valid else self._probe()
         return self.losses[multiple]
-
-    def _evaluate(self, multiple: float) -> Loss:
-        self.path.write(multiple)
-        return self.session.probe() if multiple == self._valid else self._probe()
 
     def _probe(self) -> Loss:
         try:

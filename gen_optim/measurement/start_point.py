@@ -87,10 +87,7 @@ class StartPoint:
         ``requires_grad`` on and off between their steps. A parameter that has not moved does not count, whether it can
         move now or not, because it has the same value at both ends of the step.
         """
-        present = set(map(id, parameters))
-        if not present.issuperset(map(id, self._parameters)):
-            return False
-        return self.is_intact()
+        return set(map(id, parameters)).issuperset(map(id, self._parameters)) and self.is_intact()
 
     def is_intact(self) -> bool:
         """Whether nothing has written to the parameters since their step."""
