@@ -406,12 +406,13 @@ class GeNOptimizer(OptimizerWrapper):
             yield
             return
         start_point = self._context.start_point
-        was_intact = start_point is not None and start_point.is_intact()
+        if start_point is not None and not start_point.is_intact():
+            start_point = None
         try:
             with self._averages.swapped():
                 yield
         finally:
-            if was_intact and start_point is not None and not self._averages.is_swapped:
+            if start_point is not None and not self._averages.is_swapped:
                 # The parameters are what they were, though they have been written to.
                 start_point.arrive(measures_length=self._context.allows_writes)
 
