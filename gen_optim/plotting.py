@@ -246,6 +246,5 @@ def _axes(rows: int, columns: int, sharey: Literal["row", "none"] = "row") -> An
     except ImportError as error:
         raise ImportError("gen_optim.plotting needs matplotlib: pip install matplotlib") from error
     size = (5.5 * columns, 3.5 * rows)
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, sharex="col", sharey=sharey, layout="constrained")[
-        1
-    ]
+    _, ax = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex="col", sharey=sharey, layout="constrained")
+    return ax

@@ -90,7 +90,7 @@ def live_modules() -> list[nn.Module]:
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Return a module's own buffers by name, None included."""
     # named_buffers(recurse=False) leaves out those that are None: one that a call sets to None would seem removed.
-    return dict(module._buffers.items())
+    return dict(module._buffers)
 
 
 def put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:

@@ -108,9 +108,8 @@ class ClosureCaller:
         DistributedDataParallel; once per set of parameters.
         """
         wanted = frozenset(map(id, parameters))
-        named = with_children(self.modules)
         if wanted != self._owned:
-            unowned = wanted.difference(*(map(id, parameters_of(each)) for each in named))
+            unowned = wanted.difference(*(map(id, parameters_of(each)) for each in with_children(self.modules)))
             if dist.is_available() and dist.is_initialized():
                 unowned = wanted
             found = owners_of([each for each in parameters if id(each) in unowned]) if unowned else []
