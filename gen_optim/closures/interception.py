@@ -170,9 +170,21 @@ class _Replacement:
         self._holders: weakref.WeakSet[object] = weakref.WeakSet()
         self._originals: list[tuple[Any, str, Any]] = []
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock, or a new one if an interrupt in another thread has left it held: it is needed for a moment."""
+        lock = self._lock
+        if not lock.acquire(timeout=1.0):
+            lock = self._lock = threading.RLock()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
     def hold(self, holder: object) -> None:
         """Replace the attributes, unless they are replaced already."""
-        with self._lock:
+        with self._locked():
             self.repair()
             self._holders.add(holder)
             if not self._originals:
@@ -183,14 +195,14 @@ class _Replacement:
 
     def release(self, holder: object) -> None:
         """Restore the attributes, unless something else holds them."""
-        with self._lock:
+        with self._locked():
             self._holders.discard(holder)
             self.repair()
 
     def repair(self) -> None:
         """Restore the attributes if they are replaced and nothing holds them."""
         if self._originals and not self._holders:
-            with self._lock:
+            with self._locked():
                 while self._originals and not self._holders:
                     setattr(*self._originals[-1])
                     self._originals.pop()

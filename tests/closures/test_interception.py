@@ -154,6 +154,19 @@ def test_an_interrupt_while_attributes_are_replaced_leaves_none_replaced() -> No
         assert values == SimpleNamespace(first=1, second=2)
 
 
+def test_a_lock_that_an_interrupt_in_another_thread_has_left_held_does_not_stop_training() -> None:
+    values = SimpleNamespace(first=1)
+    replacement = _Replacement((values, "first", lambda _: 10))
+    interrupted = threading.Thread(target=replacement._lock.acquire)
+    interrupted.start()
+    interrupted.join()
+    holder = ignoring()
+    replacement.hold(holder)
+    assert values.first == 10
+    replacement.release(holder)
+    assert values.first == 1
+
+
 @pytest.mark.parametrize("begins", ["a lazy step", "a probe step"])
 def test_what_an_interrupt_leaves_replaced_passes_calls_through_and_is_repaired_by_the_next_step(begins: str) -> None:
     model, before = mlp(), originals()
