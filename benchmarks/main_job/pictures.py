@@ -1,8 +1,4 @@
-"""The picture of the main job: loss and learning rate over steps, a row for each base optimizer.
-
-Bare and wrapped runs differ in darkness and in dashes, the initial learning rates in markers, so
-that nothing is lost in grey.
-"""
+"""The picture of the main job: final losses over initial learning rates, and the best runs, for each base optimizer."""
 
 from __future__ import annotations
 
@@ -15,85 +11,85 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.data import CLASSES
+from benchmarks.main_job.report import best_bare
 from benchmarks.main_job.runs import Result
 
-# For a small, a usual and a large learning rate: marker, colour if wrapped (dark), if bare (light).
-_LOOKS = (
-    ("v", "#0b3c6f", "#5b9bd5"),
-    ("o", "#14501a", "#5fb564"),
-    ("^", "#7f1d1d", "#e8836b"),
-)
+_BARE: dict[str, Any] = {"color": "#c2571a", "linestyle": (0, (4, 2)), "linewidth": 1.6, "marker": "o", "zorder": 2}
+_WRAPPED: dict[str, Any] = {"color": "#0b3c6f", "linewidth": 1.8, "marker": "v", "zorder": 3}
 _MARKED = 8  # markers on a line
 _GUESSING = math.log(CLASSES)  # the loss if every digit has the same probability
 _TOP = 10 * _GUESSING  # a loss above is off the panel
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Draws loss and learning rate of all runs and writes the picture.
+    """Draws the final losses of all runs, and the course of the wrapped ones and of the best bare one.
 
     Args:
         results: The runs.
         path: Where to write it; the ending decides the format.
     """
     bases = list(dict.fromkeys(result.spec.base for result in results))
-    figure = Figure(figsize=(12, 4 * len(bases)), layout="constrained")
-    panels = figure.subplots(len(bases), 2, squeeze=False)
-    for base, (left, right) in zip(bases, panels, strict=True):
+    figure = Figure(figsize=(15, 4 * len(bases)), layout="constrained")
+    panels = figure.subplots(len(bases), 3, squeeze=False)
+    for base, (finals, losses, rates) in zip(bases, panels, strict=True):
         runs = [result for result in results if result.spec.base == base]
-        rates = sorted({run.spec.learning_rate for run in runs})
-        for run in runs:
-            place = rates.index(run.spec.learning_rate)
-            _loss(left, run, place)
-            _learning_rate(right, run, place)
-        _finish_losses(left)
-        right.set_yscale("log")
-        left.set_title(f"{base}: training loss", loc="left")
-        right.set_title(f"{base}: learning rate in force", loc="left")
-        right.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-        for panel in (left, right):
+        _finals(finals, runs)
+        for label, run in _courses(runs).items():
+            style = {**(_WRAPPED if run.spec.gen else _BARE), "label": label}
+            losses.plot(run.evaluated, [_shown(loss) for loss in run.training_losses], **_marked(run.evaluated, style))
+            steps = range(1, len(run.learning_rates) + 1)
+            # The logarithm has no zero: a learning rate that is not positive leaves a gap.
+            positive = [rate if rate > 0 else math.nan for rate in run.learning_rates]
+            rates.plot(steps, positive, **_marked(steps, style))
+        _guessing(losses)
+        rates.set_yscale("log")
+        finals.set_title(f"{base}: final training loss", loc="left")
+        losses.set_title("training loss", loc="left")
+        rates.set_title("learning rate in force", loc="left")
+        finals.set_xlabel("initial learning rate")
+        finals.legend()
+        rates.legend()
+        for panel in (losses, rates):
             panel.set_xlabel("step")
+        for panel in (finals, losses, rates):
             panel.grid(alpha=0.25)
     figure.savefig(path, dpi=130)
 
 
-def _style(run: Result, place: int) -> dict[str, Any]:
-    """Returns the style of a run's lines, by its learning rate's place among those of its base."""
-    marker, dark, light = _LOOKS[place]
-    gen = run.spec.gen
-    return {
-        "label": f"{run.spec.name} from {run.spec.learning_rate:g}" + (" (diverged)" if run.diverged else ""),
-        "color": dark if gen else light,
-        "linestyle": "-" if gen else (0, (4, 2)),
-        "linewidth": 1.8 if gen else 1.4,
-        "marker": marker,
-        "markersize": 6,
-        "markerfacecolor": dark if gen else "white",
-        "zorder": 3 if gen else 2,
-    }
+def _finals(panel: Axes, runs: Sequence[Result]) -> None:
+    for gen, style in ((False, _BARE), (True, _WRAPPED)):
+        chosen = [run for run in runs if run.spec.gen is gen]
+        at = [run.spec.learning_rate for run in chosen]
+        shown = [_shown(run.training_losses[-1]) for run in chosen]
+        panel.plot(at, shown, label=chosen[0].spec.name, clip_on=False, **style)
+    panel.set_xscale("log")
+    _guessing(panel)
 
 
-def _marked(run: Result, place: int, points: int) -> tuple[int, int]:
-    """Returns which points of a line get a marker: the first one, and the distance to the next.
-
-    Lines meet, and then only the markers tell them apart: so each run begins at another point.
-    """
-    every = max(1, points // _MARKED)
-    return every * (2 * place + run.spec.gen) // (2 * len(_LOOKS)), every
-
-
-def _loss(panel: Axes, run: Result, place: int) -> None:
-    style = _style(run, place)
-    # NaN leaves a gap in a line. An infinite loss leaves the panel at its top, as a huge one does.
-    shown = [100 * _TOP if loss == math.inf else loss for loss in run.training_losses]
-    panel.plot(run.evaluated, shown, markevery=_marked(run, place, len(shown)), **style)
-    for step, loss in zip(run.evaluated, run.training_losses, strict=True):
-        if not loss <= _TOP:  # NaN included
-            alone = style | {"linestyle": "none", "label": None, "clip_on": False}
-            panel.plot([step], [_TOP], **alone)
-            break
+def _courses(runs: Sequence[Result]) -> dict[str, Result]:
+    """The runs that are drawn over their steps, by label: the best bare one, and wrapped ones that differ."""
+    best = best_bare(runs)
+    wrapped: dict[tuple[float, ...], list[Result]] = {}
+    for run in runs:
+        if run.spec.gen:
+            wrapped.setdefault(run.training_losses, []).append(run)
+    found = {f"{best.spec.name} at {best.spec.learning_rate:g}, the best of the sweep": best}
+    for same in wrapped.values():
+        rates = ", ".join(f"{run.spec.learning_rate:g}" for run in same)
+        found[f"{same[0].spec.name} from {rates}" + (": the same run" if len(same) > 1 else "")] = same[0]
+    return found
 
 
-def _finish_losses(panel: Axes) -> None:
+def _shown(loss: float) -> float:
+    """A loss, or the top of the panel if it is above or not a number."""
+    return loss if loss <= _TOP else _TOP
+
+
+def _marked(points: Sequence[float], style: dict[str, Any]) -> dict[str, Any]:
+    return {**style, "markevery": max(1, len(points) // _MARKED)}
+
+
+def _guessing(panel: Axes) -> None:
     panel.axhline(_GUESSING, color="0.5", linewidth=0.8, linestyle=":", zorder=1)
     panel.text(
         0.99,
@@ -107,10 +103,3 @@ def _finish_losses(panel: Axes) -> None:
     )
     panel.set_yscale("log")
     panel.set_ylim(top=_TOP)
-
-
-def _learning_rate(panel: Axes, run: Result, place: int) -> None:
-    steps = range(1, len(run.learning_rates) + 1)
-    # The logarithm has no zero: a learning rate that is not positive leaves a gap.
-    shown = [rate if rate > 0 else math.nan for rate in run.learning_rates]
-    panel.plot(steps, shown, markevery=_marked(run, place, len(shown)), **_style(run, place))

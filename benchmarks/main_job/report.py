@@ -36,27 +36,35 @@ def table(results: Sequence[Result]) -> str:
     return markdown_table(_HEADINGS, [_cells(result) for result in results])
 
 
+def best_bare(results: Sequence[Result]) -> Result:
+    """Returns the bare run with the lowest final training loss.
+
+    Args:
+        results: Runs of which at least one is bare.
+    """
+    bare = [result for result in results if not result.spec.gen]
+    return min(bare, key=lambda run: math.inf if run.diverged else run.training_losses[-1])
+
+
 def sentence(results: Sequence[Result]) -> str:
-    """Returns in words what the initial learning rate has decided, bare and wrapped.
+    """Returns in words where each optimizer ends, bare over the sweep and wrapped.
 
     Args:
         results: Bare and wrapped runs, each optimizer from several learning rates.
     """
-    rates = [result.spec.learning_rate for result in results]
-    ranges = {}
-    for gen in (False, True):
-        losses = [result.training_losses[-1] for result in results if result.spec.gen is gen]
-        ranges[gen] = f"{_loss(min(losses))} to {_loss(max(losses))}"
-    wrapped: dict[str, set[float]] = {}
-    for result in results:
-        if result.spec.gen:
-            wrapped.setdefault(result.spec.name, set()).add(result.training_losses[-1])
-    same = all(len(losses) == 1 for losses in wrapped.values())
-    return (
-        f"From initial learning rates of {min(rates):g} to {max(rates):g}, bare runs end at training losses of "
-        f"{ranges[False]}, wrapped ones at {ranges[True]}: "
-        f"{'each wrapped optimizer at the same one' if same else 'not the same one'} from all of them."
-    )
+    said = []
+    for base in dict.fromkeys(result.spec.base for result in results):
+        runs = [result for result in results if result.spec.base == base]
+        best = best_bare(runs)
+        wrapped = {run.spec.learning_rate: run.training_losses[-1] for run in runs if run.spec.gen}
+        lowest, highest = min(wrapped.values()), max(wrapped.values())
+        ends = _loss(lowest) if lowest == highest else f"{_loss(lowest)} to {_loss(highest)}"
+        given = " or ".join(f"{rate:g}" for rate in wrapped)
+        said.append(
+            f"{base} at the best learning rate of the sweep, {best.spec.learning_rate:g}, ends at a training loss of "
+            f"{_loss(best.training_losses[-1])}; wrapped, from {given}, at {ends}"
+        )
+    return ". ".join(said) + "."
 
 
 def _cells(result: Result) -> tuple[str, ...]:
