@@ -329,12 +329,9 @@ def test_optimizers_of_others_are_compared_under_the_same_schedule(known: LongCo
     """On the first seed: tuned 1.0, ours 1.732 at averaged weights and 2.0 with a linear schedule."""
     lines = [[each.strip() for each in line.strip("|").split("|")] for line in peers_table(known, "SGD").splitlines()]
     assert lines[2:] == [
-        ["**GeN**, cosine", "0.500", "0.500", "1", ""],
-        ["**GeN**, linear", "2.000", "2.000", "1", ""],
-        ["**GeN**, no scheduler, averaged", "1.732", "1.732", "1", ""],
-        ["D-Adaptation, no scheduler", "2.500", "2.500", "1", "1 of 1"],
-        ["D-Adaptation, linear", "2.500", "2.500", "1", "1 of 1"],
-        ["MoMo, no scheduler", "1.200", "1.200", "1", "0 of 1"],
+        ["D-Adaptation, no scheduler", "2.500", "2.500", "1.732", "1 of 1"],
+        ["D-Adaptation, linear", "2.500", "2.500", "2.000", "1 of 1"],
+        ["MoMo, no scheduler", "1.200", "1.200", "1.732", "0 of 1"],
     ]
     assert peers_table(known, "AdamW") == ""
     assert peers_table(LongComparison(known.study, Results()), "SGD") == ""

@@ -58,7 +58,7 @@ A figure with a star may still change."""
 
 READING_OF_PEERS = f"""\
 At the settings that their authors recommend, listed in [the report of short runs](battery.md#settings-of-the-peers).
-Over tuned, on seed {SWEEP_SEED}. *We are ahead on*: under the same schedule, or at averaged weights if
+Over tuned, on seed {SWEEP_SEED}. *GeN there*: on the same workloads, under the same schedule, or at averaged weights if
 there is none."""
 
 
@@ -261,26 +261,24 @@ def peers_table(known: LongComparison, base: str) -> str:
         }
         for name, kind in kinds.items()
     }
-    rows = [[f"**GeN**, {kinds[name]}", *_mean_and_worst(list(found.values())), ""] for name, found in mine.items()]
-    count = len(rows)
+    rows = []
     for method in PEERS:
         for schedule in method.schedules:
-            theirs = {
-                cell: ratio_of(loss, over[cell])
+            both = [
+                (ratio_of(loss, over[cell]), mine[schedule][cell])
                 for cell in baselines
                 for config in peer(cell, method.name, (SWEEP_SEED,))
-                if config.schedule == schedule and (loss := loss_at_the_end(config, cell, known.results)) is not None
-            }
-            if theirs:
-                both = [(mine[schedule][cell], ratio) for cell, ratio in theirs.items() if cell in mine[schedule]]
-                won = f"{sum(own < other for own, other in both)} of {len(both)}"
-                rows.append([f"{method.title}, {named(schedule)}", *_mean_and_worst(list(theirs.values())), won])
-    head = ["", "geometric mean", "worst", "workloads", "we are ahead on"]
-    return markdown_table(head, rows) if len(rows) > count else ""
-
-
-def _mean_and_worst(ratios: Sequence[float]) -> list[str]:
-    return [number(geometric_mean(ratios)), number(max(ratios, default=math.nan)), str(len(ratios))]
+                if config.schedule == schedule
+                and cell in mine[schedule]
+                and (loss := loss_at_the_end(config, cell, known.results)) is not None
+            ]
+            if both:
+                theirs, own = zip(*both, strict=True)
+                means = [number(geometric_mean(theirs)), number(max(theirs)), number(geometric_mean(own))]
+                won = sum(ratio > ours for ratio, ours in both)
+                rows.append([f"{method.title}, {named(schedule)}", *means, f"{won} of {len(both)}"])
+    head = ["", "geometric mean", "worst", "GeN there", "we are ahead on"]
+    return markdown_table(head, rows) if rows else ""
 
 
 def _float(lr: float | None) -> float:
