@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -20,6 +21,10 @@ Group = dict[str, Any]
 _REPEATS = 5
 """How many steps on the batch of the step before, and on another one, are no coincidence."""
 
+_FEWEST_PAIRS, _MOST_PAIRS, _DEVIATIONS = 40, 50, 8.0
+"""How many pairs of successive batches are compared, and from how many standard deviations on they are alike. Runs of
+the battery had at most 6.2; sorted data, overlapping windows and batches kept in part 5 to 30."""
+
 _HITS_PER_MISS = 9
 """One probe step in ten may be missed. If more are, those that are left need not be typical."""
 
@@ -33,7 +38,9 @@ class Diagnostics:
         self._lost_steps = 0
         self._last: ProbeRecord | None = None
         self._repeats = self._changes = 0
-        self._has_warned_of_repeats = False
+        self._differences: list[float] = []
+        self._gain = 0.0
+        self._has_warned_of_batches = False
 
     def look_at(self, record: ProbeRecord, groups: Sequence[Group], *, probes: int) -> None:
         """Warn of what the record of the ``probes``-th probe step shows, together with those before it."""
@@ -46,30 +53,59 @@ class Diagnostics:
         self._lost_steps = self._lost_steps + 1 if is_lost else 0
         if self._lost_steps == PATIENCE:
             _warn_of_lost_steps(record, groups)
-        self._count_repeats(record)
+        last, self._last = self._last, record
+        if last is None or record.step != last.step + 1 or record.loss_end is None or 0.0 not in record.multiples:
+            return
+        loss = record.losses[record.multiples.index(0.0)]
+        if math.isfinite(loss) and math.isfinite(last.loss) and not self._has_warned_of_batches:
+            self._count_repeats(record, loss, last.loss)
+            self._compare_batches(record, loss, last.loss)
 
-    def _count_repeats(self, record: ProbeRecord) -> None:
+    def _count_repeats(self, record: ProbeRecord, loss: float, last_loss: float) -> None:
         """Warn if some steps, but not all, are on the batch of the step before.
 
         On the same batch, the loss where the last step began is the one that the step before has recorded. If all
         batches are the same, that batch is the whole training set, and all is well.
         """
-        last, self._last = self._last, record
-        if last is None or record.step != last.step + 1 or record.loss_end is None or 0.0 not in record.multiples:
-            return
-        loss = record.losses[record.multiples.index(0.0)]
-        if loss == last.loss:
+        if loss == last_loss:
             self._repeats += _is_exact(loss)
-        elif math.isfinite(loss) and math.isfinite(last.loss):
+        else:
             self._changes += 1
-        if min(self._repeats, self._changes) < _REPEATS or self._has_warned_of_repeats:
+        if min(self._repeats, self._changes) < _REPEATS:
             return
-        self._has_warned_of_repeats = True
+        self._has_warned_of_batches = True
         warn(
             f"Up to step {record.step}, {self._repeats} steps were on the batch of the step before. GeNOptimizer looks "
             "back at a step on the next batch. On the batch that the step has fitted it looks better than it is, and "
             "the learning rate becomes too large. Let the batches alternate, give step() a probe= on another batch, "
             "or set lr_max."
+        )
+
+    def _compare_batches(self, record: ProbeRecord, loss: float, last_loss: float) -> None:
+        """Warn if what steps gain on the next batch is lost again on the one after that.
+
+        ``loss`` and ``last_loss`` are the losses of two successive batches at the same point. If batches are drawn
+        independently, their differences add up to that of the last and the first batch, whatever the steps gain. If
+        successive batches are alike, each step gains more on the next batch than on others, and the differences add
+        up to what is lost again.
+        """
+        if len(self._differences) == _MOST_PAIRS:
+            return
+        self._differences.append(loss - last_loss)
+        self._gain += loss - record.loss
+        if len(self._differences) < _FEWEST_PAIRS or self._has_warned_of_batches:
+            return
+        lost, deviation = sum(self._differences), statistics.pstdev(self._differences)
+        if not (self._gain > 0.0 and lost > _DEVIATIONS * deviation > 0.0):
+            return
+        self._has_warned_of_batches = True
+        warn(
+            f"Up to step {record.step}, steps lowered the loss by {self._gain:.3g} in sum, each on the next batch. "
+            f"But from batch to batch it has risen by {lost:.3g}. Are successive batches alike "
+            "(data in order, windows that overlap, batches kept in part), or does something else move the loss (a "
+            "network that trains in turn, a policy that makes the data)? Then steps look better than they are, and the "
+            "learning rate may become too large. Shuffle, give step() a probe= on samples that the last steps have not "
+            "seen, or set lr_max."
         )
 
     def hit(self) -> None:

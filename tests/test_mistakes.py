@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -252,3 +254,66 @@ def test_several_steps_on_a_batch_are_warned_of_once(repeats: int) -> None:
 )
 def test_other_batches_are_not_warned_of(repeats: int, dtype: torch.dtype) -> None:
     assert warnings_of_batches(repeats, dtype=dtype) == []
+
+
+def in_order(count: int, targets: Tensor) -> Iterator[Tensor]:
+    """A data set that is sorted by class, in one epoch after another; successive batches share no sample."""
+    yield from itertools.islice(itertools.cycle(targets.argsort().split(30)), count)
+
+
+def overlapping(count: int, targets: Tensor) -> Iterator[Tensor]:
+    """Windows of a series, each moved on by a quarter of its length."""
+    yield from ((torch.arange(30) + 7 * step) % len(targets) for step in range(count))
+
+
+def kept_in_part(count: int, targets: Tensor) -> Iterator[Tensor]:
+    """Batches of which half was in the batch before."""
+    half = torch.randint(len(targets), (15,))
+    for _ in range(count):
+        last, half = half, torch.randint(len(targets), (15,))
+        yield torch.cat([last, half])
+
+
+def shuffled(count: int, targets: Tensor) -> Iterator[Tensor]:
+    for _ in range(1 + count // 20):
+        yield from torch.randperm(len(targets)).split(30)
+
+
+def drawn(count: int, targets: Tensor) -> Iterator[Tensor]:
+    yield from (torch.randint(len(targets), (30,)) for _ in range(count))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("order", "base", "expected"),
+    [
+        (in_order, gen_sgd, 1),
+        (in_order, gen_adamw, 1),
+        (overlapping, gen_sgd, 1),
+        (overlapping, gen_adamw, 1),
+        (kept_in_part, gen_sgd, 1),  # with AdamW in seven runs of eight
+        (shuffled, gen_sgd, 0),
+        (shuffled, gen_adamw, 0),
+        (drawn, gen_sgd, 0),
+        (drawn, gen_adamw, 0),
+    ],
+)
+def test_successive_batches_that_are_alike_are_warned_of_once(
+    order: Callable[[int, Tensor], Iterator[Tensor]], base: Callable[..., GeNOptimizer], expected: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    inputs, model = torch.randn(600, 6), nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
+    targets = (inputs @ torch.randn(6, 3)).argmax(1)
+    optimizer = base(model.parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batch in order(120, targets):
+
+            def closure(batch: Tensor = batch) -> Tensor:
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(inputs[batch]), targets[batch])
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    assert sum("Are successive batches alike" in str(each.message) for each in caught) == expected
