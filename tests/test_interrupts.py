@@ -156,9 +156,9 @@ def check(scene: Scene, ends: list[list[Tensor]], lrs: list[float], batches: int
 
 
 CASES = [(kind, "closure") for kind in KINDS] + [
-    (kind, "probe") for kind in ("searches", "looks back", "balances", "lazy")
+    *((kind, "probe") for kind in ("searches", "looks back", "balances", "lazy")),
+    ("balances", "closure that fails where the last step ended"),
 ]
-CASES.append(("balances", "closure that fails where the last step ended"))
 
 
 def interrupt(sample: int | None, kind: str, ways: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
@@ -52,10 +52,10 @@ class Study:
         yield "best of the sweep, other seeds", self._each(lambda cell: refinements(cell, results))
         yield "ours from 1e-5, other seeds", self._each(lambda cell: ours(cell, "gen", rest, (USUAL,)))
         yield "fixed baseline", fixed_baseline(self.cells, results)
-        yield "peers", self._each(lambda cell: self._of_peers(cell, first))
+        yield "peers", self._each(lambda cell: runs_of_peers(cell, self.peers, first))
         yield "published rule", self._each(lambda cell: ours(cell, "gen-published", first, GIVEN))
         yield "ours from any start, other seeds", self._each(lambda cell: ours(cell, "gen", rest, GIVEN))
-        yield "peers, other seeds", self._each(lambda cell: self._of_peers(cell, rest))
+        yield "peers, other seeds", self._each(lambda cell: runs_of_peers(cell, self.peers, rest))
         yield "published rule, other seeds", self._each(lambda cell: ours(cell, "gen-published", rest, GIVEN))
 
     def count(self) -> int:
@@ -64,15 +64,12 @@ class Study:
         for cell in self.cells:
             count += len(sweep(cell)) + (TOP + 2) * len(OTHER_SEEDS)
             count += sum(len(ours(cell, method, SEEDS, GIVEN)) for method in OURS)
-            count += len(self._of_peers(cell, SEEDS))
+            count += len(runs_of_peers(cell, self.peers, SEEDS))
         return count
 
     def _each(self, runs: Callable[[Cell], Iterable[Config]]) -> list[Config]:
         """Cell by cell, so that rows of the report are complete early."""
         return [config for cell in self.cells for config in runs(cell)]
-
-    def _of_peers(self, cell: Cell, seeds: Sequence[int]) -> list[Config]:
-        return [config for each in PEERS if each.name in self.peers for config in peer(cell, each.name, seeds)]
 
 
 @cache
@@ -98,6 +95,11 @@ def peer(cell: Cell, method: str, seeds: tuple[int, ...]) -> tuple[Config, ...]:
     if cell.base not in entry.bases:
         return ()
     return tuple(cell.config(method, schedule, None, seed) for schedule in entry.schedules for seed in seeds)
+
+
+def runs_of_peers(cell: Cell, names: Collection[str], seeds: tuple[int, ...]) -> list[Config]:
+    """Returns runs of all peers with these names."""
+    return [config for each in PEERS if each.name in names for config in peer(cell, each.name, seeds)]
 
 
 def other_seed(config: Config, cell: Cell, seed: int) -> Config:

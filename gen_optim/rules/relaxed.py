@@ -112,7 +112,7 @@ class RelaxedRule(Rule):
       The gain is how much the loss falls while the number of steps grows e-fold. At a higher learning rate the excess
       loss is larger and the gain smaller. If their ratio is above ``balance``, the learning rate falls like a power of
       the steps; if it is below, it grows. Under a scheduler the ratio may be as large as its factor, once that has
-      fallen; close to 1 the rule acts as without a scheduler.
+      fallen; while it is close to 1, the rule acts nearly as without a scheduler.
     - **Hold.** If the excess loss is not known, the learning rate stays as it is under a scheduler, whose factor does
       the annealing, and falls like t^(−1/8) without one.
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step, unless the
@@ -297,7 +297,7 @@ class RelaxedRule(Rule):
         return math.pow(max(begin, 1) / max(end, 1), self.annealing)
 
     def _correction(self, state: RelaxedState, factor: float) -> float | None:
-        """The change of the learning rate that brings the excess loss to the gain times ``balance``, or the factor.
+        """The change of the learning rate that brings the excess loss into balance with the gain.
 
         It is a power of the steps until the next probe step, since both are averages over a part of the run. None if
         the excess loss at this step is not known, or comes from no noise.

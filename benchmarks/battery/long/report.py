@@ -248,7 +248,7 @@ def baselines_table(known: LongComparison) -> str:
 
 def peers_table(known: LongComparison, base: str) -> str:
     """Returns the table of optimizers of others, over tuned; empty if none of their runs is known."""
-    kinds = {COSINE.schedule: COSINE, LINEAR.schedule: LINEAR, AVERAGED.schedule: AVERAGED}
+    kinds = {kind.schedule: kind for kind in (LINEAR, COSINE, AVERAGED)}
     baselines = {cell: each for cell, each in known.tuned.items() if cell.base == base and each is not None}
     over = {cell: mean_loss(cell, each, [SWEEP_SEED], known.results) for cell, each in baselines.items()}
     mine: dict[str, dict[Cell, float]] = {

@@ -11,7 +11,7 @@ from benchmarks.battery.config import SEEDS, SWEEP, SWEEP_SEED, Cell, Config
 from benchmarks.battery.long.statistics import final_loss
 from benchmarks.battery.methods import OURS, code_fingerprint
 from benchmarks.battery.records import Results
-from benchmarks.battery.study import OTHER_SEEDS, USUAL, installed_peers, other_seed, peer
+from benchmarks.battery.study import OTHER_SEEDS, USUAL, installed_peers, other_seed, runs_of_peers
 from benchmarks.training import SCHEDULES
 
 RATES = 5
@@ -85,7 +85,7 @@ class LongStudy:
         yield "sweep, cosine", _each(self.cells, lambda cell: sweep(cell, ("cosine",)))
         yield "sweep, beyond its edges", _each(self.cells, lambda cell: extended_sweep(cell, results))
         yield "shorter tuned runs", _each(self.cells, lambda cell: shorter_runs(cell, results, first))
-        yield "peers", _each(self.shown, self._of_peers)
+        yield "peers", _each(self.shown, lambda cell: runs_of_peers(cell, self.peers, first))
         yield "ours, other seeds", _each(self.shown, lambda cell: ours(cell, OTHER_SEEDS))
         yield "tuned, other seeds", _each(self.cells, lambda cell: refinements(cell, results))
         yield "shorter, other seeds", _each(self.cells, lambda cell: shorter_runs(cell, results, OTHER_SEEDS))
@@ -94,11 +94,8 @@ class LongStudy:
         """Returns the number of runs, about: it depends on the results."""
         shorter = len(FRACTIONS) * (2 + len(OTHER_SEEDS))
         bare = RATES * len(SCHEDULES) + 3 * len(OTHER_SEEDS) + shorter
-        theirs = sum(len(self._of_peers(cell)) for cell in self.shown)
+        theirs = sum(len(runs_of_peers(cell, self.peers, (SWEEP_SEED,))) for cell in self.shown)
         return bare * len(self.cells) + len(SEEDS) * len(SCHEDULES) * len(self.shown) + theirs
-
-    def _of_peers(self, cell: Cell) -> list[Config]:
-        return [config for name in sorted(self.peers) for config in peer(cell, name, (SWEEP_SEED,))]
 
 
 def _each(cells: Sequence[Cell], runs: Callable[[Cell], Iterable[Config]]) -> list[Config]:
