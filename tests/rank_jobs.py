@@ -154,6 +154,17 @@ def train(kind: str, steps: int, ddp_options: Any = None, **options: Any) -> dic
     return run.result()
 
 
+def train_without_a_minimum(kind: str) -> dict[str, Any]:
+    """A loss that falls without end along the first direction."""
+    run = Run(kind)
+    run.loss = lambda: run.model(run.inputs).mean()  # type: ignore[method-assign]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.optimizer.step(run.closure)
+    messages = [str(each.message) for each in caught]
+    return {"lr": run.optimizer.get_last_lr()[0], "warned": sum("no minimum" in each for each in messages)}
+
+
 def train_by(style: str, kind: str, steps: int, **options: Any) -> dict[str, Any]:
     """Train by another kind of closure than one that calls backward itself."""
     run = Run(kind, **options)

@@ -76,6 +76,15 @@ def test_looking_back(run: Run, kind: str, size: int, make: str) -> None:
     assert {len(losses) for losses in alone["losses"][1:]} == {2}
 
 
+@pytest.mark.parametrize(("kind", "size"), [("ddp", 2), ("fsdp", 2), ("hsdp", 4), ("tp", 2), ("fsdp_and_tp", 4)])
+def test_the_search_knows_how_long_the_first_step_is(run: Run, kind: str, size: int) -> None:
+    ranks, alone = run(rank_jobs.train_without_a_minimum, kind, size=size), rank_jobs.train_without_a_minimum("plain")
+    assert_alike(ranks)
+    assert ranks[0] == {"lr": pytest.approx(alone["lr"], rel=1e-5), "warned": 1}
+    assert alone["warned"] == 1
+    assert 0.0 < alone["lr"] < 1e3
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
 @pytest.mark.parametrize("style", ["only_loss", "probe", "probe_and_loss"])
 def test_looking_back_by_other_closures(run: Run, style: str, kind: str) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from gen_optim.tensors.dtensor import is_dtensor, local, placed_like
+from gen_optim.tensors.dtensor import local, placed_like, step_norms
 from gen_optim.tensors.foreach import clone, copy, lerp, near, room_for
 from gen_optim.tensors.interrupts import despite_interrupts
 
@@ -57,18 +57,10 @@ class Interpolation:
         ]
 
     @torch.no_grad()
-    def relative_size(self) -> float:
-        """The norm of the step over that of θ, or over that of parameters of 0.1 if theirs is smaller.
-
-        0 for DTensors, whose norms no rank knows alone.
-        """
-        if any(is_dtensor(each) for group in self._parameters for each in group):
-            return 0.0
-        pairs = [pair for groups in zip(self._before, self._after, strict=True) for pair in zip(*groups, strict=True)]
-        square = sum(float((after - before).double().abs().square().nansum()) for before, after in pairs)
-        size = sum(float(before.double().abs().nan_to_num(posinf=0.0).square().sum()) for before, _ in pairs)
-        count = sum(before.numel() for before, _ in pairs)
-        return math.sqrt(square / max(size, 0.01 * count)) if count else 0.0
+    def norms(self) -> tuple[Tensor, Tensor, float]:
+        """This rank's shares of the squared norms of the step and of θ, and of the number of elements."""
+        parameters, before, after = (list(chain(*each)) for each in (self._parameters, self._before, self._after))
+        return step_norms(parameters, before, after)
 
     def write(self, multiple: float) -> None:
         """Write ``torch.lerp(θ, θ_after, multiple)``; multiples 0 and 1 are exactly θ and θ_after."""

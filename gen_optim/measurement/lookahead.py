@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 
-from gen_optim.measurement.interpolation import Interpolation
 from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
 from gen_optim.rules import InitialSearch, fit_parabola, search_initial_lr
 
@@ -62,6 +62,9 @@ class LookAhead(Mode):
 _REACH = 1024.0
 """Up to which multiple of a step an initial learning rate is searched along it."""
 
+_SIZE = 0.1
+"""Root mean square that smaller parameters count as, zero ones among them, if a step is compared with them."""
+
 
 def measure_initial_search(loss: StepLoss) -> Measurement:
     """Search along the first step for the learning rate of the lowest loss; not at all if the loss is not finite."""
@@ -78,8 +81,9 @@ def measure_initial_search(loss: StepLoss) -> Measurement:
     learning_rates = tuple(multiple * loss.lr for multiple in found.learning_rates)
     lr, is_bounded = None if found.lr is None else found.lr * loss.lr, True
     if found.lr is not None and found.lr >= _REACH:
-        assert isinstance(loss.path, Interpolation), "a search looks ahead"
-        size = loss.path.relative_size()
+        assert loss.norms is not None, "a search measures the length of its step"
+        step, start, count = loss.norms
+        size = step / max(start, _SIZE * math.sqrt(count), sys.float_info.min)
         if size * _REACH > 1.0:
             # The loss still falls at a step longer than the parameters: it has no minimum that a search could find.
             # Training begins with a short step, and grows as the loss allows.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gen_optim.tensors.foreach import inner_product
+from gen_optim.tensors.foreach import inner_product, squared_norms
 from gen_optim.tensors.scalars import summing_dtype
 
 if TYPE_CHECKING:
@@ -87,6 +87,22 @@ def gradient_dot(parameters: Sequence[Tensor], starts: Sequence[Tensor], *, keep
         for parts, tensors in alike.items()
     ]
     return torch.stack([share.to(shares[0].device) for share in shares]).sum() if shares else torch.zeros(())
+
+
+def step_norms(
+    parameters: Sequence[Tensor], starts: Sequence[Tensor], ends: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, float]:
+    """Return this rank's shares of ‖ends − starts‖², of ‖starts‖² and of the number of elements, as :func:`dot` does.
+
+    ``starts`` and ``ends`` are this rank's parts of the parameters' values. For the norms see
+    :func:`~gen_optim.tensors.foreach.squared_norms`.
+    """
+    alike: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for parameter, start, end in zip(parameters, starts, ends, strict=True):
+        alike.setdefault(parts_of(parameter, parameter), []).append((start, end))
+    norms = [parts * squared_norms(*zip(*tensors, strict=True)) for parts, tensors in alike.items()]
+    step, start_norm = torch.stack([each.to(norms[0].device) for each in norms] or [torch.zeros(2)]).sum(dim=0)
+    return step, start_norm, sum(parts * float(end.numel()) for parts, tensors in alike.items() for _, end in tensors)
 
 
 def parts_of(left: Tensor, right: Tensor) -> int:

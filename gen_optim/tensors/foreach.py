@@ -149,6 +149,22 @@ def inner_product(
     return torch.stack([each.to(device, summing_dtype(device)) for each in shares]).sum()
 
 
+def squared_norms(starts: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:
+    """Return ‖ends − starts‖² and ‖starts‖² as a tensor, without temporaries as large as the tensors.
+
+    ``starts`` may be on the host. Elements that are not finite do not count. The dtype and the device are as in
+    :func:`inner_product`.
+    """
+    shares: list[Tensor] = []
+    for end, start in chunks(ends, starts):
+        here, there = _flat(near(start, end[0].device)), _flat(end)
+        rows = torch.stack([there - here, here]).to(summing_dtype(here.device))
+        shares.append(rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).square_().sum(dim=1))
+    if not shares:
+        return torch.zeros(2, dtype=torch.float64)
+    return torch.stack([each.to(shares[0].device) for each in shares]).sum(dim=0)
+
+
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate tensors to one vector of real numbers, in float32 or float64."""
     flat = torch.cat([each.reshape(-1) for each in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)

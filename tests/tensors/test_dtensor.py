@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gen_optim.tensors.dtensor import dot, is_dtensor, local, parts_of, placed_like, whole
+from gen_optim.tensors.dtensor import dot, is_dtensor, local, parts_of, placed_like, step_norms, whole
 
 PLAIN = [torch.ones(2), nn.Parameter(torch.ones(2)), nn.Buffer(torch.ones(2))]
 
@@ -33,6 +33,12 @@ def test_inner_product_of_plain_tensors() -> None:
     assert dot(left, right) == 13.0
     assert dot(left, right).dtype is torch.float64
     assert dot([], []) == 0.0
+
+
+def test_norms_of_a_step_of_plain_tensors() -> None:
+    starts, ends = [torch.tensor([3.0, 4.0]), torch.tensor(0.0)], [torch.tensor([3.0, 5.0]), torch.tensor(2.0)]
+    assert step_norms(ends, starts, ends) == (5.0, 25.0, 3.0)
+    assert step_norms([], [], []) == (0.0, 0.0, 0.0)
 
 
 def test_lists_of_different_lengths_are_refused() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gen_optim.tensors import foreach as module
-from gen_optim.tensors.foreach import chunks, copy, has_infinities, inner_product, lerp
+from gen_optim.tensors.foreach import chunks, copy, has_infinities, inner_product, lerp, squared_norms
 from gen_optim.tensors.scalars import summing_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64]
@@ -87,6 +87,22 @@ def test_inner_product_is_that_in_double_precision(dtype: torch.dtype) -> None:
     assert found.item() == pytest.approx(float(expected), rel=1e-6, abs=1e-5 if dtype != torch.float64 else 1e-12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_are_those_in_double_precision_of_the_elements_that_are_finite(dtype: torch.dtype) -> None:
+    starts, ends = tensors(0, dtype), tensors(1, dtype)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    step = sum((e.to(wide) - s.to(wide)).abs().square().sum() for s, e in zip(starts, ends, strict=True))
+    start = sum(s.to(wide).abs().square().sum() for s in starts)
+    expected = torch.stack([torch.as_tensor(step), torch.as_tensor(start)])
+    found = squared_norms(starts, ends)
+    assert found.dtype == torch.float64
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    starts.append(torch.tensor([torch.inf, torch.nan, -torch.inf]))
+    ends.append(torch.tensor([torch.inf, 1.0, 2.0]))
+    assert torch.equal(squared_norms(starts, ends), found)
+
+
 def test_inner_product_of_gradients_that_are_conjugated_lazily() -> None:
     gradient, end, start = (torch.randn(5, dtype=torch.complex64) for _ in range(3))
     assert gradient.conj().is_conj()
@@ -103,6 +119,7 @@ def test_sums_are_in_double_precision_where_a_device_has_that() -> None:
 def test_nothing_has_no_chunks() -> None:
     assert list(chunks([], [])) == []
     assert inner_product([], [], []) == 0.0
+    assert squared_norms([], []).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("weight", [-1.0, 1e-3, 0.5, 40.0])
