@@ -113,7 +113,12 @@ class Diagnostics:
         self.misses = max(self.misses - 1, 0)
 
     def miss(self, state: RuleState) -> None:
-        """Count a probe step that was due and could not look back, and warn if that happens often."""
+        """Count a probe step that was due and could not look back, and warn if that happens often.
+
+        After a step that was reverted there is none to look back at, which says nothing.
+        """
+        if self._last is not None and self._last.step == state.step and self._last.status is ProbeStatus.REVERTED:
+            return
         self.misses += _HITS_PER_MISS
         if self.misses >= _HITS_PER_MISS * PATIENCE and not self._has_warned_of_misses:
             self._has_warned_of_misses = True
@@ -124,6 +129,15 @@ class Diagnostics:
                 "steps have neither a closure nor a probe. Write to parameters in "
                 "base_optim.register_step_post_hook(...), give every step a closure or a probe, or use "
                 "mode='approximate' with a probe on another batch."
+            )
+
+    def look_at_frozen_step(self, state: RuleState) -> None:
+        """Warn if all learning rates were 0 in all steps so far."""
+        if state.probes == 0 and state.step + 1 == PATIENCE:
+            warn(
+                f"GeNOptimizer has taken {PATIENCE} steps in which the learning rates of all parameter groups are 0: "
+                "nothing is measured, and nothing moves. A learning rate of 0 freezes a group. Give the base optimizer "
+                "any other one, or write it to param_groups[...]['lr']."
             )
 
     def look_at_bare_step(self, state: RuleState) -> None:
@@ -160,7 +174,7 @@ def _warn_of_lost_steps(record: ProbeRecord, groups: Sequence[Group]) -> None:
         done = "takes such steps back, so that training stands still"
         cause = (
             "The base optimizer's state is likely not finite, since a gradient once was not: go back to a checkpoint, "
-            "and let the closure return before backward() if the loss is not finite."
+            "and leave out batches whose loss is not finite: return from the closure before backward(), or skip step()."
         )
     else:
         done = f"learns nothing from such steps, and takes them at its last learning rate of {record.lr_after:.3g}"

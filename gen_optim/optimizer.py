@@ -339,7 +339,10 @@ class GeNOptimizer(OptimizerWrapper):
             self._diagnostics.look_at_bare_step(state)
             return lazy_step(self._context, None, keeps_start=False)
         rule = controller.rule
-        if not rule.is_probe_due(state) or not any(controller.rates.shares(state.lr)):
+        if not any(controller.rates.shares(state.lr)):
+            self._diagnostics.look_at_frozen_step(state)
+            return lazy_step(self._context, closure)
+        if not rule.is_probe_due(state):
             return lazy_step(self._context, closure)
         if (searches := rule.needs_search(state)) or not self.mode.looks_back:
             return look_ahead_step(self._context, closure, probed, searches=searches)

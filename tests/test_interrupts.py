@@ -121,9 +121,19 @@ def legitimate(scene: Scene, ends: list[list[Tensor]]) -> bool:
     return any(all(map(torch.allclose, present, end)) for end in ends)
 
 
-def averages_of(scene: Scene) -> list[Tensor]:
+def averages_of(scene: Scene) -> dict[int, Tensor]:
+    """The averages by the number of the parameter."""
     state = scene.of.optimizer.base_optim.state
-    return [state[each]["gen_average"].clone() for each in scene.of.model.parameters() if "gen_average" in state[each]]
+    parameters = enumerate(scene.of.model.parameters())
+    return {number: state[each]["gen_average"].clone() for number, each in parameters if "gen_average" in state[each]}
+
+
+def are_legitimate(present: dict[int, Tensor], averages: list[dict[int, Tensor]], ends: list[list[Tensor]]) -> bool:
+    """Whether averages are those before or after a step, or some of them have just begun, where parameters were."""
+    for known in averages:
+        if present.keys() == known.keys() and all(torch.allclose(each, known[at]) for at, each in present.items()):
+            return True
+    return not averages[0] and all(any(torch.allclose(each, end[at]) for end in ends) for at, each in present.items())
 
 
 def state_of_torch() -> dict[str, Any]:
@@ -184,10 +194,8 @@ def interrupt(sample: int | None, kind: str, ways: str) -> None:
         with suppress(KeyboardInterrupt), Lines(at) as interrupted:
             scene.step()
         assert interrupted.place, "the step has as many lines each time"
-        present = averages_of(scene)
-        assert any(len(each) == len(present) and all(map(torch.allclose, present, each)) for each in averages), (
-            f"averages hold something else: {interrupted.place}"
-        )
+        message = f"averages hold something else: {interrupted.place}"
+        assert are_legitimate(averages_of(scene), averages, ends), message
         check(scene, ends, lrs, batches, f"line {at} of {lines.count}, {interrupted.place}")
         assert state_of_torch() == expected, interrupted.place
 

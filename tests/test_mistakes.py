@@ -209,6 +209,7 @@ def test_a_base_optimizer_whose_moments_became_nan_is_warned_of_though_every_ste
         training.train(4 * PATIENCE)
     assert same(parameters_of(training.model), before)
     assert training.optimizer.last_probe.status is ProbeStatus.REVERTED
+    assert not any("could not look back" in str(each.message) for each in caught)
     [message] = [str(each.message) for each in caught if "not finite" in str(each.message)]
     assert "takes such steps back, so that training stands still. The base optimizer's state is likely not" in message
 

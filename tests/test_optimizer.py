@@ -333,6 +333,26 @@ def test_ten_steps_with_neither_are_warned_of_once() -> None:
     train_bare(20)
 
 
+def test_ten_steps_in_which_everything_is_frozen_are_warned_of_once() -> None:
+    training = Training.of(lambda parameters: GeNOptimizer(SGD(parameters, lr=0.0)))
+    before = parameters_of(training.model)
+    training.train(9)
+    with pytest.warns(
+        UserWarning, match="10 steps in which the learning rates of all parameter groups are 0"
+    ) as caught:
+        training.train(1)
+    assert len(caught) == 1
+    training.train(20)
+    assert same(before, parameters_of(training.model))
+
+
+def test_freezing_everything_later_is_no_mistake() -> None:
+    training = Training.of(gen_sgd)
+    training.train(3)
+    training.optimizer.param_groups[0]["lr"] = 0.0
+    training.train(20)
+
+
 def test_bare_steps_are_no_mistake_where_something_has_been_measured() -> None:
     training = Training.of(gen_sgd)
     training.train(1)

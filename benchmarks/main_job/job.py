@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from benchmarks.command_line import add_output, command_line
 from benchmarks.determinism import single_thread
-from benchmarks.main_job.report import LEGEND, sentence, table
+from benchmarks.main_job.report import legend, sentence, table
 from benchmarks.main_job.runs import Result, Spec, train
 
 SWEEP = {
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
 
     plan = specs(steps=steps, schedule=options.schedule, batch_size=options.batch_size, seed=options.seed)
     results = train_all(plan)
-    print(f"\n{table(results)}\n\n{LEGEND}\n")
+    print(f"\n{table(results)}\n\n{legend(plan[0])}\n")
 
     written = options.output / f"{stem}.md"
     written.write_text(_page(results, None if options.no_picture else f"{stem}.png"), "utf-8")
@@ -132,7 +132,7 @@ def _page(results: list[Result], picture: str | None) -> str:
         "# Digits: a sweep of learning rates, and wrapped from three of them",
         f"{command_line()}, one CPU thread",
         table(results),
-        LEGEND,
+        legend(results[0].spec),
     ]
     if picture is not None:
         parts.append(f"![Final loss over the initial learning rate, loss and learning rate over steps]({picture})")

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.main_job.runs import Result
+from benchmarks.main_job.runs import Result, Spec
 from benchmarks.markdown import markdown_table
 
 _HEADINGS = (
@@ -20,7 +20,7 @@ _HEADINGS = (
     "extra forward passes",
 )
 
-LEGEND = (
+_LEGEND = (
     "Training loss: over the whole training set. Learning rate found: the last one in force, schedule divided out.\n"
     "Median in force: of the learning rates of all steps, the schedule included. Seconds: of the steps alone.\n"
     "Extra forward passes: those that only served to choose a learning rate."
@@ -34,6 +34,19 @@ def table(results: Sequence[Result]) -> str:
         results: The rows, in order.
     """
     return markdown_table(_HEADINGS, [_cells(result) for result in results])
+
+
+def legend(spec: Spec) -> str:
+    """Returns what the columns mean, and what the schedule of all runs is.
+
+    Args:
+        spec: One of the runs.
+    """
+    if spec.schedule == "linear":
+        schedule = f"In all runs the learning rate falls linearly to 0 over {spec.steps} steps."
+    else:
+        schedule = f"No run of {spec.steps} steps has a schedule."
+    return f"{schedule}\n{_LEGEND}"
 
 
 def best_bare(results: Sequence[Result]) -> Result:
