@@ -103,7 +103,10 @@ class ProbeRecord:
         if self.optimal_lr is not None and self.optimal_lr <= 0.0:
             lowest = "the parabola is lowest behind where the step began"
         elif self.optimal_lr is not None:
-            lowest = f"{'the parabola' if is_parabola else 'it'} is lowest at {self.optimal_lr:.3g}"
+            # A rule may go by an average of parabolas, which has no minimum.
+            is_alone = self.status in (ProbeStatus.NO_MINIMUM, ProbeStatus.CONCAVE)
+            what = ("this parabola alone" if is_alone else "the parabola") if is_parabola else "it"
+            lowest = f"{what} is lowest at {self.optimal_lr:.3g}"
         else:
             lowest = "the parabola has no lowest point" if is_parabola else "no lowest point was found"
         above = ""

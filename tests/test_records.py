@@ -144,6 +144,12 @@ NON_FINITE = {"status": ProbeStatus.NON_FINITE_LOSS, "losses": (1, math.nan, 1),
             "the parabola is lowest at 1",
             "stays at 0.5, times the scheduler's factor 0.25.",
         ),
+        (
+            {"status": ProbeStatus.NO_MINIMUM},
+            "(no minimum): the loss is 1",
+            "this parabola alone is lowest at 1",
+            "goes from 0.5 to 0.55.",
+        ),
         (NO_MINIMUM, "(no minimum): the loss is 1", "the parabola has no lowest point", "goes from 0.5 to 0.55."),
         (
             BEHIND,
