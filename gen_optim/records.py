@@ -103,9 +103,9 @@ class ProbeRecord:
         if self.optimal_lr is not None and self.optimal_lr <= 0.0:
             lowest = "the parabola is lowest behind where the step began"
         elif self.optimal_lr is not None:
-            # A rule may go by an average of parabolas, which has no minimum.
-            is_alone = self.status in (ProbeStatus.NO_MINIMUM, ProbeStatus.CONCAVE)
-            what = ("this parabola alone" if is_alone else "the parabola") if is_parabola else "it"
+            what = "the parabola" if is_parabola else "it"
+            if self.status in (ProbeStatus.NO_MINIMUM, ProbeStatus.CONCAVE):  # the rule went by an average of several
+                what = "this parabola alone"
             lowest = f"{what} is lowest at {self.optimal_lr:.3g}"
         else:
             lowest = "the parabola has no lowest point" if is_parabola else "no lowest point was found"

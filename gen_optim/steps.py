@@ -353,7 +353,7 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
 
         try:
             with session.probing():
-                step_loss = StepLoss(step, lr, session, {0.0: loss_start}, measures_norms=searches)
+                step_loss = StepLoss(step, lr, session, {0.0: loss_start})
                 if closure is None and not searches:
                     context.take_over(probed.loss, step_loss, 0.0)
                 measurement = measure_initial_search(step_loss) if searches else context.mode.measure(step_loss)

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterable
 
+from gen_optim.measurement.interpolation import Interpolation
 from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
 from gen_optim.rules import InitialSearch, fit_parabola, search_initial_lr
 
@@ -81,9 +82,10 @@ def measure_initial_search(loss: StepLoss) -> Measurement:
     learning_rates = tuple(multiple * loss.lr for multiple in found.learning_rates)
     lr, is_bounded = None if found.lr is None else found.lr * loss.lr, True
     if found.lr is not None and found.lr >= _REACH:
-        assert loss.norms is not None, "a search measures the length of its step"
-        step, start, count = loss.norms
-        size = step / max(start, _SIZE * math.sqrt(count), sys.float_info.min)
+        assert isinstance(loss.path, Interpolation), "a search looks ahead"
+        # The norms are those of all ranks, which have found the same and are all here.
+        _, [step, start, count] = loss.read([], loss.path.norms())
+        size = math.sqrt(step / max(start, _SIZE**2 * count, sys.float_info.min))
         if size * _REACH > 1.0:
             # The loss still falls at a step longer than the parameters: it has no minimum that a search could find.
             # Training begins with a short step, and grows as the loss allows.

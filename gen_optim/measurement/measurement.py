@@ -24,12 +24,6 @@ class Path(Protocol):
     def write(self, multiple: float) -> None:
         """Put the parameters at a multiple of the step: 0 is where it began, 1 where it ends."""
 
-    def norms(self) -> tuple[Loss, Loss, float]:
-        """This rank's shares of the squared norms of the step and of its start, and of the number of elements.
-
-        Called while the parameters are at the end of the step.
-        """
-
 
 class StepLoss:
     """The loss along one step of the base optimizer, as a function of the multiple of the step.
@@ -39,7 +33,6 @@ class StepLoss:
 
     The argument ``losses`` has what is known already, None being ignored. ``averaged`` puts averaged weights into the
     model, None if no average is kept. ``valid`` is the multiple at which the first call of the step has succeeded.
-    With ``measures_norms`` the first :meth:`read` finds out how long the step is, too.
 
     Attributes:
         path: The step.
@@ -52,7 +45,6 @@ class StepLoss:
             end; NaN if it is not known, this rank's share of DTensors.
         differentiated: Scalars whose sum the gradients at the end belong to, if they are known.
         failure: The first exception that a point of the step has raised; None if there was none.
-        norms: The norms of the step and of its start, and the number of elements; None before it was measured.
     """
 
     def __init__(
@@ -67,7 +59,6 @@ class StepLoss:
         differentiated: Sequence[Tensor] = (),
         averaged: Callable[[], AbstractContextManager[None]] | None = None,
         valid: float = 0.0,
-        measures_norms: bool = False,
     ) -> None:
         self.path = path
         self.lr = lr
@@ -77,8 +68,6 @@ class StepLoss:
         self.excess_loss = excess_loss
         self.differentiated = differentiated
         self.failure: Exception | None = None
-        self.norms: tuple[float, float, float] | None = None
-        self._shares = path.norms() if measures_norms else ()
         self._averaged = averaged
         self._valid = valid
         self._is_validated = False
@@ -141,12 +130,7 @@ class StepLoss:
             Exception: What a point of the step has raised on this rank, if ``valid`` raises an exception too; a
                 RuntimeError on the other ranks.
         """
-        others = [*others, float(self.failure is not None)]
-        numbers, rest = self.session.read(losses, [*self._shares, *others])
-        if self._shares:
-            step, start, count = rest[:3]
-            self.norms, self._shares = (math.sqrt(step), math.sqrt(start), count), ()
-        *rest, failures = rest[-len(others) :]
+        numbers, [*rest, failures] = self.session.read(losses, [*others, float(self.failure is not None)])
         if failures and not self._is_validated:  # all ranks know, and make the same calls
             self._validate()
         return numbers, rest

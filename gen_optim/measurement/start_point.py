@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gen_optim.closures.losses import Loss
-from gen_optim.tensors.dtensor import gradient_dot, is_dtensor, local, placed_like, step_norms
-from gen_optim.tensors.foreach import chunks, clone, copy, lerp, near, write
+from gen_optim.tensors.dtensor import gradient_dot, is_dtensor, local, placed_like
+from gen_optim.tensors.foreach import chunks, clone, copy, lerp, near, squared_norms, write
 from gen_optim.tensors.interrupts import despite_interrupts, exchange
 
 
@@ -109,7 +109,7 @@ class StartPoint:
         """The distance between both ends of the step; 0 for DTensors, of which each rank sees its own part."""
         if any(map(is_dtensor, self._parameters)):
             return 0.0
-        return float(self.norms()[0].sqrt())
+        return float(squared_norms(self._copies, self._locals())[0].sqrt())
 
     def _present_marks(self) -> list[tuple[int, int]]:
         """What changes if a parameter is written, or gets other memory (``p.data = ...``)."""
@@ -151,14 +151,6 @@ class StartPoint:
             if not (is_known or torch.equal(near([start], end.device)[0], end)):
                 return math.nan
         return gradient_dot(self._parameters, self._copies, keeps_infinities=self.keeps_infinities)
-
-    @torch.no_grad()
-    def norms(self) -> tuple[Tensor, Tensor, float]:
-        """This rank's shares of the squared norms of the step and of its start, and of the number of elements.
-
-        The parameters must be at the end of the step.
-        """
-        return step_norms(self._parameters, self._copies, self._locals())
 
     @torch.no_grad()
     def write(self, multiple: float) -> None:

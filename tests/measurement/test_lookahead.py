@@ -35,7 +35,6 @@ class Parabolic:
         known: bool = True,
         tolerance: float = 0.0,
         loss: Callable[[float], float] | None = None,
-        searches: bool = False,
     ) -> None:
         self.slope, self.curvature, self.dtype, self.function = slope, curvature, dtype, loss
         self.weight = torch.zeros(1, dtype=DOUBLE, requires_grad=True)
@@ -46,7 +45,7 @@ class Parabolic:
         self.weight.data.fill_(-lr)
         step.arrive()
         self.session: Any = RecordedSession(self.call, with_graph=self.call_with_graph, tolerance=tolerance)
-        self.loss = StepLoss(step, lr, self.session, {0.0: start}, measures_norms=searches)
+        self.loss = StepLoss(step, lr, self.session, {0.0: start})
 
     def call(self) -> Loss:
         lr = -self.weight.item()
@@ -201,7 +200,7 @@ def test_derivatives_are_read_with_the_loss_all_at_once_and_no_probe_is_made() -
 @pytest.mark.parametrize("optimum", [1e-6, 1e-2, 1.0, 1e3])
 @pytest.mark.parametrize("known", [True, False])
 def test_search_is_in_learning_rates_whatever_the_step(lr: float, optimum: float, known: bool) -> None:
-    case = Parabolic(lr, slope=1.0 / optimum, curvature=1.0 / optimum**2, known=known, searches=True)
+    case = Parabolic(lr, slope=1.0 / optimum, curvature=1.0 / optimum**2, known=known)
     measurement = measure_initial_search(case.loss)
     assert isinstance(measurement.found, InitialSearch)
     assert measurement.optimal_lr is not None
@@ -217,8 +216,7 @@ def test_search_is_in_learning_rates_whatever_the_step(lr: float, optimum: float
 
 
 def test_what_is_out_of_reach_of_a_step_too_short_to_tell_the_direction_is_not_found() -> None:
-    # 1024 times the step is a hundredth of the parameter's scale.
-    case = Parabolic(1e-6, slope=1.0, curvature=1.0, searches=True)
+    case = Parabolic(1e-6, slope=1.0, curvature=1.0)  # 1024 times the step is a hundredth of the parameter's scale
     assert measure_initial_search(case.loss).optimal_lr is None
 
 
@@ -228,7 +226,7 @@ def test_search_is_along_ever_longer_steps_in_a_cycle() -> None:
 
 
 def test_search_reports_every_evaluation_and_the_loss_where_the_step_began() -> None:
-    case = Parabolic(lr=1.0, searches=True)
+    case = Parabolic(lr=1.0)
     measurement = measure_initial_search(case.loss)
     assert len(measurement.losses) == len(measurement.learning_rates) == 1 + len(case.evaluated)
     assert measurement.loss_start == measurement.losses[0] == 1.0
@@ -236,7 +234,7 @@ def test_search_reports_every_evaluation_and_the_loss_where_the_step_began() -> 
 
 
 def test_search_has_no_parabola() -> None:
-    parabola = measure_initial_search(Parabolic(lr=1.0, searches=True).loss).parabola
+    parabola = measure_initial_search(Parabolic(lr=1.0).loss).parabola
     assert math.isnan(parabola.slope)
     assert math.isnan(parabola.curvature)
     assert not parabola.is_finite
@@ -244,7 +242,7 @@ def test_search_has_no_parabola() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nothing_is_searched_from_a_loss_that_is_not_finite(bad: float) -> None:
-    case = Parabolic(lr=1.0, loss=lambda lr: bad, searches=True)
+    case = Parabolic(lr=1.0, loss=lambda lr: bad)
     measurement = measure_initial_search(case.loss)
     assert case.evaluated == []
     assert measurement.optimal_lr is None
@@ -254,7 +252,7 @@ def test_nothing_is_searched_from_a_loss_that_is_not_finite(bad: float) -> None:
 
 @pytest.mark.parametrize(("tolerance", "is_found"), [(8.0, False), (1.0, True)])
 def test_descent_within_the_rounding_finds_nothing(tolerance: float, is_found: bool) -> None:
-    case = Parabolic(lr=1.0, loss=lambda lr: 1.0 - 2 * EPSILON32 if lr else 1.0, tolerance=tolerance, searches=True)
+    case = Parabolic(lr=1.0, loss=lambda lr: 1.0 - 2 * EPSILON32 if lr else 1.0, tolerance=tolerance)
     assert (measure_initial_search(case.loss).optimal_lr is not None) == is_found
 
 
