@@ -8,14 +8,24 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from gen_optim.closures.losses import DIFFERENT
 from gen_optim.learning_rates import Group, LearningRates, check_lr
 from gen_optim.measurement import Measurement
 from gen_optim.rules import Decision, Rule, RuleState
+from gen_optim.rules.safeguards import ROUNDING
 from gen_optim.tensors.interrupts import Unfinished
 from gen_optim.warning import warn
 
 _PREFIX = "gen_"
 """Begins the keys under which the numbers of the state are in the first parameter group, for checkpoints."""
+
+_OWN_BATCHES = "own_batches"
+"""The name among them of how many measurements in a row were on the batch of the measured step itself."""
+
+_NOT_NEGATIVE = frozenset({"lr", "step", "probes", "next_probe", _OWN_BATCHES})
+
+_ONLY_BATCH = 50
+"""The number of such measurements that shows that there is no other batch."""
 
 _MANUAL = 3
 """The number of steps before which a learning rate has been written when the user is warned."""
@@ -33,6 +43,7 @@ class Controller:
         self.rule = rule
         self.state = rule.initial_state(0.0)
         self.rates = LearningRates()
+        self._own_batches = _ONLY_BATCH
         self._base_optim = base_optim
         self._manual_steps, self._last_manual_step = 0, 0
         self.load()
@@ -71,6 +82,22 @@ class Controller:
         )
         return Decision(self.limit(decision.state), decision.status)
 
+    def is_biased(self, loss_start: float, own_loss: float) -> bool:
+        """Whether a step was measured on the batch that it was computed from, and not because that is the only batch.
+
+        ``loss_start`` is the loss measured where the step began, ``own_loss`` that of its own batch there; infinite if
+        it is not known. On its own batch a step looks better than it is.
+        """
+        if not math.isfinite(own_loss):
+            return False
+        difference = abs(loss_start - own_loss)
+        is_own = difference <= ROUNDING * abs(own_loss)
+        if is_own:
+            self._own_batches += 1
+        elif difference > DIFFERENT * abs(own_loss):
+            self._own_batches = 0
+        return is_own and self._own_batches < _ONLY_BATCH
+
     def limit(self, state: RuleState) -> RuleState:
         """The state for the step that is about to be taken, if a scheduler's factor has changed since the last one."""
         if self.rates.is_unchanged(self.groups, state.lr):
@@ -99,12 +126,14 @@ class Controller:
 
     def save(self) -> None:
         """Write everything that has to be remembered to the parameter groups, as plain numbers."""
-        self.groups[0].update({_PREFIX + name: number for name, number in self.state.to_numbers().items()})
+        numbers = {**self.state.to_numbers(), _OWN_BATCHES: self._own_batches}
+        self.groups[0].update({_PREFIX + name: number for name, number in numbers.items()})
         self.rates.save()
 
     def load(self) -> None:
         """Read it back; what is missing, as in a checkpoint of the base optimizer alone, begins anew."""
         groups = self.groups
+        self._own_batches = int(groups[0].get(_PREFIX + _OWN_BATCHES, _ONLY_BATCH))
         names = self.rule.initial_state(0.0).to_numbers()
         numbers = {name: groups[0][_PREFIX + name] for name in names if _PREFIX + name in groups[0]}
         if "lr" in numbers and self.rates.load_from(groups):
@@ -119,17 +148,18 @@ class Controller:
         for index, group in enumerate(groups):
             check_lr(index, group.get("lr"))
         self.rates.check_numbers(groups)
-        for name, own in self.rule.initial_state(0.0).to_numbers().items():
+        numbers = {**self.rule.initial_state(0.0).to_numbers(), _OWN_BATCHES: 0}
+        for name, own in numbers.items():
             key = _PREFIX + name
             if key not in groups[0]:
                 continue
             value = groups[0][key]
             kinds = (int, float) if isinstance(own, float) else (type(own),)
             is_valid = isinstance(value, kinds) and isinstance(value, bool) == isinstance(own, bool)
-            if name in ("lr", "step", "probes", "next_probe"):
+            if name in _NOT_NEGATIVE:
                 is_valid = is_valid and 0 <= value < math.inf
             if not is_valid:
-                expected = f"a {type(own).__name__}" + (" of at least 0" if name in ("lr", "step", "probes") else "")
+                expected = f"a {type(own).__name__}" + (" of at least 0" if name in _NOT_NEGATIVE else "")
                 raise ValueError(f"param_groups[0][{key!r}] of the state dict must be {expected}, got {value!r}")
 
     # --- warnings -----------------------------------------------------------------------------------------------------

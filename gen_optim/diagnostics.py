@@ -18,9 +18,6 @@ from gen_optim.warning import PATIENCE, warn
 
 Group = dict[str, Any]
 
-_REPEATS = 5
-"""How many steps on the batch of the step before, and on another one, are no coincidence."""
-
 _FEWEST_PAIRS, _MOST_PAIRS, _DEVIATIONS = 40, 50, 8.0
 """How many pairs of successive batches are compared, and from how many standard deviations on they are alike. Runs of
 the battery had at most 6.2; sorted data, overlapping windows and batches kept in part 5 to 30."""
@@ -37,7 +34,6 @@ class Diagnostics:
         self._has_warned_of_misses = False
         self._lost_steps = 0
         self._last: ProbeRecord | None = None
-        self._repeats = self._changes = 0
         self._differences: list[float] = []
         self._gain = 0.0
         self._has_warned_of_batches = False
@@ -58,28 +54,7 @@ class Diagnostics:
             return
         loss = record.losses[record.multiples.index(0.0)]
         if math.isfinite(loss) and math.isfinite(last.loss) and not self._has_warned_of_batches:
-            self._count_repeats(record, loss, last.loss)
             self._compare_batches(record, loss, last.loss)
-
-    def _count_repeats(self, record: ProbeRecord, loss: float, last_loss: float) -> None:
-        """Warn if some steps, but not all, are on the batch of the step before.
-
-        On the same batch, the loss where the last step began is the one that the step before has recorded. If all
-        batches are the same, that batch is the whole training set, and all is well.
-        """
-        if loss == last_loss:
-            self._repeats += _is_exact(loss)
-        else:
-            self._changes += 1
-        if min(self._repeats, self._changes) < _REPEATS:
-            return
-        self._has_warned_of_batches = True
-        warn(
-            f"Up to step {record.step}, {self._repeats} steps were on the batch of the step before. GeNOptimizer looks "
-            "back at a step on the next batch. On the batch that the step has fitted it looks better than it is, and "
-            "the learning rate becomes too large. Let the batches alternate, give step() a probe= on another batch, "
-            "or set lr_max."
-        )
 
     def _compare_batches(self, record: ProbeRecord, loss: float, last_loss: float) -> None:
         """Warn if what steps gain on the next batch is lost again on the one after that.
@@ -200,8 +175,3 @@ def _half_precision_advice(groups: Sequence[Group]) -> str:
 
 def _parameters(groups: Sequence[Group]) -> list[Tensor]:
     return list(chain.from_iterable(group["params"] for group in groups))
-
-
-def _is_exact(loss: float) -> bool:
-    """Whether a loss has more digits than half precision has, in which losses of different batches often coincide."""
-    return float(torch.tensor(loss).bfloat16()) != loss and float(torch.tensor(loss).half()) != loss

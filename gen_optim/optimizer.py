@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,8 +40,9 @@ ProbeHook = Callable[[Any, ProbeRecord], None]
 
 _START = "gen_start"
 """The key of the start point of the last step in the state of a parameter, in checkpoints."""
-_START_LR, _START_FINGERPRINT = "gen_start_lr", "gen_start_fingerprint"
-"""Keys of the first parameter group: the learning rate of that step, 0 if it is not looked back at, and a checksum."""
+_START_LR, _START_LOSS, _START_FINGERPRINT = "gen_start_lr", "gen_start_loss", "gen_start_fingerprint"
+"""Keys of the first parameter group: of that step the learning rate, 0 if it is not looked back at, and the loss where
+it began; a checksum."""
 
 _ALLOWS_WRITES = "gen_allows_writes"
 """Key of the first parameter group: whether a step may end where something else has written after it."""
@@ -571,6 +573,7 @@ class GeNOptimizer(OptimizerWrapper):
         self.param_groups[0].update(
             {
                 _START_LR: 0.0 if start_point is None else start_point.lr,
+                _START_LOSS: math.inf if start_point is None else float(start_point.loss),
                 _START_FINGERPRINT: 0 if start_point is None else start_point.fingerprint(),
                 _ALLOWS_WRITES: self._context.allows_writes,
             }
@@ -585,13 +588,16 @@ class GeNOptimizer(OptimizerWrapper):
         starts = self._pop_starts() | {parameters[index]: start for index, start in self._loaded_starts.items()}
         self._loaded_starts, self._loaded_averages = {}, {}
         lr, fingerprint = float(group.get(_START_LR, 0.0)), int(group.get(_START_FINGERPRINT, 0))
+        # A checkpoint has the loss of one process: where others train too, the loss is not known.
+        is_alone = not (dist.is_available() and dist.is_initialized())
+        loss = float(group.get(_START_LOSS, math.inf)) if is_alone else math.inf
         self._context.controller.load()
         self._context.start_point, self._context.looked_through = None, []
         self._context.allows_writes = bool(group.get(_ALLOWS_WRITES, False))
         if lr > 0.0 and starts and self._context.mode.looks_back:
             # A parameter without a gradient has no state: it has not moved.
             moving = {each: starts.get(each, each.detach()) for each in chain(*self._context.moving())}
-            self._context.start_point = StartPoint.load(moving, lr, fingerprint, on_host=self.offload_copies)
+            self._context.start_point = StartPoint.load(moving, lr, fingerprint, loss=loss, on_host=self.offload_copies)
 
     def _check_numbers(self, state_dict: Mapping[str, Any]) -> None:
         """Check what :meth:`_load_numbers` will read; called before anything is loaded."""

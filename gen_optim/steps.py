@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from gen_optim.averaging import AveragedWeights
 from gen_optim.closures.gradients import Measure, mark_used
 from gen_optim.closures.interception import postponed_step_hooks
-from gen_optim.closures.losses import Closure, Loss, agree
+from gen_optim.closures.losses import DIFFERENT, Closure, Loss, agree
 from gen_optim.closures.session import ClosureCaller, Session
 from gen_optim.controller import Controller
 from gen_optim.distributed import ranks_of
@@ -143,7 +143,7 @@ class StepContext:
                         "of whose calls see the same masks."
                     )
         elif self.trusts_losses and given is not None:
-            step_loss.losses[multiple] = whole(given.detach()).clone() if isinstance(given, Tensor) else given
+            step_loss.losses[multiple] = _copied(given)
 
     def call(self, session: Session, closure: Closure, measure: Measure = tuple) -> Loss:
         """Make the first call of a probe step (``session.first``); one that steps the base optimizer is refused."""
@@ -167,21 +167,30 @@ class StepContext:
                 f"{failure}. The loss counts as infinite there. Later probes that fail are not reported."
             )
 
-    def keep_start_point(self, lr: float, last: StartPoint | None) -> StartPoint | None:
-        """Keep where the parameters are now, before a step at α = ``lr``; None if that step does not move them."""
+    def keep_start_point(self, lr: float, loss: Loss | None, last: StartPoint | None) -> StartPoint | None:
+        """Keep where the parameters are now, before a step at α = ``lr``; None if that step does not move them.
+
+        ``loss`` is that of the step's own batch; the copies of the ``last`` start point are used again if they can be.
+        """
         taken = lr * self.controller.rates.factor()
         if not taken > 0.0:
             return None
         parameters, on_host = list(chain(*self.moving())), self.offload_copies
         copies = None if last is None else last.present_copies(parameters, on_host=on_host)
-        return StartPoint(parameters, taken, copies=copies, on_host=on_host)
+        own_loss = math.inf if loss is None else _copied(loss)
+        return StartPoint(parameters, taken, loss=own_loss, copies=copies, on_host=on_host)
+
+
+def _copied(loss: Loss) -> Loss:
+    """A loss without its graph, and with memory of its own: closures may write each loss to the same tensor."""
+    return whole(loss.detach()).clone() if isinstance(loss, Tensor) else loss
 
 
 def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: bool = True) -> StepResult:
     """The base optimizer's step at the last learning rate; with ``keeps_start`` the next step may look back at it."""
     loss = None if closure is None else context.caller.call(closure, context.groups)
     state = context.controller.recall()
-    _step_base(context, context.controller.rule.skip(state), keeps_start=keeps_start)
+    _step_base(context, context.controller.rule.skip(state), loss, keeps_start=keeps_start)
     return StepResult(loss)
 
 
@@ -233,6 +242,7 @@ def look_back_step(
                 {1.0: loss if is_own else None},
                 end_slope=end_slope,
                 excess_loss=excess_loss,
+                own_loss=start_point.loss,
                 differentiated=differentiated,
                 averaged=None if averages is None else partial(averages.swapped, is_probe=True),
                 valid=1.0,
@@ -242,19 +252,22 @@ def look_back_step(
             if not state.probes:
                 _check_repeatability(session, probed, step_loss.evaluate(1.0))
             measurement = context.mode.measure(step_loss)
+            loss = step_loss.losses[1.0] if loss is None else loss
         factor = controller.rates.factor()
         decision = controller.decide(measurement, factor)
-        after, is_reverted = decision.state, decision.is_reverted
+        is_reverted = decision.is_reverted
+        is_used = is_reverted or not controller.is_biased(measurement.loss_start, step_loss.own_loss)
+        if is_used:
+            after = decision.state
     finally:
         if is_reverted:
             _revert(context, session, start_point, after)
         else:  # after an exception, too: the lazy step that it would have been without looking back
             leave()
-            _step_base(context, after, start_point)
+            _step_base(context, after, loss, start_point)
     context.unfinished.drop(leave)
     context.warn_of_failure(step_loss.failure)
-    record = ProbeRecord.of(state, measurement, decision, factor)
-    return StepResult(step_loss.losses[1.0] if loss is None else loss, record)
+    return StepResult(loss, ProbeRecord.of(state, measurement, decision, factor) if is_used else None)
 
 
 def _revert_failed_step(
@@ -400,11 +413,6 @@ def _refusing_steps(base_optim: Optimizer, unfinished: Unfinished) -> Iterator[N
         yield
 
 
-_DIFFERENT = 1e-4
-"""Relative difference from which on two losses at the same point differ by more than their rounding. Kernels that add
-numbers in any order stay below it in float32; another batch does not."""
-
-
 def _check_repeatability(session: Session, probed: Probed, loss: Loss) -> None:
     """Evaluate the loss again where it was ``loss``, in the first probe step, and warn if it differs.
 
@@ -414,7 +422,7 @@ def _check_repeatability(session: Session, probed: Probed, loss: Loss) -> None:
     stored = [each for each in session.parameters() if each.is_floating_point()]  # losses may be more exact than these
     (first, again), [rounding] = session.read(losses, [session.rounding([*losses, *stored])])
     size = max(abs(first), abs(again))
-    if math.isfinite(size) and abs(first - again) > max(rounding, _DIFFERENT) * size:
+    if math.isfinite(size) and abs(first - again) > max(rounding, DIFFERENT) * size:
         warn(
             f"The {probed.name} returned different losses when it was called twice at the same parameters: {first:.9g} "
             f"and {again:.9g}. GeNOptimizer takes such differences for slope and curvature, and the learning rate will "
@@ -425,12 +433,17 @@ def _check_repeatability(session: Session, probed: Probed, loss: Loss) -> None:
 
 
 def _step_base(
-    context: StepContext, state: RuleState, last: StartPoint | None = None, *, keeps_start: bool = True
+    context: StepContext,
+    state: RuleState,
+    loss: Loss | None,
+    last: StartPoint | None = None,
+    *,
+    keeps_start: bool = True,
 ) -> None:
     """Let the base optimizer step at the state's learning rate; keep where it began if the next step looks back."""
     state = context.controller.limit(state)
     looks_back = keeps_start and context.mode.looks_back and context.controller.rule.is_probe_due(state)
-    start_point = context.keep_start_point(state.lr, last) if looks_back else None
+    start_point = context.keep_start_point(state.lr, loss, last) if looks_back else None
     rates = context.controller.step_base(state.lr, context.unfinished)
     if start_point is not None:
         start_point.arrive(measures_length=context.allows_writes)

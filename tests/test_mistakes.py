@@ -217,46 +217,6 @@ def test_a_base_optimizer_whose_moments_became_nan_is_warned_of_though_every_ste
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-def warnings_of_batches(repeats: int, steps: int = 40, dtype: torch.dtype = torch.float32) -> list[str]:
-    """What is said of repeated batches if each serves ``repeats`` steps."""
-    torch.manual_seed(0)
-    model = mlp()
-    optimizer = gen_adamw(model.parameters())
-    inputs, targets = torch.randn(64, 16, 4), torch.randn(64, 16, 1)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(inputs[number]), targets[number]).to(dtype)
-        loss.backward()
-        return loss
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(steps):
-            number = step // repeats
-            optimizer.step(closure)
-    return [str(each.message) for each in caught if "batch of the step before" in str(each.message)]
-
-
-@pytest.mark.parametrize("repeats", [2, 4])
-def test_several_steps_on_a_batch_are_warned_of_once(repeats: int) -> None:
-    [message] = warnings_of_batches(repeats)
-    assert "the learning rate becomes too large" in message
-    assert "probe= on another batch" in message
-
-
-@pytest.mark.parametrize(
-    ("repeats", "dtype"),
-    [
-        (1, torch.float32),  # as it should be
-        (1000, torch.float32),  # the whole training set at every step
-        (1, torch.bfloat16),  # in which losses of different batches may coincide
-    ],
-)
-def test_other_batches_are_not_warned_of(repeats: int, dtype: torch.dtype) -> None:
-    assert warnings_of_batches(repeats, dtype=dtype) == []
-
-
 def in_order(count: int, targets: Tensor) -> Iterator[Tensor]:
     """A data set that is sorted by class, in one epoch after another; successive batches share no sample."""
     yield from itertools.islice(itertools.cycle(targets.argsort().split(30)), count)

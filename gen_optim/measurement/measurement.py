@@ -31,8 +31,10 @@ class StepLoss:
     A mode evaluates it where it likes, at most once per point. Losses stay on their device until :meth:`read` averages
     them over the processes that train the model together and turns them into numbers to be minimised.
 
-    The argument ``losses`` has what is known already, None being ignored. ``averaged`` puts averaged weights into the
-    model, None if no average is kept. ``valid`` is the multiple at which the first call of the step has succeeded.
+    The argument ``losses`` has what is known already, None being ignored. ``own_loss`` is the loss where the step
+    began, on the batch that the step was computed from; infinite if it is not known. ``averaged`` puts averaged weights
+    into the model, None if no average is kept. ``valid`` is the multiple at which the first call of the step has
+    succeeded.
 
     Attributes:
         path: The step.
@@ -43,6 +45,7 @@ class StepLoss:
             is this rank's share, whose mean over the ranks is the slope.
         excess_loss: How far the loss at the end is above that at averaged weights, estimated from the gradients at the
             end; NaN if it is not known, this rank's share of DTensors.
+        own_loss: The argument of that name as a number to be minimised; infinite before the first :meth:`read`.
         differentiated: Scalars whose sum the gradients at the end belong to, if they are known.
         failure: The first exception that a point of the step has raised; None if there was none.
     """
@@ -56,6 +59,7 @@ class StepLoss:
         *,
         end_slope: Loss = math.nan,
         excess_loss: Loss = math.nan,
+        own_loss: Loss = math.inf,
         differentiated: Sequence[Tensor] = (),
         averaged: Callable[[], AbstractContextManager[None]] | None = None,
         valid: float = 0.0,
@@ -66,9 +70,11 @@ class StepLoss:
         self.losses = {multiple: loss for multiple, loss in losses.items() if loss is not None}
         self.end_slope = end_slope
         self.excess_loss = excess_loss
+        self.own_loss = math.inf
         self.differentiated = differentiated
         self.failure: Exception | None = None
         self._averaged = averaged
+        self._own_loss = own_loss
         self._valid = valid
         self._is_validated = False
 
@@ -130,7 +136,9 @@ class StepLoss:
             Exception: What a point of the step has raised on this rank, if ``valid`` raises an exception too; a
                 RuntimeError on the other ranks.
         """
-        numbers, [*rest, failures] = self.session.read(losses, [*others, float(self.failure is not None)])
+        [*numbers, self.own_loss], [*rest, failures] = self.session.read(
+            [*losses, self._own_loss], [*others, float(self.failure is not None)]
+        )
         if failures and not self._is_validated:  # all ranks know, and make the same calls
             self._validate()
         return numbers, rest

@@ -24,7 +24,8 @@ class StartPoint:
     At any time it holds one copy of the parameters, of the end of the step that they are not at; a second copy is made
     only if a point between both ends is visited. Of a DTensor, each rank keeps its own part.
 
-    ``lr`` is the learning rate of the step, with the scheduler's factor. ``copies`` are those to keep, if there are
+    ``lr`` is the learning rate of the step, with the scheduler's factor. ``loss`` is the loss at the start point, on
+    the batch that the step was computed from; infinite if it is not known. ``copies`` are those to keep, if there are
     some: :meth:`present_copies` of the start point before, for example. With ``on_host`` the copies are in the host's
     memory. If ``keeps_infinities`` is set, elements that are infinite stay so between both ends, and do not count in
     the slope.
@@ -39,10 +40,11 @@ class StartPoint:
         parameters: Sequence[Tensor],
         lr: float,
         *,
+        loss: Loss = math.inf,
         copies: list[Tensor] | None = None,
         on_host: bool = False,
     ) -> None:
-        self.lr = lr
+        self.lr, self.loss = lr, loss
         self.keeps_infinities = False
         self._parameters = parameters
         self._on_host = on_host
@@ -133,7 +135,7 @@ class StartPoint:
     def duplicate(self) -> StartPoint:
         """A start point of the same step with copies of its own, while the parameters are at the end of the step."""
         copies = [each.clone() for each in self._copies]
-        point = StartPoint(self._parameters, self.lr, copies=copies, on_host=self._on_host)
+        point = StartPoint(self._parameters, self.lr, loss=self.loss, copies=copies, on_host=self._on_host)
         point.keeps_infinities = self.keeps_infinities
         return point
 
@@ -204,13 +206,21 @@ class StartPoint:
 
     @classmethod
     @torch.no_grad()
-    def load(cls, starts: dict[Tensor, Tensor], lr: float, fingerprint: int, *, on_host: bool = False) -> StartPoint:
+    def load(
+        cls,
+        starts: dict[Tensor, Tensor],
+        lr: float,
+        fingerprint: int,
+        *,
+        loss: float = math.inf,
+        on_host: bool = False,
+    ) -> StartPoint:
         """The start point of a step whose other end is where the parameters are, or will be when the model is loaded.
 
         ``fingerprint`` is compared with that of both ends when the start point is used; 0 if it is unknown.
         """
         copies = [clone(local(start).to(local(parameter)), on_host=on_host) for parameter, start in starts.items()]
-        point = cls(list(starts), lr, copies=copies, on_host=on_host)
+        point = cls(list(starts), lr, loss=loss, copies=copies, on_host=on_host)
         point._fingerprint_expected = fingerprint
         return point
 

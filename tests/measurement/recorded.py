@@ -41,5 +41,5 @@ class RecordedSession:
         return self.tolerance * rounding_of(losses)
 
     def read(self, losses: Sequence[Loss], others: Sequence[Loss] = ()) -> tuple[list[float], list[float]]:
-        self.reads.append(len(losses) + len(others) - 1)  # without the flag of failures
+        self.reads.append(len(losses) + len(others) - 2)  # without what a StepLoss adds
         return to_floats(losses), to_floats(others)
