@@ -25,7 +25,10 @@ _OWN_BATCHES = "own_batches"
 _NOT_NEGATIVE = frozenset({"lr", "step", "probes", "next_probe", _OWN_BATCHES})
 
 _ONLY_BATCH = 50
-"""The number of such measurements that shows that there is no other batch."""
+"""The number of such measurements that shows that there is no other batch. It is assumed until another one is seen."""
+
+_SURE = 5
+"""How many more such measurements, the first ones of a training included, are no coincidence."""
 
 _MANUAL = 3
 """The number of steps before which a learning rate has been written when the user is warned."""
@@ -81,6 +84,11 @@ class Controller:
             factor=factor,
         )
         return Decision(self.limit(decision.state), decision.status)
+
+    @property
+    def has_one_batch(self) -> bool:
+        """Whether all steps are on the same batch, so that there is no noise."""
+        return self._own_batches >= _ONLY_BATCH + _SURE
 
     def is_biased(self, loss_start: float, own_loss: float) -> bool:
         """Whether a step was measured on the batch that it was computed from, and not because that is the only batch.

@@ -349,7 +349,8 @@ class GeNOptimizer(OptimizerWrapper):
         if (searches := rule.needs_search(state)) or not self.mode.looks_back:
             return look_ahead_step(self._context, closure, probed, searches=searches)
         if (start_point := self._pending_start_point()) is not None:
-            needs_average = self.average and rule.needs_excess_loss(state) and self._averages.is_known
+            compares = rule.needs_excess_loss(state) and not controller.has_one_batch  # without noise none is taken out
+            needs_average = self.average and compares and self._averages.is_known
             averages = self._averages if needs_average else None
             return look_back_step(self._context, closure, probed, start_point, averages)
         return lazy_step(self._context, closure)

@@ -65,6 +65,15 @@ def test_all_are_used_if_batches_differ_or_there_is_only_one(make: Any, repeats:
     assert Run(make).train(in_turn(36, repeats)).measured() == list(range(KNOWN_FROM, 37))
 
 
+@pytest.mark.parametrize(("repeats", "is_compared"), [(1, True), (1000, False)])
+def test_the_loss_is_compared_with_that_at_the_average_unless_there_is_one_batch(
+    repeats: int, is_compared: bool
+) -> None:
+    later = [record for record in Run().train(in_turn(36, repeats)).history if record.step > 26]
+    assert len(later) == 10
+    assert all((record.excess_loss is not None) is is_compared for record in later)
+
+
 def test_after_the_burn_in_they_are_told_from_the_losses_of_lazy_steps() -> None:
     run = Run(rule=RelaxedRule(burn_in=4)).train(in_turn(400, 4))
     later = [step for step in run.measured() if step > 50]
@@ -148,6 +157,16 @@ OWN, OTHER, NEAR, UNKNOWN = (1.0, 1.0), (1.0, 1.1), (1.0, 1.0 + 1e-5), (1.0, mat
 )
 def test_own_batches_are_told_from_others(losses: list[tuple[float, float]], expected: list[bool]) -> None:
     assert judged(*losses) == expected
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"), [([OWN] * 4, False), ([OWN] * 5, True), ([OTHER, *[OWN] * 54], False), ([NEAR] * 9, False)]
+)
+def test_there_is_one_batch_if_a_few_measurements_show_no_other(losses: list[Any], expected: bool) -> None:
+    controller = Controller(SGD([nn.Parameter(torch.ones(2))], lr=0.1), RelaxedRule())
+    for pair in losses:
+        controller.is_biased(*pair)
+    assert controller.has_one_batch is expected
 
 
 def test_under_maximize_losses_are_compared_with_the_same_sign() -> None:

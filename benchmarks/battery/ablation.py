@@ -29,7 +29,7 @@ class Mechanism:
         name: The name in results.
         change: What is done instead, for the report.
         options: Options of the rule.
-        constants: Values of constants, by module of ``gen_optim.rules`` and name.
+        constants: Values of constants, by module of ``gen_optim`` and name.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Mechanism:
     constants: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
-_RELAXED, _AVERAGES, _SAFEGUARDS = "relaxed", "averages", "safeguards"
+_RELAXED, _AVERAGES, _SAFEGUARDS, _CONTROLLER = "rules.relaxed", "rules.averages", "rules.safeguards", "controller"
 
 MECHANISMS = {
     each.name: each
@@ -50,7 +50,7 @@ MECHANISMS = {
         Mechanism("burn-in, shorter", "25 steps instead of 50", {"burn_in": 25}),
         Mechanism("burn-in, longer", "100 steps instead of 50", {"burn_in": 100}),
         Mechanism("smoothing", "0.8 instead of 0.9", {"smoothing": 0.8}),
-        Mechanism("balance", "none: annealing by t^(−1/8)", constants={(_RELAXED, "_REPEATS"): 0}),
+        Mechanism("balance", "none: annealing by t^(−1/8)", constants={(_RELAXED, "_SHARE"): _NEVER}),
         Mechanism("balance, smaller", "0.15 instead of 0.3", {"balance": 0.15}),
         Mechanism("balance, larger", "0.6 instead of 0.3", {"balance": 0.6}),
         Mechanism(
@@ -59,7 +59,7 @@ MECHANISMS = {
         Mechanism(
             "growth of the balance", "at most t^(1/2) instead of t", constants={(_RELAXED, "_STEEPEST_GROWTH"): 0.5}
         ),
-        Mechanism("one batch", "is balanced too", constants={(_RELAXED, "_REPEATS"): _NEVER}),
+        Mechanism("one batch", "is balanced too", constants={(_CONTROLLER, "_SURE"): _NEVER}),
         Mechanism("annealing", "none: on one batch it is held", {"annealing": 0.0}),
         Mechanism("agreement", "after the burn-in parabolas are never followed", constants={(_RELAXED, "_AGREE"): 1.0}),
         Mechanism("certainty", "no growth at every step, smaller falls", constants={(_RELAXED, "_CERTAIN"): 1.0}),
@@ -79,7 +79,7 @@ MECHANISMS = {
 def without(name: str | None) -> Iterator[None]:
     """Changes the constants of a mechanism inside of the block; None changes nothing."""
     constants = {} if name is None else MECHANISMS[name].constants
-    modules = {place: importlib.import_module(f"gen_optim.rules.{place[0]}") for place in constants}
+    modules = {place: importlib.import_module(f"gen_optim.{place[0]}") for place in constants}
     before = {place: getattr(module, place[1]) for place, module in modules.items()}
     try:
         for place, value in constants.items():

@@ -20,7 +20,7 @@ from gen_optim.rules.averages import BalanceAverages, LossAverages, ParabolaAver
 from gen_optim.rules.base import Rule
 from gen_optim.rules.initial_search import InitialSearch
 from gen_optim.rules.parabola import Parabola
-from gen_optim.rules.safeguards import ROUNDING, has_exploded, is_below_noise, is_contradicted, is_diverging
+from gen_optim.rules.safeguards import has_exploded, is_below_noise, is_contradicted, is_diverging
 from gen_optim.rules.state import Decision, ProbeStatus, RuleState
 
 _GROWTH, _FALL = 1.1, 0.8
@@ -51,9 +51,6 @@ _STEEPEST_FALL, _STEEPEST_GROWTH = 0.5, 1.0
 _LATENESS = 3
 """Exponent of the factor: while a schedule has taken little off, the balance is nearly that without a scheduler."""
 
-_REPEATS = 5
-"""How many steps in a row on the batch of the step before show that there is one batch only, and no noise."""
-
 _STATUSES = {0.0: ProbeStatus.NO_MINIMUM, math.inf: ProbeStatus.CONCAVE}
 """The statuses of these targets."""
 
@@ -77,8 +74,7 @@ class RelaxedState(RuleState):
     ``loss`` averages the losses at the start of probe steps, and ``loss_initial`` is that where training began.
     ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
     largest learning rate, with its factor, of a measured step that was not unstable. ``factor`` is the scheduler's at
-    the last parabola, ``factor_last`` in the last step. ``loss_end`` is the last loss at the end of a step in the
-    burn-in, and ``repeats`` counts steps in a row on the batch of the step before.
+    the last parabola, ``factor_last`` in the last step.
     """
 
     started: bool = False
@@ -91,8 +87,6 @@ class RelaxedState(RuleState):
     factor: float = 1.0
     factor_last: float = 1.0
     balance: BalanceAverages = field(default_factory=BalanceAverages)
-    loss_end: float = 0.0
-    repeats: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +170,8 @@ class RelaxedRule(Rule):
         return not state.started
 
     def needs_excess_loss(self, state: RelaxedState) -> bool:
-        """Whether the next decision makes use of the excess loss: when the first steps are over, if there is noise."""
-        return state.started and state.step + 1 >= self._transient and state.repeats < _REPEATS
+        """Whether the next decision makes use of the excess loss: when the first steps are over."""
+        return state.started and state.step + 1 >= self._transient
 
     def before_step(self, state: RelaxedState, factor: float) -> RelaxedState:
         """The state for a step under the scheduler's ``factor``.
@@ -300,11 +294,11 @@ class RelaxedRule(Rule):
         """The change of the learning rate that brings the excess loss into balance with the gain.
 
         It is a power of the steps until the next probe step, since both are averages over a part of the run. None if
-        the excess loss at this step is not known, or comes from no noise.
+        the excess loss at this step is not known.
         """
         averages = state.balance
         is_short = averages.count < max(2 * self._transient, _SHARE * state.step)
-        if state.repeats >= _REPEATS or is_short or math.isnan(averages.ratio):
+        if is_short or math.isnan(averages.ratio):
             return None
         # The fall of a schedule takes the noise out: once it is under way, noise may cost as much as training gains.
         # The factor lowers the excess loss, and not what the learning rate found is worth.
@@ -317,14 +311,11 @@ class RelaxedRule(Rule):
         self, state: RelaxedState, loss_start: float, loss_end: float | None, excess_loss: float | None
     ) -> RelaxedState:
         """The state with the losses at the end of the last step averaged, or that at the start of the next one."""
-        loss = loss_start if loss_end is None else loss_end
-        if state.probes < self.burn_in:  # all of them at steps that follow each other
-            is_same = abs(loss_start - state.loss_end) <= ROUNDING * abs(loss_start)
-            state = replace(state, loss_end=loss, repeats=state.repeats + 1 if is_same else 0)
         step = state.step + 1
         if step < self._transient:
             return state
         averages = state.balance if state.balance.step else BalanceAverages(began=step - self._transient)
+        loss = loss_start if loss_end is None else loss_end
         return replace(state, balance=averages.with_losses(loss, excess_loss, step))
 
     @property

@@ -152,26 +152,6 @@ def test_a_manual_value_late_in_a_run_that_goes_on_as_before_stays_balanced() ->
         assert state.lr == pytest.approx(1.0, rel=0.2)
 
 
-def one_batch(changes_at: int | None = None, burn_in: int = 50) -> RelaxedState:
-    """A burn-in whose step looks back at the batch of the step before, but for one."""
-    rule, state, loss = RelaxedRule(burn_in=burn_in), replace(BURNT_IN, step=1, probes=1, next_probe=2), 5.0
-    for step in range(1, burn_in):
-        start = loss + (0.1 if step == changes_at else 0.0)
-        loss -= 0.01
-        state = rule.decide(state, NOISE[step % 2], loss_start=start, loss_end=loss).state
-    assert state.probes == burn_in
-    return state
-
-
-def test_on_one_batch_there_is_no_noise_to_balance() -> None:
-    rule = RelaxedRule()
-    for state, is_balanced in ((one_batch(), False), (one_batch(10), False), (one_batch(48), True)):
-        before = train(rule, replace(state, lr=1.0), steps=200, excess=lambda _: 1.0)
-        after = train(rule, before, steps=2000, excess=lambda _: 1.0)
-        power = relaxed._STEEPEST_FALL if is_balanced else rule.annealing
-        assert after.lr / before.lr == pytest.approx((before.step / after.step) ** power, rel=0.05)
-
-
 def test_the_burn_in_is_not_corrected() -> None:
     rule = RelaxedRule()
     states = [replace(BURNT_IN, step=30, probes=30, next_probe=31)] * 2
