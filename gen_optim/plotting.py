@@ -30,7 +30,7 @@ _MARKS: dict[ProbeStatus, tuple[str, str]] = {
     ProbeStatus.GROWING: ("1", "far out: grown"),
     ProbeStatus.UNSTABLE: ("2", "unstable: lowered"),
     ProbeStatus.NO_MINIMUM: ("_", "no minimum"),
-    ProbeStatus.BELOW_NOISE: ("|", "below noise: kept"),
+    ProbeStatus.BELOW_NOISE: ("|", "below noise"),
     ProbeStatus.NON_FINITE_LOSS: ("x", "loss not finite"),
     ProbeStatus.NON_FINITE_PROBE: ("v", "probe not finite: cut"),
     ProbeStatus.REVERTED: ("<", "reverted: cut"),

@@ -334,15 +334,18 @@ class RelaxedRule(Rule):
     def _below_noise(
         self, state: RelaxedState, parabola: Parabola, loss: float, factor: float, *, is_taken: bool
     ) -> Decision:
-        """Keep the learning rate, or grow it if the gradient at the end of the step still descends.
+        """Grow the learning rate if the gradient at the end of the step still descends, lower it if it ascends.
 
-        If the step is taken already, the slope at its end comes from the gradient, without the rounding of losses.
+        If the step is taken already, the slope at its end comes from the gradient, without the rounding of losses. In
+        the burn-in, which begins with short steps, the learning rate is not lowered.
         """
         end_slope = parabola.slope - parabola.curvature * state.lr * factor
-        if not (is_taken and end_slope > 0.0):
-            return self._decided(state, state.lr, loss, ProbeStatus.BELOW_NOISE)
-        growth = _GROWTH if state.probes < self.burn_in else _LATER_GROWTH
-        return self._decided(state, state.lr * growth, loss, ProbeStatus.CONCAVE)
+        change = 1.0
+        if is_taken and end_slope > 0.0:
+            change = _GROWTH if state.probes < self.burn_in else _LATER_GROWTH
+        elif is_taken and end_slope < 0.0 and state.probes >= self.burn_in:
+            change = _LATER_FALL
+        return self._decided(state, state.lr * change, loss, ProbeStatus.BELOW_NOISE)
 
     def _cut(self, state: RelaxedState, loss: float, status: ProbeStatus) -> Decision:
         """Cut the learning rate, and the mean slope so that the averages do not call for the old one at once."""

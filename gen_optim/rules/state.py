@@ -28,7 +28,9 @@ class ProbeStatus(Enum):
             learning rate falls, and the next step probes.
         NO_MINIMUM: The parabola has no minimum ahead. The default rule lowers the learning rate in its burn-in, and
             later does what it does in noise. The published rule keeps it.
-        BELOW_NOISE: The losses differ by no more than their rounding. The learning rate is kept.
+        BELOW_NOISE: The losses differ by no more than their rounding. Looking back, the default rule goes by the
+            gradient where the step ended: the learning rate grows if it descends, and falls after the burn-in if it
+            ascends. Otherwise the learning rate is kept.
         NON_FINITE_LOSS: The loss at the start of the step is NaN or infinite. Nothing is learned from it.
         NON_FINITE_PROBE: A probed loss is NaN or infinite. The default rule cuts the learning rate, the published rule
             keeps it.

@@ -645,11 +645,7 @@ def scaled(run: Run, factor: float, offset: float = 0.0) -> float:
     return data.loss(model)
 
 
-@program(
-    sgd=0.05,
-    adamw=0.03,
-    fails={"adamw": "1.6 times the loss: rounding of a loss of 1e6 hides every parabola"},
-)
+@program(sgd=0.05, adamw=0.03)
 def loss_with_a_large_offset(run: Run) -> float:
     return scaled(run, 1.0, 1e6)
 

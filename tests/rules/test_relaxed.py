@@ -147,6 +147,19 @@ def test_slope_and_curvature_that_rounding_explains_teach_nothing(slope: float, 
     assert decision.state.parabola.count == 0
 
 
+@pytest.mark.parametrize(("probes", "change"), [(10, {-1: 1.0, 0: 1.0, 1: 1.1}), (100, {-1: 0.95, 0: 1.0, 1: 1.05})])
+@pytest.mark.parametrize(("factor", "curvature", "sign"), [(1.0, 0.4, 1), (1.0, 0.6, -1), (0.5, 0.6, 1), (1.0, 0.5, 0)])
+def test_below_rounding_the_slope_at_the_end_tells_whether_the_step_was_too_long(
+    probes: int, change: dict[int, float], factor: float, curvature: float, sign: int
+) -> None:
+    parabola = Parabola(1.0, 0.5, curvature, slope_noise=1.0, curvature_noise=1.0)
+    state = replace(STARTED_LONG_AGO, lr=1.0, probes=probes, factor_last=factor)
+    decision = RelaxedRule().decide(state, parabola, loss_start=1.0, loss_end=1.0, factor=factor)
+    assert decision.status is ProbeStatus.BELOW_NOISE
+    assert decision.state.lr == pytest.approx(change[sign])
+    assert decision.state.parabola.count == 0
+
+
 def test_non_finite_probe_cuts_the_learning_rate_and_probes_again_at_the_next_step() -> None:
     rule = RelaxedRule(max_change=4.0)
     for parabola in (NOT_FINITE, Parabola(1.0, math.inf, 2.0)):
