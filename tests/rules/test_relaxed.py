@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gen_optim.rules import Decision, InitialSearch, Parabola, ProbeStatus, RelaxedRule, relaxed, safeguards
+from gen_optim.rules.averages import BatchDrift
 from gen_optim.rules.relaxed import RelaxedState
 from tests.rules.cases import (
     CONCAVE,
@@ -158,6 +159,21 @@ def test_below_rounding_the_slope_at_the_end_tells_whether_the_step_was_too_long
     assert decision.status is ProbeStatus.BELOW_NOISE
     assert decision.state.lr == pytest.approx(change[sign])
     assert decision.state.parabola.count == 0
+
+
+@pytest.mark.parametrize(
+    ("share", "status", "first_order"),
+    [(0.0, ProbeStatus.FITTED, 3.0 / 5.0), (0.5, ProbeStatus.FITTED, 1.5 / 3.5), (1.0, ProbeStatus.NO_MINIMUM, 0.0)],
+)
+def test_slopes_count_without_the_share_of_the_gain_that_is_lost_again(
+    share: float, status: ProbeStatus, first_order: float
+) -> None:
+    rule = RelaxedRule()
+    drift = BatchDrift(count=40, gained=4.0, lost=4.0 * share, squares=0.4 * share**2)
+    assert drift.share_lost == pytest.approx(share)
+    decision = rule.decide(replace(STARTED_LONG_AGO, probes=10, drift=drift), CONVEX, loss_start=1.0, loss_end=0.9)
+    assert decision.status is status
+    assert decision.state.parabola.first_order == pytest.approx(first_order)
 
 
 def test_non_finite_probe_cuts_the_learning_rate_and_probes_again_at_the_next_step() -> None:
