@@ -90,8 +90,8 @@ class Controller:
         """Whether all steps are on the same batch, so that there is no noise."""
         return self._own_batches >= _ONLY_BATCH + _SURE
 
-    def is_biased(self, loss_start: float, own_loss: float) -> bool:
-        """Whether a step was measured on the batch that it was computed from, and not because that is the only batch.
+    def note_batch(self, loss_start: float, own_loss: float) -> bool:
+        """Note on which batch a step was measured; return whether it is the step's own, and not the only one.
 
         ``loss_start`` is the loss measured where the step began, ``own_loss`` that of its own batch there; infinite if
         it is not known. On its own batch a step looks better than it is.

@@ -256,7 +256,7 @@ def look_back_step(
         factor = controller.rates.factor()
         decision = controller.decide(measurement, factor)
         is_reverted = decision.is_reverted
-        is_used = is_reverted or not controller.is_biased(measurement.loss_start, step_loss.own_loss)
+        is_used = is_reverted or not controller.note_batch(measurement.loss_start, step_loss.own_loss)
         if is_used:
             after = decision.state
     finally:

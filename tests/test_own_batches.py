@@ -135,7 +135,7 @@ def test_resuming_between_steps_on_one_batch_is_exact(steps: int) -> None:
 def judged(*losses: tuple[float, float]) -> list[bool]:
     """What is said of pairs of a loss and that of the step's own batch."""
     controller = Controller(SGD([nn.Parameter(torch.ones(2))], lr=0.1), RelaxedRule())
-    return [controller.is_biased(*pair) for pair in losses]
+    return [controller.note_batch(*pair) for pair in losses]
 
 
 OWN, OTHER, NEAR, UNKNOWN = (1.0, 1.0), (1.0, 1.1), (1.0, 1.0 + 1e-5), (1.0, math.inf)
@@ -165,7 +165,7 @@ def test_own_batches_are_told_from_others(losses: list[tuple[float, float]], exp
 def test_there_is_one_batch_if_a_few_measurements_show_no_other(losses: list[Any], expected: bool) -> None:
     controller = Controller(SGD([nn.Parameter(torch.ones(2))], lr=0.1), RelaxedRule())
     for pair in losses:
-        controller.is_biased(*pair)
+        controller.note_batch(*pair)
     assert controller.has_one_batch is expected
 
 
