@@ -162,8 +162,9 @@ def test_a_base_that_differentiates_gradients_once_more(options: dict[str, Any])
 def test_such_a_base_in_a_loop_is_compared_with_the_average() -> None:
     rule = RelaxedRule(burn_in=2, period=1)
     training = Training.of(lambda parameters: GeNOptimizer(others.AdaHessian(parameters, lr=0.1), rule=rule))
-    losses = []
+    targets, losses = training.targets, []
     for _ in range(30):
+        training.targets = targets + 0.1 * torch.randn_like(targets)  # without noise there is nothing to compare
         training.optimizer.zero_grad()
         loss = training.loss()
         loss.backward(create_graph=True)

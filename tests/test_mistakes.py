@@ -301,4 +301,4 @@ def test_batches_that_are_alike_do_not_lead_to_too_large_a_learning_rate(
                 )
         with optimizer.averaged(), torch.no_grad():
             losses.append(nn.functional.cross_entropy(model(inputs), targets).item())
-    assert sum(losses) / 3 < 0.15, losses  # up to 2.5 if slopes count as they are measured
+    assert sum(losses) / 3 < 0.3, losses  # 2.5 with SGD on windows if slopes count as they are measured

@@ -22,6 +22,9 @@ _FEWEST_DIFFERENCES, _DEVIATIONS = 10, 8.0
 tells that batches are alike. Runs of the battery had at most 6.2; sorted data, overlapping windows and batches kept in
 part 5 to 30."""
 
+_MOST_LOST = 2.0
+"""Share of the gain that counts as lost at most: above 1 steps gain nothing, and are too long."""
+
 _EARLIER, _RECENT = 2.0, 8.0
 """Exponents of power-law averages of the losses, over about the last half and the last eighth of the steps."""
 
@@ -163,12 +166,12 @@ class BatchDrift:
 
     @property
     def share_lost(self) -> float:
-        """The share of what steps gain that is lost again, in [0, 1]; 0 unless it is certain that there is some."""
+        """The share of what steps gain that is lost again, at most 2; 0 unless it is certain that there is some."""
         if self.count < _FEWEST_DIFFERENCES or self.gained <= 0.0:
             return 0.0
         variance = self.squares / self.count - (self.lost / self.count) ** 2
         is_certain = self.lost > _DEVIATIONS * math.sqrt(max(variance, 0.0))
-        return min(self.lost / self.gained, 1.0) if is_certain else 0.0
+        return min(self.lost / self.gained, _MOST_LOST) if is_certain else 0.0
 
 
 @dataclass(frozen=True)

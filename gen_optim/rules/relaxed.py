@@ -104,7 +104,7 @@ class RelaxedRule(Rule):
       which steps no longer descend: what noise adds to the curvature averages out over a run.
     - **Batches that are alike.** If data are in order, or successive batches share samples, a step gains more on the
       next batch than for good. In the burn-in, the losses of two batches where a step ended tell what share of the gain
-      is lost again. Slopes count without it from then on.
+      is lost again. From then on slopes are lowered so that a step gains less by that share.
     - **Balance.** While slopes are mostly noise, they do not tell whether the learning rate is too high. Two other
       quantities do. The excess loss is the loss at the present weights minus that at their average: what noise costs.
       The gain is how much the loss falls while the number of steps grows e-fold. At a higher learning rate the excess
@@ -239,10 +239,10 @@ class RelaxedRule(Rule):
 
         if loss_end is not None and state.probes < self.burn_in:
             state = replace(state, drift=state.drift.with_step(loss_start, loss_end, state.step))
-        found = replace(found, slope=found.slope * (1.0 - state.drift.share_lost))
+        taken = state.lr * measured
+        found = _without_lost_gain(found, taken, state.drift.share_lost)
         state = self._with_losses(state, loss_start, loss_end, excess_loss)
         rise = 0.0 if loss_end is None else abs(loss_end - loss_start)
-        taken = state.lr * measured
         state = replace(state, parabola=state.parabola.with_parabola(found, taken, rise, self.smoothing))
         lr, status = self._next_lr(state, found, factor)
         if status is ProbeStatus.UNSTABLE:
@@ -371,6 +371,12 @@ class RelaxedRule(Rule):
         state = replace(state, loss=state.loss.with_loss(loss, self.smoothing))
         is_urgent = status in _URGENT or state.probes + 1 < self.burn_in
         return Decision(self.after_probe(state, lr, steps_to_next=1 if is_urgent else None), status)
+
+
+def _without_lost_gain(parabola: Parabola, taken: float, share: float) -> Parabola:
+    """The parabola of a step of the length ``taken`` if that gains less by a share; unchanged if it gains nothing."""
+    gain = parabola.slope - 0.5 * parabola.curvature * taken  # per unit of the learning rate
+    return replace(parabola, slope=parabola.slope - share * max(gain, 0.0))
 
 
 def _target(kappa: float, slope: float, curvature: float) -> float:

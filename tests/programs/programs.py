@@ -704,7 +704,11 @@ def averaged_weights_and_best_model_kept(run: Run) -> float:
 # --- loops of other kinds --------------------------------------------------------------------------------------------
 
 
-@program(sgd=0.02, adamw=0.03)
+@program(
+    sgd=0.02,
+    adamw=0.03,
+    fails={"sgd": "1.7 times the loss on one of two processors: one seed of three ends seven times above the bare one"},
+)
 def micro_batches_with_clipped_gradients(run: Run) -> float:
     data, model = Data(), run.net()
     optimizer = run.optimizer(model.parameters())
