@@ -65,8 +65,8 @@ class Diagnostics:
             f"But from batch to batch it has risen by {drift.lost:.3g}. Are successive batches alike "
             "(data in order, windows that overlap, batches kept in part), or does something else move the loss (a "
             "network that trains in turn, a policy that makes the data)? Then steps look better than they are, and the "
-            "learning rate may become too large, though the default rule allows for it. Shuffle, give step() a probe= "
-            "on samples that the last steps have not seen, or set lr_max."
+            "learning rate may become too large. Shuffle, give step() a probe= on samples that the last steps have not "
+            "seen, or set lr_max."
         )
 
     def hit(self) -> None:

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from gen_optim.rules.averages import BalanceAverages, BatchDrift, LossAverages, ParabolaAverages, is_settled
+from gen_optim.rules.averages import BalanceAverages, LossAverages, ParabolaAverages, is_settled
 from gen_optim.rules.base import Rule
 from gen_optim.rules.initial_search import InitialSearch
 from gen_optim.rules.parabola import Parabola
@@ -87,7 +87,6 @@ class RelaxedState(RuleState):
     factor: float = 1.0
     factor_last: float = 1.0
     balance: BalanceAverages = field(default_factory=BalanceAverages)
-    drift: BatchDrift = field(default_factory=BatchDrift)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +101,6 @@ class RelaxedRule(Rule):
       curvature, by at most 10 % up and 20 % down at each. κ = 2 − the signal fraction, the part of the slopes that is
       not noise. Without noise, κ = 1 gives the minimum of the parabola. In pure noise, κ = 2 gives the learning rate at
       which steps no longer descend: what noise adds to the curvature averages out over a run.
-    - **Batches that are alike.** If data are in order, or successive batches share samples, a step gains more on the
-      next batch than for good. In the burn-in, the losses of two batches where a step ended tell what share of the gain
-      is lost again. From then on slopes are lowered so that a step gains less by that share.
     - **Balance.** While slopes are mostly noise, they do not tell whether the learning rate is too high. Two other
       quantities do. The excess loss is the loss at the present weights minus that at their average: what noise costs.
       The gain is how much the loss falls while the number of steps grows e-fold. At a higher learning rate the excess
@@ -237,12 +233,9 @@ class RelaxedRule(Rule):
         if is_below_noise(found):
             return self._below_noise(state, found, loss_start, measured, is_taken=loss_end is not None)
 
-        if loss_end is not None and state.probes < self.burn_in:
-            state = replace(state, drift=state.drift.with_step(loss_start, loss_end, state.step))
-        taken = state.lr * measured
-        found = _without_lost_gain(found, taken, state.drift.share_lost)
         state = self._with_losses(state, loss_start, loss_end, excess_loss)
         rise = 0.0 if loss_end is None else abs(loss_end - loss_start)
+        taken = state.lr * measured
         state = replace(state, parabola=state.parabola.with_parabola(found, taken, rise, self.smoothing))
         lr, status = self._next_lr(state, found, factor)
         if status is ProbeStatus.UNSTABLE:
@@ -371,12 +364,6 @@ class RelaxedRule(Rule):
         state = replace(state, loss=state.loss.with_loss(loss, self.smoothing))
         is_urgent = status in _URGENT or state.probes + 1 < self.burn_in
         return Decision(self.after_probe(state, lr, steps_to_next=1 if is_urgent else None), status)
-
-
-def _without_lost_gain(parabola: Parabola, taken: float, share: float) -> Parabola:
-    """The parabola of a step of the length ``taken`` if that gains less by a share; unchanged if it gains nothing."""
-    gain = parabola.slope - 0.5 * parabola.curvature * taken  # per unit of the learning rate
-    return replace(parabola, slope=parabola.slope - share * max(gain, 0.0))
 
 
 def _target(kappa: float, slope: float, curvature: float) -> float:

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gen_optim.rules import Decision, InitialSearch, Parabola, ProbeStatus, RelaxedRule, relaxed, safeguards
-from gen_optim.rules.averages import BatchDrift
 from gen_optim.rules.relaxed import RelaxedState
 from tests.rules.cases import (
     CONCAVE,
@@ -159,28 +158,6 @@ def test_below_rounding_the_slope_at_the_end_tells_whether_the_step_was_too_long
     assert decision.status is ProbeStatus.BELOW_NOISE
     assert decision.state.lr == pytest.approx(change[sign])
     assert decision.state.parabola.count == 0
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0, 2.0])
-def test_slopes_count_without_the_share_of_the_gain_that_is_lost_again(share: float) -> None:
-    rule = RelaxedRule()
-    drift = BatchDrift(count=40, gained=4.0, lost=4.0 * share, squares=0.4 * share**2)
-    assert drift.share_lost == pytest.approx(share)
-    decision = rule.decide(replace(STARTED_LONG_AGO, probes=10, drift=drift), CONVEX, loss_start=1.0, loss_end=0.9)
-    averages = decision.state.parabola  # of this parabola alone, in units of the change
-    slope, curvature = averages.slope * averages.change, averages.curvature * averages.change
-    assert curvature == CONVEX.curvature
-    assert slope - 0.5 * curvature == pytest.approx((1.0 - share) * (CONVEX.slope - 0.5 * CONVEX.curvature))
-
-
-def test_a_step_that_gains_nothing_loses_nothing() -> None:
-    drift = BatchDrift(count=40, gained=4.0, lost=4.0, squares=0.4)
-    state = replace(STARTED_LONG_AGO, probes=10, drift=drift)
-    ascending = Parabola(1.0, -1.0, 2.0)
-    decisions = [
-        RelaxedRule().decide(each, ascending, loss_start=1.0, loss_end=3.0) for each in (STARTED_LONG_AGO, state)
-    ]
-    assert decisions[0].state.parabola == decisions[1].state.parabola
 
 
 def test_non_finite_probe_cuts_the_learning_rate_and_probes_again_at_the_next_step() -> None:
