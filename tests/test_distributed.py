@@ -404,7 +404,7 @@ def test_resuming_under_ddp_is_as_exact_as_its_buckets_are_alike(
     if is_exact:
         assert resumed == whole
     else:
-        assert 0.0 < distance(resumed, whole) < 1e-13
+        assert distance(resumed, whole) < 1e-13  # on some processors the bits are the same
 
 
 def test_the_script_of_the_documentation_runs(tmp_path: Path) -> None:
