@@ -8,11 +8,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from gen_optim.closures.losses import DIFFERENT
 from gen_optim.learning_rates import Group, LearningRates, check_lr
 from gen_optim.measurement import Measurement
 from gen_optim.rules import Decision, Rule, RuleState
-from gen_optim.rules.safeguards import ROUNDING
+from gen_optim.rules.safeguards import DIFFERENT, ROUNDING
 from gen_optim.tensors.interrupts import Unfinished
 from gen_optim.warning import warn
 

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from gen_optim.averaging import AveragedWeights
 from gen_optim.closures.gradients import Measure, mark_used
 from gen_optim.closures.interception import postponed_step_hooks
-from gen_optim.closures.losses import DIFFERENT, Closure, Loss, agree
+from gen_optim.closures.losses import Closure, Loss, agree
 from gen_optim.closures.session import ClosureCaller, Session
 from gen_optim.controller import Controller
 from gen_optim.distributed import ranks_of
@@ -33,6 +33,7 @@ from gen_optim.measurement.lookahead import measure_initial_search, searched_lr
 from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
 from gen_optim.rules import Parabola, RuleState
+from gen_optim.rules.safeguards import DIFFERENT
 from gen_optim.tensors.dtensor import local, whole
 from gen_optim.tensors.foreach import has_infinities
 from gen_optim.tensors.interrupts import Unfinished

@@ -35,9 +35,7 @@ def valley(seed: int) -> tuple[nn.Parameter, Callable[[], Tensor]]:
 def test_a_valley_without_noise_is_descended_without_blowing_up(
     make: Callable[..., Optimizer], rise: float, descent: float, seed: int
 ) -> None:
-    """It hovers at the edge of stability: the loss rises there, up to fortyfold with SGD and two-hundredfold with AdamW,
-    as rounding has it, and falls again.
-    """
+    """It hovers at the edge of stability: the loss rises up to fortyfold with SGD, two-hundredfold with AdamW."""
     point, evaluate = valley(seed)
     optimizer, history = GeNOptimizer(make([point])), History()
     optimizer.register_probe_hook(history)

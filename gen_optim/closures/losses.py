@@ -16,10 +16,6 @@ Loss = Scalar
 Closure = Callable[[], Any]
 """A closure, whose return value is checked by :func:`check_loss`."""
 
-DIFFERENT = 1e-4
-"""Relative difference from which on two losses at the same point differ by more than their rounding. Kernels that add
-numbers in any order stay below it in float32; another batch does not."""
-
 
 def check_callable(name: str, value: Closure | None) -> Closure | None:
     """Return the argument ``name`` if it can be called or is None; raise a TypeError if not."""

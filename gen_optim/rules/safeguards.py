@@ -19,6 +19,10 @@ _FEWEST = 3
 ROUNDING = 2.0**-20
 """Fraction by which a loss may change because it is rounded in single precision."""
 
+DIFFERENT = 1e-4
+"""Relative difference from which on two losses at the same point differ by more than their rounding. Kernels that add
+numbers in any order stay below it in float32; another batch does not."""
+
 _CONTRADICTED = 1.3
 """A single parabola that calls for a shorter step counts against averages that call for this many times the step."""
 
