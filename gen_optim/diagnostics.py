@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from gen_optim.records import ProbeRecord
 from gen_optim.rules import ProbeStatus, RuleState
-from gen_optim.rules.averages import BatchDrift
 from gen_optim.tensors.dtensor import local
 from gen_optim.warning import PATIENCE, warn
 
 Group = dict[str, Any]
 
-_FEWEST_DIFFERENCES, _MOST_DIFFERENCES = 40, 50
-"""How many pairs of successive batches are compared before the user is warned that they are alike."""
+_FEWEST_PAIRS, _MOST_PAIRS, _DEVIATIONS = 40, 50, 8.0
+"""How many pairs of successive batches are compared, and from how many standard deviations on they are alike. Runs of
+the battery had at most 6.2; sorted data, overlapping windows and batches kept in part 5 to 30."""
 
 _HITS_PER_MISS = 9
 """One probe step in ten may be missed. If more are, those that are left need not be typical."""
@@ -33,7 +34,8 @@ class Diagnostics:
         self._has_warned_of_misses = False
         self._lost_steps = 0
         self._last: ProbeRecord | None = None
-        self._drift = BatchDrift()
+        self._differences: list[float] = []
+        self._gain = 0.0
         self._has_warned_of_batches = False
 
     def look_at(self, record: ProbeRecord, groups: Sequence[Group], *, probes: int) -> None:
@@ -47,22 +49,34 @@ class Diagnostics:
         self._lost_steps = self._lost_steps + 1 if is_lost else 0
         if self._lost_steps == PATIENCE:
             _warn_of_lost_steps(record, groups)
-        self._last = record
-        if record.loss_end is None or 0.0 not in record.multiples or self._has_warned_of_batches:
+        last, self._last = self._last, record
+        if last is None or record.step != last.step + 1 or record.loss_end is None or 0.0 not in record.multiples:
             return
-        loss_start = record.losses[record.multiples.index(0.0)]
-        if math.isfinite(loss_start) and math.isfinite(record.loss_end):
-            self._compare_batches(record, loss_start, record.loss_end)
+        loss = record.losses[record.multiples.index(0.0)]
+        if math.isfinite(loss) and math.isfinite(last.loss) and not self._has_warned_of_batches:
+            self._compare_batches(record, loss, last.loss)
 
-    def _compare_batches(self, record: ProbeRecord, loss_start: float, loss_end: float) -> None:
-        """Warn if what steps gain on the next batch is lost again on the one after that."""
-        drift = self._drift = self._drift.with_step(loss_start, loss_end, record.step)
-        if not _FEWEST_DIFFERENCES <= drift.count <= _MOST_DIFFERENCES or not drift.share_lost:
+    def _compare_batches(self, record: ProbeRecord, loss: float, last_loss: float) -> None:
+        """Warn if what steps gain on the next batch is lost again on the one after that.
+
+        ``loss`` and ``last_loss`` are the losses of two successive batches at the same point. If batches are drawn
+        independently, their differences add up to that of the last and the first batch, whatever the steps gain. If
+        successive batches are alike, each step gains more on the next batch than on others, and the differences add
+        up to what is lost again.
+        """
+        if len(self._differences) == _MOST_PAIRS:
+            return
+        self._differences.append(loss - last_loss)
+        self._gain += loss - record.loss
+        if len(self._differences) < _FEWEST_PAIRS or self._has_warned_of_batches:
+            return
+        lost, deviation = sum(self._differences), statistics.pstdev(self._differences)
+        if not (self._gain > 0.0 and lost > _DEVIATIONS * deviation > 0.0):
             return
         self._has_warned_of_batches = True
         warn(
-            f"Up to step {record.step}, steps lowered the loss by {drift.gained:.3g} in sum, each on the next batch. "
-            f"But from batch to batch it has risen by {drift.lost:.3g}. Are successive batches alike "
+            f"Up to step {record.step}, steps lowered the loss by {self._gain:.3g} in sum, each on the next batch. "
+            f"But from batch to batch it has risen by {lost:.3g}. Are successive batches alike "
             "(data in order, windows that overlap, batches kept in part), or does something else move the loss (a "
             "network that trains in turn, a policy that makes the data)? Then steps look better than they are, and the "
             "learning rate may become too large. Shuffle, give step() a probe= on samples that the last steps have not "

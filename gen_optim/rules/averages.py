@@ -1,4 +1,4 @@
-"""Averages and sums over probe steps, and what they estimate.
+"""Averages over probe steps, and what they estimate.
 
 A moving average with ``smoothing`` is the plain mean of its first ``1 / (1 − smoothing)`` values; from then on each
 value takes the weight ``1 − smoothing``. A power-law average forgets more slowly the longer a run is.
@@ -16,14 +16,6 @@ _CHANGE_WEIGHT = 0.3
 
 _MOST_CHANGES = 2.0
 """Number of average changes as which a parabola counts at most: one step off a saddle would outweigh all others."""
-
-_FEWEST_DIFFERENCES, _DEVIATIONS = 10, 8.0
-"""From how many differences between successive batches on, and from how many of their standard deviations on, their sum
-tells that batches are alike. Runs of the battery had at most 6.2; sorted data, overlapping windows and batches kept in
-part 5 to 30."""
-
-_MOST_LOST = 2.0
-"""Share of the gain that counts as lost at most: above 1 steps gain nothing, and are too long."""
 
 _EARLIER, _RECENT = 2.0, 8.0
 """Exponents of power-law averages of the losses, over about the last half and the last eighth of the steps."""
@@ -128,50 +120,6 @@ class ParabolaAverages:
             return 0.0
         share = self.first_order**2 / self.first_order_square
         return max(0.0, (count * share - 1.0) / (count - 1.0))
-
-
-@dataclass(frozen=True)
-class BatchDrift:
-    """Sums over steps that follow each other: what each gains on the next batch, and what is lost from there on.
-
-    ``gained`` sums how much the loss falls in each step, on the next batch. ``lost`` sums the differences between the
-    losses of two successive batches at the same point, ``squares`` their squares, and ``count`` is their number. If
-    batches are drawn independently, the differences add up to that of the last and the first batch, whatever the steps
-    gain. If successive batches are alike, or if something else moves the loss, each step gains more on the next batch
-    than for good, and the differences add up to what is lost again.
-
-    ``loss_end`` is the loss at the end of the last step, and ``step`` its number.
-    """
-
-    count: int = 0
-    gained: float = 0.0
-    lost: float = 0.0
-    squares: float = 0.0
-    loss_end: float = 0.0
-    step: int = 0
-
-    def with_step(self, loss_start: float, loss_end: float, step: int) -> BatchDrift:
-        """The sums with one more step, of finite losses; only what it is compared with changes after a gap."""
-        last = replace(self, loss_end=loss_end, step=step)
-        if not self.step or step != self.step + 1:
-            return last
-        difference = loss_start - self.loss_end
-        return replace(
-            last,
-            count=self.count + 1,
-            gained=self.gained + loss_start - loss_end,
-            lost=self.lost + difference,
-            squares=self.squares + difference**2,
-        )
-
-    @property
-    def share_lost(self) -> float:
-        """The share of what steps gain that is lost again, at most 2; 0 unless it is certain that there is some."""
-        if self.count < _FEWEST_DIFFERENCES or self.gained <= 0.0:
-            return 0.0
-        variance = self.squares / self.count - (self.lost / self.count) ** 2
-        is_certain = self.lost > _DEVIATIONS * math.sqrt(max(variance, 0.0))
-        return min(self.lost / self.gained, _MOST_LOST) if is_certain else 0.0
 
 
 @dataclass(frozen=True)

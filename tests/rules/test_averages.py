@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gen_optim.rules import Parabola, averages
-from gen_optim.rules.averages import BatchDrift, LossAverages, ParabolaAverages, is_settled
+from gen_optim.rules.averages import LossAverages, ParabolaAverages, is_settled
 
 
 def of_losses(losses: list[float], smoothing: float = 0.9) -> LossAverages:
@@ -140,52 +140,3 @@ def test_signal_fraction_of_pure_noise_is_small_on_average() -> None:
         fractions.append(of_parabolas(noise).signal_fraction(0.9))
     assert all(0.0 <= each <= 1.0 for each in fractions)
     assert np.mean(fractions) < 0.1
-
-
-# --- batches that are alike ------------------------------------------------------------------------------------------
-
-
-def drift_of(losses: list[tuple[float, float]], first: int = 1) -> BatchDrift:
-    """The sums over steps that follow each other, each with the losses of the next batch at its start and its end."""
-    drift = BatchDrift()
-    for step, (start, end) in enumerate(losses, start=first):
-        drift = drift.with_step(start, end, step)
-    return drift
-
-
-def losses_of(batches: list[float], gain: float, lost: float) -> list[tuple[float, float]]:
-    """Each step gains on the next batch, whose loss is higher by its own amount; of the gain a share is lost again."""
-    level, losses = 10.0, []
-    for batch in batches:
-        losses.append((level + batch, level + batch - gain))
-        level -= gain * (1.0 - lost)
-    return losses
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.1, 3.0])
-@pytest.mark.parametrize("steps", [5, 11, 50])
-def test_nothing_is_lost_again_if_batches_are_independent(noise: float, steps: int) -> None:
-    for seed in range(100):
-        batches = (noise * np.random.default_rng(seed).normal(size=steps)).tolist()
-        assert drift_of(losses_of(batches, gain=0.1, lost=0.0)).share_lost < 1e-9
-
-
-@pytest.mark.parametrize("lost", [0.3, 0.8, 1.0, 1.5, 3.0])
-def test_the_share_is_that_of_the_gain_which_the_batch_after_next_does_not_show(lost: float) -> None:
-    batches = (0.01 * np.random.default_rng(0).normal(size=50)).tolist()
-    drift = drift_of(losses_of(batches, gain=0.1, lost=lost))
-    assert drift.count == 49
-    assert drift.share_lost == pytest.approx(min(lost, 2.0), abs=0.05)
-
-
-def test_differences_across_a_gap_do_not_count() -> None:
-    losses = losses_of([0.0] * 30, gain=0.1, lost=1.0)
-    drift = drift_of(losses[:20]).with_step(100.0, 99.0, 25)
-    assert (drift.count, drift.lost) == (19, drift_of(losses[:20]).lost)
-    assert drift.with_step(99.5, 99.0, 26).count == 20
-
-
-def test_nothing_is_said_of_a_few_differences_or_of_steps_that_gain_nothing() -> None:
-    losses = losses_of([0.0] * 30, gain=0.1, lost=1.0)
-    assert drift_of(losses[:10]).share_lost == 0.0 < drift_of(losses[:11]).share_lost
-    assert drift_of(losses_of([0.0] * 30, gain=-0.1, lost=-1.0)).share_lost == 0.0
