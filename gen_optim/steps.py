@@ -251,7 +251,7 @@ def look_back_step(
             if closure is None:
                 context.take_over(probed.loss, step_loss, 1.0)
             if not state.probes:
-                _check_repeatability(session, probed, step_loss.evaluate(1.0))
+                _check_repeatability(session, probed, step_loss.evaluate(1.0), session.probe())
             measurement = context.mode.measure(step_loss)
             loss = step_loss.losses[1.0] if loss is None else loss
         factor = controller.rates.factor()
@@ -325,11 +325,16 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
         state = controller.recall()
         loss_start = loss if probed.call is closure else None
         lr = state.lr
-        if not state.probes or (searches and loss_start is None):
+        if searches or not state.probes:
             with session.probing():
                 loss_start = session.probe() if loss_start is None else loss_start
+                again = session.probe()
                 if not state.probes:
-                    _check_repeatability(session, probed, loss_start)
+                    _check_repeatability(session, probed, loss_start, again)
+                if searches:
+                    # The first call of a closure that is not repeatable may differ from all others: every learning rate
+                    # would seem to lower the loss, the smallest too.
+                    loss_start = again
         if searches:
             assert loss_start is not None, "it has been evaluated above"
             # If the loss is not finite, the step is the base optimizer's own, bit for bit.
@@ -414,12 +419,8 @@ def _refusing_steps(base_optim: Optimizer, unfinished: Unfinished) -> Iterator[N
         yield
 
 
-def _check_repeatability(session: Session, probed: Probed, loss: Loss) -> None:
-    """Evaluate the loss again where it was ``loss``, in the first probe step, and warn if it differs.
-
-    Within ``session.probing()``, while the parameters are where they were in the first call.
-    """
-    losses = [loss, session.probe()]
+def _check_repeatability(session: Session, probed: Probed, *losses: Loss) -> None:
+    """Warn if two losses differ that were evaluated at the same parameters."""
     stored = [each for each in session.parameters() if each.is_floating_point()]  # losses may be more exact than these
     (first, again), [rounding] = session.read(losses, [session.rounding([*losses, *stored])])
     size = max(abs(first), abs(again))

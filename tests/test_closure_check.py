@@ -213,6 +213,21 @@ def test_a_closure_that_differs_between_calls_is_warned_of_in_its_first_step(cas
     assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize("offset", [0.1, -0.1])
+def test_the_search_compares_losses_of_probes_alone(offset: float) -> None:
+    """A closure that carries a state returns another loss in its first call than in all that follow it."""
+    of, repeatable = training(), training()
+
+    def closure() -> Tensor:
+        loss = of.closure()
+        return loss if of.optimizer.is_probing else loss + offset
+
+    with pytest.warns(UserWarning, match="different losses"):
+        of.optimizer.step(closure)
+    repeatable.train(1)
+    assert of.optimizer.last_probe.lr_after == repeatable.optimizer.last_probe.lr_after
+
+
 @pytest.mark.parametrize("mode", ["lookback", "approximate", "exact"])
 @pytest.mark.parametrize("rule", ["relaxed", "published"])
 @pytest.mark.parametrize("gives", ["closure", "probe"])
