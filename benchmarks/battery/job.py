@@ -96,12 +96,10 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit("--set goes with --tune")
     if options.held_out and not options.long:
         raise SystemExit("--held-out goes with --long")
-    if options.ablation and options.long:
-        raise SystemExit("--ablation is of the short runs: leave --long out")
     data = Data(folder)
     options.output.mkdir(parents=True, exist_ok=True)
     battery = LongBattery(options, data) if options.long else ShortBattery(options, data)
-    if isinstance(battery, ShortBattery) and options.ablation:
+    if options.ablation:
         battery.ablate()
     elif options.quick:
         battery.quick()
@@ -211,6 +209,22 @@ class Battery(ABC):
         shown = [cell for cell in rows if (cell.workload.name, cell.base) in chosen]
         print(f"{self.tuning_table(shown, known, plan, results)}\n\n{_command()}")
 
+    def ablate(self) -> None:
+        """Executes the runs without one mechanism each that are missing, and writes the report of them.
+
+        Workloads that are held out decide nothing, and are left out.
+        """
+        options = self.options
+        path = options.output / f"{self.stem}-ablation.jsonl"
+        results, known = results_file.read(path), results_file.read(options.output / f"{self.stem}.jsonl")
+        rows = [cell for cell in cells(self.workloads, self.data) if not cell.workload.is_held_out]
+        plan = [config for config in ablation.plan(rows) if matches(config, options.only)]
+        self._execute(plan, results, path)
+        both = Results({**known.records, **results.records})
+        report = path.with_suffix(".md")
+        report.write_text(ablation.page(rows, both, _command()), "utf-8")
+        print(f"report:  {report}")
+
     def _execute(self, plan: Sequence[Config], results: Results, path: Path) -> None:
         """Executes those runs of a plan that are missing, and adds them to the results and their file."""
         with results_file.writing(path) as writer:
@@ -257,19 +271,6 @@ class ShortBattery(Battery):
     def tuning_table(self, cells: Sequence[Cell], known: Results, plan: Sequence[Config], trials: Results) -> str:
         """Returns the table of runs for work on the rule."""
         return tuning_table(Comparison(Study(cells), known), plan, trials)
-
-    def ablate(self) -> None:
-        """Executes the runs without one mechanism each that are missing, and writes the report of them."""
-        options = self.options
-        path = options.output / f"{self.stem}-ablation.jsonl"
-        results, known = results_file.read(path), results_file.read(options.output / f"{self.stem}.jsonl")
-        rows = cells(self.workloads, self.data)
-        plan = [config for config in ablation.plan(rows) if matches(config, options.only)]
-        self._execute(plan, results, path)
-        both = Results({**known.records, **results.records})
-        report = path.with_suffix(".md")
-        report.write_text(ablation.page(rows, both, _command()), "utf-8")
-        print(f"report:  {report}")
 
     def write_report(self, cells: Sequence[Cell], results: Results, stem: str) -> None:
         """Writes tables and pictures."""

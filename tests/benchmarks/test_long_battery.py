@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.__main__ import main
 from benchmarks.averages import EVERY, evaluate_average, power_law_average
-from benchmarks.battery import job, results_file
+from benchmarks.battery import ablation, job, results_file
 from benchmarks.battery.config import BASES, SEEDS, SWEEP, Cell, Config, cells
 from benchmarks.battery.long.report import LongComparison, page, peers_table
 from benchmarks.battery.long.statistics import final_loss, log_area, mean_log, steps_to_loss
@@ -450,6 +450,20 @@ def test_the_quick_form_and_trials_of_a_rule(
     assert "no scheduler, averaged: loss" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--held-out goes with --long"):
         main(["battery", "--held-out", "--output", str(tmp_path)])
+
+
+def test_mechanisms_are_switched_off_in_long_runs_that_are_not_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(job.FOLDER_VARIABLE, raising=False)
+    held_out = next(each for each in LONG.values() if each.is_held_out)
+    monkeypatch.setattr(job, "LONG", {each.name: replace(each, steps=16) for each in (MLP, held_out)})
+    monkeypatch.setattr(ablation, "MECHANISMS", {"annealing": ablation.MECHANISMS["annealing"]})
+    main(["battery", "--long", "--ablation", "--output", str(tmp_path), "--jobs", "1", "--only", "seed 0"])
+    results = results_file.read(tmp_path / "battery-long-ablation.jsonl")
+    assert {config.workload for config in (each.config for each in results.records.values())} == {MLP.name}
+    assert len(results) == 4  # two base optimizers, with and without a schedule
+    assert "| annealing" in (tmp_path / "battery-long-ablation.md").read_text("utf-8")
 
 
 def test_patterns_fit_long_runs() -> None:
