@@ -309,3 +309,20 @@ def test_a_hook_may_raise_and_the_step_is_done() -> None:
     handle.remove()
     training.train(1)
     assert training.optimizer.last_probe.step == 2
+
+
+@pytest.mark.filterwarnings("ignore:GeNOptimizer has reverted")
+@pytest.mark.parametrize("scale", [0.03, 0.01, 0.001])
+def test_a_first_batch_of_smaller_losses_ruins_nothing(scale: float) -> None:
+    """The learning rate of its loss is far too high for all others; SGD's steps grow with it."""
+    training = Training.of(lambda p: GeNOptimizer(SGD(p, lr=0.01, momentum=0.9)), mlp(dtype=torch.float64))
+    first = float(training.loss())
+
+    def scaled() -> Tensor:
+        training.optimizer.zero_grad()
+        loss = scale * training.loss()
+        loss.backward()
+        return loss
+
+    training.optimizer.step(scaled)
+    assert training.train(150)[-1] < 0.5 * first

@@ -71,7 +71,8 @@ _URGENT = frozenset(
 class RelaxedState(RuleState):
     """What the relaxed rule remembers.
 
-    ``loss`` averages the losses at the start of probe steps, and ``loss_initial`` is that where training began.
+    ``loss`` averages the losses at the start of probe steps, ``loss_initial`` is that where training began, and
+    ``descent_initial`` is how far the initial search saw it fall.
     ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
     largest learning rate, with its factor, of a measured step that was not unstable. ``factor`` is the scheduler's at
     the last parabola, ``factor_last`` in the last step.
@@ -79,6 +80,7 @@ class RelaxedState(RuleState):
 
     started: bool = False
     loss_initial: float = 0.0
+    descent_initial: float = 0.0
     loss: LossAverages = field(default_factory=LossAverages)
     parabola: ParabolaAverages = field(default_factory=ParabolaAverages)
     lr_unstable: float = 0.0
@@ -224,7 +226,9 @@ class RelaxedRule(Rule):
 
         # The first safeguard that fires, by the averages of earlier probe steps.
         initial = state.loss_initial
-        if loss_end is not None and is_diverging(state.parabola, loss_start, loss_end, loss_initial=initial):
+        if loss_end is not None and is_diverging(
+            state.parabola, loss_start, loss_end, loss_initial=initial, descent_initial=state.descent_initial
+        ):
             return self._cut(state, loss_start, ProbeStatus.REVERTED)
         if is_settled(state.loss.count, self.smoothing) and has_exploded(state.loss, loss_start, loss_initial=initial):
             return self._cut(state, loss_start, ProbeStatus.EXPLODED)
@@ -328,7 +332,8 @@ class RelaxedRule(Rule):
         if search.lr is None:
             return self._decided(state, state.lr, loss, ProbeStatus.START_FAILED)
         lr = self.start_fraction * search.lr
-        state = replace(state, started=True, loss_initial=loss, lr_initial=lr)
+        descent = loss - min(filter(math.isfinite, search.losses), default=loss)
+        state = replace(state, started=True, loss_initial=loss, descent_initial=descent, lr_initial=lr)
         return self._decided(state, lr, loss, ProbeStatus.STARTED)
 
     def _below_noise(

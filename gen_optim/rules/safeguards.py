@@ -14,25 +14,30 @@ _EXPLOSION = 10.0
 """A loss has exploded if it is this many mean absolute deviations above the mean loss."""
 
 _FEWEST = 3
-"""Number of parabolas from which on a usual change is known."""
+"""Number of parabolas from which on their mean change is a usual one."""
 
 ROUNDING = 2.0**-20
 """Fraction by which a loss may change because it is rounded in single precision."""
-
-DIFFERENT = 1e-4
-"""Relative difference from which on two losses at the same point differ by more than their rounding. Kernels that add
-numbers in any order stay below it in float32; another batch does not."""
 
 _CONTRADICTED = 1.3
 """A single parabola that calls for a shorter step counts against averages that call for this many times the step."""
 
 
-def is_diverging(parabolas: ParabolaAverages, loss_start: float, loss_end: float, *, loss_initial: float) -> bool:
-    """Whether a step must be reverted: its end loss is not finite, or above the initial one and risen unusually far."""
+def is_diverging(
+    parabolas: ParabolaAverages, loss_start: float, loss_end: float, *, loss_initial: float, descent_initial: float
+) -> bool:
+    """Whether a step must be reverted: its end loss is not finite, or above the initial one and risen unusually far.
+
+    ``descent_initial`` is the descent that the initial search found, the only known change of the loss at first; 0 if
+    it is not known.
+    """
     if not math.isfinite(loss_end):
         return True
-    rise = max(_DIVERGING * parabolas.rise, ROUNDING * abs(loss_start))
-    return parabolas.count >= _FEWEST and loss_end > loss_initial and loss_end - loss_start > rise
+    usual = parabolas.rise
+    if parabolas.count < _FEWEST:
+        usual = max(usual, descent_initial) if descent_initial > 0.0 else math.inf
+    rise = max(_DIVERGING * usual, ROUNDING * abs(loss_start))
+    return loss_end > loss_initial and loss_end - loss_start > rise
 
 
 def has_exploded(losses: LossAverages, loss: float, *, loss_initial: float) -> bool:

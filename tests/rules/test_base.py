@@ -286,7 +286,7 @@ def test_a_manual_value_is_taken_and_the_schedule_of_probes_kept(rule: Rule) -> 
 def test_a_manual_value_clears_averages_and_keeps_the_start_of_the_relaxed_rule() -> None:
     rule = RelaxedRule()
     state = RelaxedState.from_numbers(dict.fromkeys(settled(rule).to_numbers(), 3))
-    names = ("step", "probes", "next_probe", "started", "loss_initial")
+    names = ("step", "probes", "next_probe", "started", "loss_initial", "descent_initial")
     kept = {name: getattr(state, name) for name in names}
     assert rule.set_lr(state, 0.125) == RelaxedState(lr=0.125, lr_initial=0.125, factor_last=3, **kept)
 

@@ -24,29 +24,43 @@ FLAT = Parabola(1.0, 0.5, 0.5, slope_noise=1.0, curvature_noise=1.0)
 
 @pytest.mark.parametrize("loss_end", [math.nan, math.inf, -math.inf])
 def test_a_step_to_a_loss_that_is_not_finite_diverges(loss_end: float) -> None:
-    assert is_diverging(ParabolaAverages(), 1.0, loss_end, loss_initial=10.0)
+    assert is_diverging(ParabolaAverages(), 1.0, loss_end, loss_initial=10.0, descent_initial=0.0)
 
 
 def test_a_step_diverges_that_raises_the_loss_by_far_more_than_usual() -> None:
     usual = safeguards._DIVERGING * USUAL.rise
-    assert not is_diverging(USUAL, 1.0, 1.0 + 0.99 * usual, loss_initial=1.0)
-    assert is_diverging(USUAL, 1.0, 1.0 + 1.01 * usual, loss_initial=1.0)
+    assert not is_diverging(USUAL, 1.0, 1.0 + 0.99 * usual, loss_initial=1.0, descent_initial=0.0)
+    assert is_diverging(USUAL, 1.0, 1.0 + 1.01 * usual, loss_initial=1.0, descent_initial=0.0)
 
 
 def test_a_step_to_below_where_training_began_does_not_diverge() -> None:
-    assert not is_diverging(USUAL, 1.0, 49.0, loss_initial=50.0)
-    assert is_diverging(USUAL, 1.0, 51.0, loss_initial=50.0)
+    assert not is_diverging(USUAL, 1.0, 49.0, loss_initial=50.0, descent_initial=0.0)
+    assert is_diverging(USUAL, 1.0, 51.0, loss_initial=50.0, descent_initial=0.0)
 
 
 def test_after_few_parabolas_no_rise_is_unusual() -> None:
-    assert not is_diverging(replace(USUAL, count=safeguards._FEWEST - 1), 1.0, 100.0, loss_initial=1.0)
-    assert is_diverging(replace(USUAL, count=safeguards._FEWEST), 1.0, 100.0, loss_initial=1.0)
+    assert not is_diverging(
+        replace(USUAL, count=safeguards._FEWEST - 1), 1.0, 100.0, loss_initial=1.0, descent_initial=0.0
+    )
+    assert is_diverging(replace(USUAL, count=safeguards._FEWEST), 1.0, 100.0, loss_initial=1.0, descent_initial=0.0)
+
+
+def test_before_that_the_descent_that_the_search_has_found_is_the_usual_change() -> None:
+    young = ParabolaAverages(rise=0.1, count=1)
+    descent = 2.0
+    usual = safeguards._DIVERGING * descent
+    assert not is_diverging(young, 1.0, 1.0 + 0.99 * usual, loss_initial=1.0, descent_initial=descent)
+    assert is_diverging(young, 1.0, 1.0 + 1.01 * usual, loss_initial=1.0, descent_initial=descent)
+    assert not is_diverging(
+        replace(young, rise=3.0), 1.0, 1.0 + 1.01 * usual, loss_initial=1.0, descent_initial=descent
+    )
+    assert not is_diverging(young, 1.0, 1e6, loss_initial=1.0, descent_initial=0.0)  # unknown
 
 
 def test_a_rise_within_rounding_does_not_diverge() -> None:
     silent = replace(USUAL, rise=0.0)
-    assert not is_diverging(silent, 1.0, 1.0 + 2.0**-22, loss_initial=0.0)
-    assert is_diverging(silent, 1.0, 1.0 + 2.0**-18, loss_initial=0.0)
+    assert not is_diverging(silent, 1.0, 1.0 + 2.0**-22, loss_initial=0.0, descent_initial=0.0)
+    assert is_diverging(silent, 1.0, 1.0 + 2.0**-18, loss_initial=0.0, descent_initial=0.0)
 
 
 # --- explosion -------------------------------------------------------------------------------------------------------
