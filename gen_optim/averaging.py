@@ -96,10 +96,11 @@ class AveragedWeights:
     # --- updates ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, *, begins: bool = True) -> None:
         """Count a step, and update the average if it is due.
 
-        To be called after the optimizer has stepped and before gradients are set to None.
+        To be called after the optimizer has stepped and before gradients are set to None. If it has not stepped, new
+        averages must not begin (``begins``): it would take a state that holds nothing else for its own.
         """
         self.refuse_if_swapped("update()")
         steps = self._optimizer.param_groups[0][_STEPS] = self._steps + 1
@@ -108,7 +109,7 @@ class AveragedWeights:
             if steps == 1:
                 self.begin()
             return
-        pairs = self._pairs(begins=True)
+        pairs = self._pairs(begins=begins)
         _average(*pairs, _weight(updates, self._exponent))
         if updates % _REPAIR_PERIOD == 0:
             _repair(*pairs)
@@ -425,5 +426,4 @@ def refreshed_batch_norm(
                 setattr(module, name, value)
         yield
     finally:
-        buffers.end_first_call()  # which notes the buffers that have been replaced
         buffers.rewind()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gen_optim.closures.buffers import Buffers
-from gen_optim.closures.losses import check_callable, check_loss
+from gen_optim.closures.losses import check_callable, check_loss, copied
 from gen_optim.closures.modules import children_of, live_modules, parameters_of, with_children
 from gen_optim.closures.session import Session
 from gen_optim.distributed import Ranks
@@ -72,9 +72,7 @@ def check_closure(optimizer: GeNOptimizer, closure: Callable[[], Any], *, probes
         for parameter, _ in gradients:
             parameter.grad = None
         with torch.enable_grad():
-            first = check_loss(closure(), "closure")
-        if isinstance(first, Tensor):
-            first = first.detach().clone()
+            first = copied(check_loss(closure(), "closure"))
         others.end_first_call()
         with session.probing():
             probed = [session.probe() for _ in range(probes)]

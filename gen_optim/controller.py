@@ -8,10 +8,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from gen_optim.closures.losses import DIFFERENT
 from gen_optim.learning_rates import Group, LearningRates, check_lr
 from gen_optim.measurement import Measurement
 from gen_optim.rules import Decision, Rule, RuleState
-from gen_optim.rules.safeguards import DIFFERENT, ROUNDING
+from gen_optim.rules.safeguards import ROUNDING
 from gen_optim.tensors.interrupts import Unfinished
 from gen_optim.warning import warn
 
@@ -27,10 +28,10 @@ _ONLY_BATCH = 50
 """The number of such measurements that shows that there is no other batch. It is assumed until another one is seen."""
 
 _SURE = 5
-"""How many more such measurements, the first ones of a training included, are no coincidence."""
+"""How many more of them it takes until nothing is balanced; a training begins with the first number reached."""
 
 _MANUAL = 3
-"""The number of steps before which a learning rate has been written when the user is warned."""
+"""The user is warned when a learning rate has been written before this many steps."""
 
 
 class Controller:
@@ -64,10 +65,11 @@ class Controller:
         """
         groups = self.groups
         if not self.rates.is_unchanged(groups, self.state.lr):
-            lr = self.rates.update(groups, self.state.lr, self._base_optim.defaults.get("lr"))
-            if lr is not None:
-                self._warn_of_manual_values(lr)
-                self.state = self.rule.set_lr(self.state, lr)
+            before = self.state
+            lr = self.rates.update(groups, before.lr, self._base_optim.defaults.get("lr"))
+            if lr is not None and lr != before.lr:  # else the ratio of a group has changed, and what is known holds
+                self.state = self.rule.set_lr(before, lr)
+                self._warn_of_manual_values(lr, before)
         return self.state
 
     # --- decisions ----------------------------------------------------------------------------------------------------
@@ -82,7 +84,11 @@ class Controller:
             excess_loss=measurement.excess_loss,
             factor=factor,
         )
-        return Decision(self.limit(decision.state), decision.status)
+        return Decision(self._limited(decision.state), decision.status)
+
+    def skip(self) -> RuleState:
+        """The state after a step that measures nothing; nothing is remembered yet."""
+        return self._limited(self.rule.skip(self.state))
 
     @property
     def has_one_batch(self) -> bool:
@@ -105,11 +111,9 @@ class Controller:
             self._own_batches = 0
         return is_own and self._own_batches < _ONLY_BATCH
 
-    def limit(self, state: RuleState) -> RuleState:
-        """The state for the step that is about to be taken, if a scheduler's factor has changed since the last one."""
-        if self.rates.is_unchanged(self.groups, state.lr):
-            return state
-        return self.rule.before_step(state, self.rates.factor())
+    def _limited(self, state: RuleState) -> RuleState:
+        """The state for the step that is about to be taken, under a scheduler as its factor allows."""
+        return self.rule.before_step(state, self.rates.factor()) if self.rates.is_scheduled else state
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -171,16 +175,15 @@ class Controller:
 
     # --- warnings -----------------------------------------------------------------------------------------------------
 
-    def _warn_of_manual_values(self, lr: float) -> None:
-        # Before the first step a value says where to begin. One that keeps α freezes a group, or lets it go.
-        if self.state.step == self._last_manual_step or lr == self.state.lr:
+    def _warn_of_manual_values(self, lr: float, before: RuleState) -> None:
+        if before.step == self._last_manual_step:  # before the first step a value says where to begin
             return
-        self._last_manual_step = self.state.step
+        self._last_manual_step = before.step
         self._manual_steps += 1
         if self._manual_steps == _MANUAL:
             warn(
                 f"param_groups[...]['lr'] has been written before {_MANUAL} steps, the last of them step "
-                f"{self.state.step + 1}: {lr:.3g} in place of {self.state.lr:.3g}. Each such value replaces what "
+                f"{before.step + 1}: {lr:.3g} in place of {before.lr:.3g}. Each such value replaces what "
                 "GeNOptimizer has found, and clears what it has averaged. If this is a schedule, attach a scheduler "
                 "instead, for example torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: get_lr(step) / "
                 "highest): its factor multiplies what GeNOptimizer finds. ReduceLROnPlateau writes such values too, "

@@ -32,7 +32,7 @@ class Diagnostics:
     def __init__(self) -> None:
         self.misses = 0
         self._has_warned_of_misses = False
-        self._lost_steps = 0
+        self._lost_steps = self._reverted_steps = 0
         self._last: ProbeRecord | None = None
         self._differences: list[float] = []
         self._gain = 0.0
@@ -49,26 +49,29 @@ class Diagnostics:
         self._lost_steps = self._lost_steps + 1 if is_lost else 0
         if self._lost_steps == PATIENCE:
             _warn_of_lost_steps(record, groups)
+        is_reverted = record.status is ProbeStatus.REVERTED and not is_lost
+        self._reverted_steps = self._reverted_steps + 1 if is_reverted else 0
+        if self._reverted_steps == PATIENCE:
+            _warn_of_reverted_steps(record)
         last, self._last = self._last, record
-        if last is None or record.step != last.step + 1 or record.loss_end is None or 0.0 not in record.multiples:
+        if last is None or record.step != last.step + 1 or record.loss_end is None:
             return
-        loss = record.losses[record.multiples.index(0.0)]
-        if math.isfinite(loss) and math.isfinite(last.loss) and not self._has_warned_of_batches:
-            self._compare_batches(record, loss, last.loss)
+        if math.isfinite(record.loss_start) and math.isfinite(last.loss) and not self._has_warned_of_batches:
+            self._compare_batches(record, last.loss)
 
-    def _compare_batches(self, record: ProbeRecord, loss: float, last_loss: float) -> None:
+    def _compare_batches(self, record: ProbeRecord, last_loss: float) -> None:
         """Warn if what steps gain on the next batch is lost again on the one after that.
 
-        ``loss`` and ``last_loss`` are the losses of two successive batches at the same point. If batches are drawn
-        independently, their differences add up to that of the last and the first batch, whatever the steps gain. If
-        successive batches are alike, each step gains more on the next batch than on others, and the differences add
-        up to what is lost again.
+        ``record.loss_start`` and ``last_loss`` are the losses of two successive batches at the same point. If batches
+        are drawn independently, their differences add up to that of the last and the first batch, whatever the steps
+        gain. If successive batches are alike, each step gains more on the next batch than on others, and the
+        differences add up to what is lost again.
         """
         if len(self._differences) == _MOST_PAIRS:
             return
-        self._differences.append(loss - last_loss)
-        self._gain += loss - record.loss
-        if len(self._differences) < _FEWEST_PAIRS or self._has_warned_of_batches:
+        self._differences.append(record.loss_start - last_loss)
+        self._gain += record.loss_start - record.loss
+        if len(self._differences) < _FEWEST_PAIRS:
             return
         lost, deviation = sum(self._differences), statistics.pstdev(self._differences)
         if not (self._gain > 0.0 and lost > _DEVIATIONS * deviation > 0.0):
@@ -161,6 +164,15 @@ def _warn_of_lost_steps(record: ProbeRecord, groups: Sequence[Group]) -> None:
     warn(
         f"The loss was not finite in {PATIENCE} probe steps in a row. At step {record.step} it is {record.loss}. "
         f"GeNOptimizer {done}. {cause} {_half_precision_advice(groups)}".rstrip()
+    )
+
+
+def _warn_of_reverted_steps(record: ProbeRecord) -> None:
+    warn(
+        f"GeNOptimizer has reverted the last step in {PATIENCE} probe steps in a row: at step {record.step} it took "
+        f"the loss from {record.loss_start:.3g} to {record.loss:.3g}, and the learning rate is {record.lr_after:.3g} "
+        "now. It was far too high if the first batch had a much smaller loss than others. If this goes on, training "
+        "stands still: is loss= the loss that probe() returns, on the same batch and scale?"
     )
 
 

@@ -114,6 +114,7 @@ class GroupRate:
         """Return the group's learning rate without a factor: its part of α, or a manual value."""
         share = lr * self.ratio
         if "initial_lr" not in self.group:
+            self.is_scheduled = False  # it may have been taken off together with a scheduler
             shown = self.read("lr")
             return share if shown == self.written_lr else shown
         if self.is_scheduled:
@@ -169,7 +170,7 @@ class LearningRates:
     def begin(self, groups: Sequence[Group]) -> float:
         """Start with groups of which nothing is remembered, and return α; 0 if all are frozen."""
         self._rates = [GroupRate(group) for group in groups]
-        return self._share([rate.nominal_lr() for rate in self._rates])
+        return self._set_ratios([rate.nominal_lr() for rate in self._rates])
 
     def join(self, group: Group, lr: float, *, brings_lr: bool) -> None:
         """Take in a group that was added to the optimizer.
@@ -228,7 +229,7 @@ class LearningRates:
         chosen = [rate.chosen(lr) for rate in self._rates]
         if chosen == self.shares(lr):
             return None
-        new_lr = self._share(chosen) or lr
+        new_lr = self._set_ratios(chosen) or lr
         for rate in self._rates:
             rate.written_lr = rate.read("lr")
         return new_lr
@@ -245,6 +246,11 @@ class LearningRates:
         self._rates = self._of(groups)  # in their order
 
     # --- steps -------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a scheduler writes the learning rate of a group."""
+        return any(rate.is_scheduled for rate in self._rates)
 
     def all_zero(self, groups: Sequence[Group]) -> bool:
         """Return whether every ``group["lr"]`` is 0."""
@@ -300,7 +306,7 @@ class LearningRates:
         known = {id(rate.group): rate for rate in self._rates}
         return [known.get(id(group)) or GroupRate.from_numbers(group) for group in groups]
 
-    def _share(self, chosen: Sequence[float]) -> float:
+    def _set_ratios(self, chosen: Sequence[float]) -> float:
         """Set the ratios to those of ``chosen`` and return α, the first that is not 0."""
         for index, rate in enumerate(chosen):
             check_lr(index, rate)

@@ -30,8 +30,8 @@ from gen_optim.distributed import ranks_of
 from gen_optim.measurement import Mode, make_mode
 from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
-from gen_optim.rules import RULES, Rule, make_rule
-from gen_optim.steps import Probed, StepContext, StepResult, lazy_step, look_ahead_step, look_back_step
+from gen_optim.rules import RULES, ProbeStatus, Rule, make_rule
+from gen_optim.steps import Probed, StepContext, StepResult, closure_steps, lazy_step, look_ahead_step, look_back_step
 from gen_optim.wrapper import OptimizerWrapper, take_entry
 
 P = ParamSpec("P")
@@ -299,16 +299,22 @@ class GeNOptimizer(OptimizerWrapper):
         if closure is None and probe is None and self._context.controller.rates.all_zero(self.param_groups):
             self._set_up_state()
             return None
-        unfinished, is_grad_enabled = self._context.unfinished, torch.is_grad_enabled()
-        unfinished.forget()
+        context, is_grad_enabled = self._context, torch.is_grad_enabled()
+        if context.is_stepping:
+            raise RuntimeError(closure_steps(self))
+        context.unfinished.forget()
         try:
+            context.is_stepping = True
             result = self._take_step(closure, probe, loss)
+            context.is_stepping = False
         except BaseException:
+            context.is_stepping = False
             torch.set_grad_enabled(is_grad_enabled)
-            unfinished.finish()
+            context.unfinished.finish()
             raise
         if self.average:
-            self._averages.update()
+            is_reverted = result.record is not None and result.record.status is ProbeStatus.REVERTED
+            self._averages.update(begins=not is_reverted)
         if result.record is not None:
             self._report(result.record)
         return result.loss if loss is None else loss
@@ -386,7 +392,8 @@ class GeNOptimizer(OptimizerWrapper):
             if start_point.is_of(list(chain(*self._context.unfrozen()))):
                 self._diagnostics.hit()
                 return start_point
-            self._context.start_point, self._context.allows_writes = None, True
+            self._context.start_point = None
+            self._context.allows_writes |= not start_point.is_intact()
         if self._context.controller.rates.factor() > 0.0:
             self._diagnostics.miss(self._context.controller.state)
         return None
@@ -434,6 +441,7 @@ class GeNOptimizer(OptimizerWrapper):
         """
         if self.average:
             self._averages.write()
+            self._context.start_point = None
 
     # --- what it is, and what it does ---------------------------------------------------------------------------------
 
@@ -606,7 +614,10 @@ class GeNOptimizer(OptimizerWrapper):
 
     def _add_tensors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a state dictionary with the start of the last step added to the state of each parameter."""
-        starts, state = self._starts(), dict(state_dict["state"])
+        state = dict(state_dict["state"])
+        if any(isinstance(each, dict) and _START in each for each in state.values()):
+            return state_dict  # the base optimizer's hooks have called this before
+        starts = self._starts()
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key, parameter in zip(saved["params"], group["params"], strict=True):
                 if parameter in starts:

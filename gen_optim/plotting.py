@@ -56,8 +56,7 @@ def plot_loss_along(
         direction: The direction ω, tensors of the same names and shapes, for example from
             :func:`gen_optim.optimizer_direction`.
         learning_rates: Where to evaluate the loss. By default 41 values from −1 to 3 optimal learning rates; if the
-            parabola has no lowest point, the unit is the learning rate at which its slope and curvature terms are
-            equal.
+            parabola has no lowest point, the unit is the absolute value of slope / curvature.
         label: The name of this loss in the legend.
         ax: The axes to draw on; new ones by default.
 

@@ -84,6 +84,11 @@ class ProbeRecord:
         """The loss where the step began; NaN if it was not evaluated."""
         if self.loss_end is not None:  # looking back, the step begins where the measured one ended
             return self.loss_end
+        return self.loss_start
+
+    @property
+    def loss_start(self) -> float:
+        """The loss where the measured step began; NaN if it was not evaluated."""
         return dict(zip(self.multiples, self.losses, strict=True)).get(0.0, math.nan)
 
     def __str__(self) -> str:
@@ -94,11 +99,10 @@ class ProbeRecord:
             Step 57 (fitted): the last step took the loss from 0.41 to 0.388, 0.011 above that at averaged weights, the
             parabola is lowest at 0.0213, and the learning rate goes from 0.0178 to 0.0187.
         """
-        start = self.losses[self.multiples.index(0.0)] if 0.0 in self.multiples else math.nan
         if self.loss_end is None:
             losses = f"the loss is {self.loss:.3g}"
         else:
-            losses = f"the last step took the loss from {start:.3g} to {self.loss_end:.3g}"
+            losses = f"the last step took the loss from {self.loss_start:.3g} to {self.loss_end:.3g}"
         is_parabola = math.isfinite(self.slope)
         if self.optimal_lr is not None and self.optimal_lr <= 0.0:
             lowest = "the parabola is lowest behind where the step began"

@@ -2,7 +2,8 @@
 
 A lazy step is the base optimizer's step. The other two are probe steps: they call the closure, measure the loss along a
 step, let the controller decide, and put the parameters where the decision says. Whatever happens in between, an
-exception included, the step is finished: the base optimizer's moments have advanced, so the parameters must follow.
+exception included, the step is finished, as the lazy step that it would have been: once the base optimizer's moments
+have advanced, the parameters must follow.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from gen_optim.averaging import AveragedWeights
 from gen_optim.closures.gradients import Measure, mark_used
 from gen_optim.closures.interception import postponed_step_hooks
-from gen_optim.closures.losses import Closure, Loss, agree
+from gen_optim.closures.losses import DIFFERENT, Closure, Loss, agree, copied
 from gen_optim.closures.session import ClosureCaller, Session
 from gen_optim.controller import Controller
 from gen_optim.distributed import ranks_of
@@ -33,8 +34,7 @@ from gen_optim.measurement.lookahead import measure_initial_search, searched_lr
 from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
 from gen_optim.rules import Parabola, RuleState
-from gen_optim.rules.safeguards import DIFFERENT
-from gen_optim.tensors.dtensor import local, whole
+from gen_optim.tensors.dtensor import local
 from gen_optim.tensors.foreach import has_infinities
 from gen_optim.tensors.interrupts import Unfinished
 from gen_optim.warning import warn
@@ -60,15 +60,7 @@ class StepResult(NamedTuple):
 
 @dataclass
 class StepContext:
-    """What the steps of one optimizer share.
-
-    ``start_point`` is where the last step began, if the next one is going to look back at it. ``has_warned`` is about
-    probes that failed, ``has_warned_of_gradients`` about gradients that are never zeroed. ``trusts_losses`` says
-    whether a loss that the caller has given was the one that the probe returned; None until the two have been compared.
-    ``has_infinities`` says whether parameters are infinite on purpose, of those that were ``looked_through``, by id.
-    ``allows_writes`` says whether a step is looked back at after something else has written to the parameters, if that
-    does not lengthen it: True from the first such write on, since it costs a pass over the parameters.
-    """
+    """What the steps of one optimizer share."""
 
     base_optim: Optimizer
     controller: Controller
@@ -76,13 +68,20 @@ class StepContext:
     caller: ClosureCaller
     offload_copies: bool = False
     process_group: dist.ProcessGroup | Literal["local"] | None = None
+    is_stepping: bool = False
+    """Whether a step is being taken: its closure must not take another one."""
     start_point: StartPoint | None = None
-    has_warned: bool = False
-    has_warned_of_gradients: bool = False
+    """Where the last step began, if the next one is going to look back at it."""
     trusts_losses: bool | None = None
+    """Whether a loss that the caller gave was the one that the probe returned; None until the two are compared."""
     allows_writes: bool = False
-    has_infinities: bool = False
+    """Whether a step is looked back at after something else has written to the parameters, if that does not lengthen
+    it: from the first such write on, since it costs a pass over the parameters."""
+    holds_infinities: bool = False
+    """Whether some of the parameters that were ``looked_through`` are infinite on purpose."""
     looked_through: list[int] = field(default_factory=list)
+    has_warned_of_failure: bool = False
+    has_warned_of_gradients: bool = False
 
     @property
     def unfinished(self) -> Unfinished:
@@ -107,8 +106,8 @@ class StepContext:
         """Whether parameters that move are infinite on purpose, such as a mask of −∞; looked up when others do."""
         moving = list(chain(*self.moving()))
         if self.looked_through != (seen := list(map(id, moving))):
-            self.looked_through, self.has_infinities = seen, has_infinities(list(map(local, moving)))
-        return self.has_infinities
+            self.looked_through, self.holds_infinities = seen, has_infinities(list(map(local, moving)))
+        return self.holds_infinities
 
     def session(self, probed: Probed) -> Session:
         """Begin the calls of a probe step."""
@@ -131,7 +130,7 @@ class StepContext:
         # Several ranks compare together, so that they evaluate equally often, whether this one was given a loss or not.
         if self.trusts_losses is None and (given is not None or not step_loss.is_alone):
             probed = step_loss.evaluate(multiple)
-            numbers = [math.nan if given is None else given, probed, session.rounding([probed])]
+            numbers = [math.nan if given is None else copied(given), probed, session.rounding([probed])]
             _, (loss, expected, rounding) = session.read([], numbers)
             if math.isfinite(loss) and math.isfinite(expected):
                 self.trusts_losses = agree(loss, expected, rounding)
@@ -144,7 +143,7 @@ class StepContext:
                         "of whose calls see the same masks."
                     )
         elif self.trusts_losses and given is not None:
-            step_loss.losses[multiple] = _copied(given)
+            step_loss.losses[multiple] = copied(given)
 
     def call(self, session: Session, closure: Closure, measure: Measure = tuple) -> Loss:
         """Make the first call of a probe step (``session.first``); one that steps the base optimizer is refused."""
@@ -161,8 +160,8 @@ class StepContext:
 
     def warn_of_failure(self, failure: Exception | None) -> None:
         """Warn once of an exception at a point that only a probe has visited."""
-        if failure is not None and not self.has_warned:
-            self.has_warned = True
+        if failure is not None and not self.has_warned_of_failure:
+            self.has_warned_of_failure = True
             warn(
                 f"At step {self.controller.state.step} a probe of GeNOptimizer raised {type(failure).__name__}: "
                 f"{failure}. The loss counts as infinite there. Later probes that fail are not reported."
@@ -178,20 +177,15 @@ class StepContext:
             return None
         parameters, on_host = list(chain(*self.moving())), self.offload_copies
         copies = None if last is None else last.present_copies(parameters, on_host=on_host)
-        own_loss = math.inf if loss is None else _copied(loss)
+        own_loss = math.inf if loss is None else copied(loss)
         return StartPoint(parameters, taken, loss=own_loss, copies=copies, on_host=on_host)
-
-
-def _copied(loss: Loss) -> Loss:
-    """A loss without its graph, and with memory of its own: closures may write each loss to the same tensor."""
-    return whole(loss.detach()).clone() if isinstance(loss, Tensor) else loss
 
 
 def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: bool = True) -> StepResult:
     """The base optimizer's step at the last learning rate; with ``keeps_start`` the next step may look back at it."""
     loss = None if closure is None else context.caller.call(closure, context.groups)
-    state = context.controller.recall()
-    _step_base(context, context.controller.rule.skip(state), loss, keeps_start=keeps_start)
+    context.controller.recall()
+    _step_base(context, context.controller.skip(), loss, keeps_start=keeps_start)
     return StepResult(loss)
 
 
@@ -231,7 +225,7 @@ def look_back_step(
         start_point.leave()
 
     context.unfinished.add(leave)
-    after, is_reverted = controller.rule.skip(state), False
+    after, is_reverted = controller.skip(), False
     try:
         known = session.origin.differentiated() if is_own else None
         differentiated, (end_slope, excess_loss) = known or ([], (math.nan, math.nan))
@@ -253,7 +247,7 @@ def look_back_step(
             if not state.probes:
                 _check_repeatability(session, probed, step_loss.evaluate(1.0), session.probe())
             measurement = context.mode.measure(step_loss)
-            loss = step_loss.losses[1.0] if loss is None else loss
+            loss = step_loss.evaluate(1.0) if loss is None else loss
         factor = controller.rates.factor()
         decision = controller.decide(measurement, factor)
         is_reverted = decision.is_reverted
@@ -345,7 +339,7 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
         step = Interpolation(
             context.moving(), on_host=context.offload_copies, keeps_infinities=context.keeps_infinities()
         )
-        after, is_proposed = controller.rule.skip(state), False
+        after, is_proposed = controller.skip(), False
         taken = after.lr
 
         def end() -> None:
@@ -376,6 +370,7 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
                 if closure is None and not searches:
                     context.take_over(probed.loss, step_loss, 0.0)
                 measurement = measure_initial_search(step_loss) if searches else context.mode.measure(step_loss)
+                loss = step_loss.evaluate(0.0) if loss is None else loss
             decision = controller.decide(measurement, factor)
             after, taken = decision.state, decision.lr_taken
         finally:
@@ -394,7 +389,15 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
             "unbounded, give lr_max."
         )
     record = ProbeRecord.of(state, measurement, decision, factor)
-    return StepResult(step_loss.losses[0.0] if loss is None else loss, record)
+    return StepResult(loss, record)
+
+
+def closure_steps(optimizer: Optimizer) -> str:
+    """What is wrong with a closure that steps the optimizer."""
+    return (
+        f"closure must not step the optimizer, but calls {type(optimizer).__name__}.step(): GeNOptimizer does that "
+        "itself, once the closure has returned. Remove this line from the closure."
+    )
 
 
 @contextmanager
@@ -403,10 +406,7 @@ def _refusing_steps(base_optim: Optimizer, unfinished: Unfinished) -> Iterator[N
     handles: list[RemovableHandle] = []
 
     def refuse(*_: Any) -> None:
-        raise RuntimeError(
-            f"closure must not step the optimizer, but calls {type(base_optim).__name__}.step(): GeNOptimizer does "
-            "that itself, once the closure has returned. Remove this line from the closure."
-        )
+        raise RuntimeError(closure_steps(base_optim))
 
     def allow() -> None:
         for handle in handles:
@@ -419,8 +419,9 @@ def _refusing_steps(base_optim: Optimizer, unfinished: Unfinished) -> Iterator[N
         yield
 
 
-def _check_repeatability(session: Session, probed: Probed, *losses: Loss) -> None:
+def _check_repeatability(session: Session, probed: Probed, loss: Loss, loss_again: Loss) -> None:
     """Warn if two losses differ that were evaluated at the same parameters."""
+    losses = [loss, loss_again]
     stored = [each for each in session.parameters() if each.is_floating_point()]  # losses may be more exact than these
     (first, again), [rounding] = session.read(losses, [session.rounding([*losses, *stored])])
     size = max(abs(first), abs(again))
@@ -443,7 +444,6 @@ def _step_base(
     keeps_start: bool = True,
 ) -> None:
     """Let the base optimizer step at the state's learning rate; keep where it began if the next step looks back."""
-    state = context.controller.limit(state)
     looks_back = keeps_start and context.mode.looks_back and context.controller.rule.is_probe_due(state)
     start_point = context.keep_start_point(state.lr, loss, last) if looks_back else None
     rates = context.controller.step_base(state.lr, context.unfinished)

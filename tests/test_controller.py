@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR
 
-from gen_optim import Decision, Measurement, Parabola, ProbeStatus, Rule, RuleState
+from gen_optim import Decision, GeNOptimizer, Measurement, Parabola, ProbeStatus, RelaxedRule, Rule, RuleState
 from gen_optim.controller import Controller
 from gen_optim.tensors.interrupts import Unfinished
 
@@ -152,6 +152,76 @@ def test_impossible_numbers_are_refused_by_name(key: str, value: Any) -> None:
     groups[0][key] = value
     with pytest.raises(ValueError, match=rf"{key}.* of the state dict must be .*, got"):
         controller.check(groups)
+
+
+# --- the scheduler's factor ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LimitedState(RuleState):
+    limits: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limited(Counting):
+    """Counts the calls of ``before_step``."""
+
+    state_type: ClassVar[type[RuleState]] = LimitedState
+
+    def before_step(self, state: Any, factor: float) -> RuleState:
+        return replace(state, limits=state.limits + 1)
+
+    def decide(self, state: Any, found: Any, **given: Any) -> Decision:
+        return Decision(self.after_probe(state, 0.9 * state.lr), ProbeStatus.FITTED)
+
+
+@pytest.mark.parametrize("is_scheduled", [False, True])
+@pytest.mark.parametrize("mode", ["lookback", "approximate"])
+def test_a_rule_hears_of_the_factor_once_before_each_step_under_a_scheduler(mode: str, is_scheduled: bool) -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = GeNOptimizer(SGD([weight], lr=0.1), rule=Limited(period=3), mode=mode)
+    scheduler = LinearLR(optimizer, 1.0, 0.1, 20) if is_scheduled else None
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(12):
+        optimizer.step(closure)
+        if scheduler is not None:
+            scheduler.step()
+    state = optimizer._context.controller.state
+    assert isinstance(state, LimitedState)
+    assert state.limits == (12 if is_scheduled else 0)
+
+
+def test_an_interrupted_step_is_no_longer_than_training_bears_after_the_factor_has_risen() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = GeNOptimizer(SGD([weight], lr=0.1), rule=RelaxedRule(burn_in=3, period=1), mode="approximate")
+    factors = [1.0] * 5 + [0.1] * 40 + [1.0] * 5
+    scheduler = LambdaLR(optimizer, lambda step: factors[step])
+    fails = False
+
+    def closure() -> torch.Tensor:
+        if fails and optimizer.is_probing:
+            raise KeyboardInterrupt
+        optimizer.zero_grad()
+        loss = (weight * torch.tensor([1.0, 0.01])).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(45):
+        optimizer.step(closure)
+        scheduler.step()
+    controller = optimizer._context.controller
+    allowed = controller.rule.before_step(controller.state, 1.0).lr
+    assert allowed < 0.6 * controller.state.lr
+    fails = True
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert optimizer.get_last_lr() == pytest.approx([allowed])
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------

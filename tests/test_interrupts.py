@@ -97,7 +97,7 @@ class Scene:
         self.of.model.load_state_dict(self.model)
         self.of.optimizer.load_state_dict(copy.deepcopy(self.state))
         self.of.optimizer._diagnostics.misses = 0  # of steps that were interrupted
-        self.of.optimizer._context.has_warned = True  # of probes that fail
+        self.of.optimizer._context.has_warned_of_failure = True  # of probes that fail
         torch.manual_seed(1)
 
     def step(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -552,3 +553,39 @@ def test_an_upper_limit_of_none_is_none() -> None:
         scheduler.step()
     assert optimizer.last_probe is not None
     assert optimizer.last_probe.factor == 0.5
+
+
+def test_a_learning_rate_shows_again_what_steps_use_once_its_scheduler_is_taken_off() -> None:
+    """``initial_lr`` tells schedulers where they began: it is taken out to begin another one."""
+    training = Training.of(gen_adamw)
+    scheduler = lr_scheduler.ExponentialLR(training.optimizer, gamma=0.9)
+    training.train(5, scheduler)
+    (group,) = training.optimizer.param_groups
+    del group["initial_lr"]
+    for _ in range(5):
+        training.train(1)
+        assert training.optimizer.get_last_lr() == [group["lr"]] == [training.optimizer._context.controller.state.lr]
+
+
+def test_a_group_that_is_let_go_at_the_learning_rate_found_clears_no_averages() -> None:
+    model, base = two_groups()
+    base.param_groups[0]["lr"] = 0.0
+    training = Training(model, GeNOptimizer(base), *regression_data())
+    training.train(60)
+    groups, controller = training.optimizer.param_groups, training.optimizer._context.controller
+    count = controller.state.parabola.count
+    groups[0]["lr"] = groups[1]["lr"]
+    assert controller.recall().parabola.count == count > 10
+    assert controller.rates.shares(1.0) == [1.0, 1.0]
+
+
+def test_a_manual_value_is_kept_if_its_warning_is_an_error() -> None:
+    training = Training.of(gen_adamw)
+    for value in (0.03, 0.02, 0.01):
+        training.train(2)
+        training.optimizer.param_groups[0]["lr"] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="has been written before 3 steps"):
+            training.train(1)
+    assert training.optimizer._context.controller.state.lr == 0.01

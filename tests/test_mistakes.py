@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 import sys
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from gen_optim import GeNOptimizer, ProbeStatus
+from gen_optim import GeNOptimizer, ProbeStatus, RelaxedRule
 from gen_optim.warning import PATIENCE
 from tests.training import Training, gen_adamw, gen_sgd, looking, mlp, parameters_of, same
 
@@ -120,6 +121,23 @@ def test_a_closure_that_steps_the_base_optimizer_is_refused_and_nothing_has_move
     assert same(parameters_of(training.model), before)
     assert not training.optimizer.base_optim._optimizer_step_pre_hooks
     training.train(3)
+
+
+@pytest.mark.parametrize(("period", "steps"), [(1, 0), (1, 1), (50, 1)], ids=["search", "look back", "lazy"])
+def test_a_closure_that_calls_step_is_refused_and_nothing_is_left_behind(period: int, steps: int) -> None:
+    training = Training.of(lambda p: gen_sgd(p, mode="lookback", rule=RelaxedRule(burn_in=0, period=period)))
+    training.train(steps)
+
+    def closure() -> Tensor:
+        loss = training.closure()
+        training.optimizer.step()
+        return loss
+
+    with pytest.raises(RuntimeError, match=re.escape("closure must not step the optimizer, but calls GeNOptimizer.")):
+        training.optimizer.step(closure)
+    assert not training.optimizer.base_optim._optimizer_step_pre_hooks
+    losses = training.train(12)
+    assert losses[-1] < losses[0]
 
 
 def test_a_closure_that_returns_nothing_says_what_else_may_have_passed_it() -> None:
@@ -278,3 +296,31 @@ def test_successive_batches_that_are_alike_are_warned_of_once(
 
             optimizer.step(closure)
     assert sum("Are successive batches alike" in str(each.message) for each in caught) == expected
+
+
+def test_a_loss_given_on_another_scale_later_is_warned_of_since_all_steps_are_reverted() -> None:
+    training = Training.of(gen_adamw)
+
+    def train(steps: int, scale: float) -> None:
+        for _ in range(steps):
+            loss = training.closure()
+            training.optimizer.step(probe=training.loss, loss=scale * loss.detach())
+
+    train(60, 1.0)
+    with pytest.warns(UserWarning, match="has reverted the last step in 10 probe steps in a row.*is loss= the loss"):
+        train(60, 1e6)
+
+
+def test_a_frozen_heap_asks_for_the_modules() -> None:
+    """``gc.freeze()`` hides all objects of that time from a walk."""
+    training, named = Training.of(gen_adamw, mlp(norm=True)), mlp(norm=True)
+    gc.collect()
+    gc.freeze()
+    try:
+        with pytest.warns(UserWarning, match=r"gc\.freeze\(\) has hidden the modules.* Give modules=model"):
+            training.train(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Training.of(lambda p: gen_adamw(p, modules=named), named).train(2)
+    finally:
+        gc.unfreeze()

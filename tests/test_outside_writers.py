@@ -257,3 +257,26 @@ def test_a_loss_of_nothing_that_is_trained_is_only_evaluated() -> None:
     before = parameters_of(model)
     assert optimizer.step(lambda: mse_loss(model(inputs), data[1])).item() > 0.0
     assert same(parameters_of(model), before)
+
+
+@pytest.mark.parametrize("allows_writes", [False, True])
+def test_a_jump_to_the_averaged_weights_is_not_measured_as_a_step(allows_writes: bool) -> None:
+    training = Training.of(gen_adamw)
+    training.train(12)
+    training.optimizer._context.allows_writes = allows_writes
+    training.train(1)
+    training.optimizer.write_averaged()
+    step = training.optimizer.last_probe.step
+    training.train(1)
+    assert training.optimizer.last_probe.step == step  # nothing is known about that step
+
+
+def test_a_group_that_is_frozen_is_no_other_writer() -> None:
+    training = Training.of(gen_adamw)
+    head = nn.Parameter(torch.ones(()))
+    training.optimizer.add_param_group({"params": [head], "lr": 0.1})
+    for _ in range(6):
+        training.optimizer.step(lambda: training.closure() + head.square())
+    training.optimizer.param_groups[1]["lr"] = 0.0
+    training.train(3)
+    assert not training.optimizer._context.allows_writes

@@ -332,6 +332,27 @@ def test_a_step_that_has_led_astray_is_taken_back(bad: float) -> None:
     assert training.optimizer.last_probe.status is not ProbeStatus.REVERTED
 
 
+def test_a_reverted_step_gives_no_average_to_a_parameter_that_the_base_has_not_set_up() -> None:
+    """A head that gets its first gradient in a reverted step: a state with an average alone is none of Adam's."""
+    training = Training.of(lambda p: gen_adamw(p, mode="lookback"), mlp(dtype=torch.float64))
+    head = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    training.optimizer.add_param_group({"params": [head]})
+    training.train(15)
+
+    def with_head() -> Tensor:
+        training.optimizer.zero_grad()
+        loss = (training.loss() + head) * (1.0 if training.optimizer.is_probing else math.inf)
+        loss.backward()
+        return loss
+
+    training.optimizer.step(with_head)  # the 16th step, in which the average is updated
+    assert training.optimizer.last_probe.status is ProbeStatus.REVERTED
+    assert not training.optimizer.state[head]
+    head.grad = None
+    for _ in range(4):
+        training.optimizer.step(lambda: training.closure() + 0.0 * head)
+
+
 def at_the_end(training: Training) -> Callable[[Training], None]:
     """Raises while the parameters are where they are now."""
     bad = parameters_of(training.model)

@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_optim.tensors.dtensor import whole
 from gen_optim.tensors.scalars import Scalar
 
 Loss = Scalar
 """What a closure returns: a number or a one-element tensor."""
 Closure = Callable[[], Any]
 """A closure, whose return value is checked by :func:`check_loss`."""
+
+DIFFERENT = 1e-4
+"""Relative difference from which on two losses at the same point differ by more than their rounding. Kernels that add
+numbers in any order stay below it in float32; another batch does not."""
 
 
 def check_callable(name: str, value: Closure | None) -> Closure | None:
@@ -50,6 +55,11 @@ def _checked(loss: Any, expected: str, advice: str) -> Loss:
     else:
         came = "None" if loss is None else f"an object of type {type(loss).__name__}"
     raise TypeError(f"{expected} {came}. {advice}.")
+
+
+def copied(loss: Loss) -> Loss:
+    """Return a loss without its graph, and with memory of its own: closures may write each loss to the same tensor."""
+    return whole(loss.detach()).clone() if isinstance(loss, Tensor) else loss
 
 
 def agree(one: float, other: float, rounding: float) -> bool:

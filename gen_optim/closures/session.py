@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gen_optim.closures.buffers import Buffers
 from gen_optim.closures.gradients import GradientOrigin, GradientWatch, Measure, Source
 from gen_optim.closures.interception import BackwardHandler, Interception, WeightCaches, repair
-from gen_optim.closures.losses import Closure, Loss, check_loss, rounding_of
+from gen_optim.closures.losses import Closure, Loss, check_loss, copied, rounding_of
 from gen_optim.closures.modules import ParallelModules, owners_of, parameters_of, with_children
 from gen_optim.distributed import Ranks
 from gen_optim.tensors.dtensor import whole
@@ -205,8 +205,7 @@ class Session:
         """
 
         def call() -> Loss:
-            loss = whole(self._probe())
-            return loss.detach().clone() if isinstance(loss, Tensor) else loss
+            return copied(self._probe())
 
         return self.ranks.attempt(call, instead=math.nan) if keeps_failure else call()
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
-from gen_optim.closures.losses import Loss, check_loss
+from gen_optim.closures.losses import Loss, check_loss, copied
 from gen_optim.optimizer import GeNOptimizer
 from gen_optim.tensors.rng import RandomStreams, random_devices
 
@@ -69,9 +67,8 @@ class MicroBatches:
             self.clear()
         streams = RandomStreams(self._devices)
         loss = loss_of(*args, **kwargs)
-        checked = check_loss(loss, "loss_of")
         self._calls.append((streams, lambda: loss_of(*args, **kwargs)))
-        self._losses.append(checked.detach().clone() if isinstance(checked, Tensor) else checked)
+        self._losses.append(copied(check_loss(loss, "loss_of")))
         self._is_complete = self._is_last()
         return loss
 

@@ -63,6 +63,9 @@ class LookAhead(Mode):
 _REACH = 1024.0
 """Up to which multiple of a step an initial learning rate is searched along it."""
 
+_LONGEST = _REACH**10
+"""The learning rate of the longest step along which one is searched."""
+
 _SIZE = 0.1
 """Root mean square that smaller parameters count as, zero ones among them, if a step is compared with them."""
 
@@ -90,7 +93,7 @@ def measure_initial_search(loss: StepLoss) -> Measurement:
             # The loss still falls at a step longer than the parameters: it has no minimum that a search could find.
             # Training begins with a short step, and grows as the loss allows.
             lr, is_bounded = loss.lr / size, False
-        elif loss.lr < searched_lr(-1):
+        elif loss.lr < _LONGEST:
             lr = None  # the step is too short to tell the direction from the rounding of the parameters
     search = InitialSearch(lr, learning_rates, found.losses, is_bounded)
     return Measurement((0.0, *learning_rates), (start, *found.losses), search, start)
@@ -100,7 +103,6 @@ def searched_lr(failures: int) -> float:
     """The learning rate of the step along which an initial learning rate is searched.
 
     It is large because the direction is a difference of parameters, whose rounding would drown that of a small step. It
-    is larger after each search that found nothing, in case the gradients are very small, in a cycle of eleven. −1
-    failures give the largest.
+    is larger after each search that found nothing, in case the gradients are very small, in a cycle of eleven.
     """
     return _REACH ** (failures % 11)

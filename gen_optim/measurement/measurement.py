@@ -239,8 +239,9 @@ class Mode(ABC):
         """Measure the loss along a step; called once per probe step.
 
         Args:
-            loss: The loss along the step. Looking ahead, the parameters are at multiple 1 when this is called, and the
-                loss at 0 is known. Looking back, the loss at 1 is known unless a ``probe`` is given.
+            loss: The loss along the step. Looking ahead, the parameters are at multiple 1 when this is called. The loss
+                where the closure was called is known unless a ``probe`` is given: at 0 looking ahead, at 1 looking
+                back.
         """
 
     def check(self, parameters: Iterable[Tensor]) -> None:  # noqa: B027 - nothing to check in most modes

@@ -146,7 +146,7 @@ class StartPoint:
         """The slope of the loss at the end of the step, along the whole step: the gradients times the step.
 
         NaN if a parameter has moved that has no gradient now: the slope is not known then. Of DTensors it is this
-        rank's share, as :func:`~gen_optim.tensors.dtensor.dot` returns it.
+        rank's share, as :func:`~gen_optim.tensors.dtensor.gradient_dot` returns it.
         """
         for parameter, end, start in zip(self._parameters, self._locals(), self._copies, strict=True):
             is_known = parameter.grad is not None and parameter.requires_grad

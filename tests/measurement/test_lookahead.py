@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gen_optim import Exact, GeNOptimizer, LookAhead, Mode
 from gen_optim.closures.losses import Loss
-from gen_optim.measurement import MODES, Measurement, StepLoss, make_mode
+from gen_optim.measurement import MODES, Measurement, StepLoss, lookahead, make_mode
 from gen_optim.measurement.interpolation import Interpolation
 from gen_optim.measurement.lookahead import measure_initial_search, searched_lr
-from gen_optim.rules import InitialSearch, Parabola
+from gen_optim.rules import InitialSearch, Parabola, fit_parabola
 from tests.measurement.recorded import RecordedSession
 from tests.training import Training, gen_sgd
 
@@ -222,7 +222,7 @@ def test_what_is_out_of_reach_of_a_step_too_short_to_tell_the_direction_is_not_f
 
 def test_search_is_along_ever_longer_steps_in_a_cycle() -> None:
     assert [searched_lr(failures) for failures in range(12)] == [1024.0**power for power in (*range(11), 0)]
-    assert searched_lr(-1) == 1024.0**10
+    assert max(searched_lr(failures) for failures in range(11)) == lookahead._LONGEST
 
 
 def test_search_reports_every_evaluation_and_the_loss_where_the_step_began() -> None:
@@ -333,3 +333,24 @@ def test_a_mode_of_ones_own_trains() -> None:
     assert training.optimizer.last_probe is not None
     assert training.optimizer.last_probe.multiples == pytest.approx((0.0, 0.5, 1.0))
     assert losses[-1] < 0.7 * losses[0]
+
+
+class Ahead(Mode):
+    """A mode that never evaluates the loss where the step begins."""
+
+    def measure(self, loss: StepLoss) -> Measurement:
+        points = (0.5, 1.0, 2.0)
+        losses, _ = loss.read_with_rounding([loss.evaluate(each) for each in points])
+        learning_rates = tuple(each * loss.lr for each in points)
+        parabola = fit_parabola(learning_rates, losses, rounding=0.0)
+        return Measurement(learning_rates, losses, parabola, parabola.value)
+
+
+def test_a_mode_of_ones_own_need_not_evaluate_the_loss_that_step_returns() -> None:
+    training = Training.of(lambda p: gen_sgd(p, mode=Ahead(), rule="published", period=1))
+    for _ in range(3):
+        training.optimizer.zero_grad()
+        training.loss().backward()
+        loss = training.optimizer.step(probe=training.loss)
+        assert loss is not None
+        assert float(loss) > 0.0
