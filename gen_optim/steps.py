@@ -325,15 +325,15 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
                 again = session.probe()
                 if not state.probes:
                     _check_repeatability(session, probed, loss_start, again)
-                if searches:
-                    # The first call of a closure that is not repeatable may differ from all others: every learning rate
-                    # would seem to lower the loss, the smallest too.
-                    loss_start = again
         if searches:
             assert loss_start is not None, "it has been evaluated above"
             # If the loss is not finite, the step is the base optimizer's own, bit for bit.
             [start], _ = session.read([loss_start])
-            lr = searched_lr(state.probes) if math.isfinite(start) else state.lr
+            if math.isfinite(start):
+                lr = searched_lr(state.probes)
+                # The first call of a closure that is not repeatable may differ from all others: every learning rate
+                # would seem to lower the loss, the smallest too.
+                loss_start = again
         factor = controller.rates.factor()
         factors = list(compress(controller.rates.factors(), controller.rates.shares(state.lr)))
         step = Interpolation(

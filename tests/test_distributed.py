@@ -205,7 +205,13 @@ def test_an_exception_in_the_base_on_one_rank_is_raised_on_all(run: Run) -> None
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
     ("steps", "call", "status"),
-    [(0, 0, "NON_FINITE_LOSS"), (0, 1, "STARTED"), (4, 0, "NON_FINITE_LOSS"), (4, 2, "NON_FINITE_PROBE")],
+    [
+        (0, 0, "NON_FINITE_LOSS"),
+        (0, 1, "NON_FINITE_LOSS"),
+        (0, 2, "STARTED"),
+        (4, 0, "NON_FINITE_LOSS"),
+        (4, 2, "NON_FINITE_PROBE"),
+    ],
 )
 def test_nan_on_one_rank_is_nan_on_all(run: Run, kind: str, steps: int, call: int, status: str) -> None:
     ranks = run(rank_jobs.nan_on_one_rank, kind, steps, call)
