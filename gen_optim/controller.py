@@ -112,8 +112,10 @@ class Controller:
         return is_own and self._own_batches < _ONLY_BATCH
 
     def _limited(self, state: RuleState) -> RuleState:
-        """The state for the step that is about to be taken, under a scheduler as its factor allows."""
-        return self.rule.before_step(state, self.rates.factor()) if self.rates.is_scheduled else state
+        """The state for the step that is about to be taken, as the scheduler's factor allows."""
+        if self.rates.is_unchanged(self.groups, state.lr):
+            return state
+        return self.rule.before_step(state, self.rates.factor())
 
     # --- the step -----------------------------------------------------------------------------------------------------
 

@@ -247,11 +247,6 @@ class LearningRates:
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    @property
-    def is_scheduled(self) -> bool:
-        """Whether a scheduler writes the learning rate of a group."""
-        return any(rate.is_scheduled for rate in self._rates)
-
     def all_zero(self, groups: Sequence[Group]) -> bool:
         """Return whether every ``group["lr"]`` is 0."""
         return all(rate.read("lr") == 0.0 for rate in self._of(groups))

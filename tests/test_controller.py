@@ -159,17 +159,18 @@ def test_impossible_numbers_are_refused_by_name(key: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class LimitedState(RuleState):
-    limits: int = 0
+    factors: int = 0
+    lowest: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limited(Counting):
-    """Counts the calls of ``before_step``."""
+    """Counts the factors that it hears of."""
 
     state_type: ClassVar[type[RuleState]] = LimitedState
 
     def before_step(self, state: Any, factor: float) -> RuleState:
-        return replace(state, limits=state.limits + 1)
+        return replace(state, factors=state.factors + 1, lowest=min(state.lowest, factor))
 
     def decide(self, state: Any, found: Any, **given: Any) -> Decision:
         return Decision(self.after_probe(state, 0.9 * state.lr), ProbeStatus.FITTED)
@@ -177,7 +178,7 @@ class Limited(Counting):
 
 @pytest.mark.parametrize("is_scheduled", [False, True])
 @pytest.mark.parametrize("mode", ["lookback", "approximate"])
-def test_a_rule_hears_of_the_factor_once_before_each_step_under_a_scheduler(mode: str, is_scheduled: bool) -> None:
+def test_a_rule_hears_of_the_factor_once_before_each_step(mode: str, is_scheduled: bool) -> None:
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = GeNOptimizer(SGD([weight], lr=0.1), rule=Limited(period=3), mode=mode)
     scheduler = LinearLR(optimizer, 1.0, 0.1, 20) if is_scheduled else None
@@ -194,7 +195,20 @@ def test_a_rule_hears_of_the_factor_once_before_each_step_under_a_scheduler(mode
             scheduler.step()
     state = optimizer._context.controller.state
     assert isinstance(state, LimitedState)
-    assert state.limits == (12 if is_scheduled else 0)
+    assert (state.factors == 12) if is_scheduled else (0 < state.factors < 8)
+    assert (state.lowest < 1.0) == is_scheduled
+
+
+def test_a_scheduler_that_is_taken_off_does_not_let_steps_grow_beyond_what_training_bears() -> None:
+    optimizer = base()
+    controller = Controller(optimizer, RelaxedRule())
+    LambdaLR(optimizer, lambda step: 0.1)
+    state = replace(controller.recall(), lr=1.0, started=True, lr_borne=0.1, lr_initial=0.05, factor_last=0.1)
+    controller.remember(state, controller.rates.rates_in_force(1.0))
+    for group in optimizer.param_groups:
+        del group["initial_lr"]
+    controller.recall()
+    assert controller.skip().lr == pytest.approx(0.1)
 
 
 def test_an_interrupted_step_is_no_longer_than_training_bears_after_the_factor_has_risen() -> None:

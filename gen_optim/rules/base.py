@@ -117,7 +117,10 @@ class Rule(ABC):
         return False
 
     def before_step(self, state: Any, factor: float) -> RuleState:
-        """The state for a step under the scheduler's ``factor``; called before each step while there is a scheduler."""
+        """The state for a step under the scheduler's ``factor``, 1 without a scheduler.
+
+        Called once before each step, unless there is no scheduler and the learning rate has not changed.
+        """
         unchanged: RuleState = state
         return unchanged
 
