@@ -106,7 +106,7 @@ class AveragedWeights:
         steps = self._optimizer.param_groups[0][_STEPS] = self._steps + 1
         updates, rest = divmod(steps, self._every)
         if rest:
-            if steps == 1:
+            if steps == 1 and begins:
                 self.begin()
             return
         pairs = self._pairs(begins=begins)

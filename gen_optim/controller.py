@@ -67,7 +67,7 @@ class Controller:
         if not self.rates.is_unchanged(groups, self.state.lr):
             before = self.state
             lr = self.rates.update(groups, before.lr, self._base_optim.defaults.get("lr"))
-            if lr is not None and lr != before.lr:  # else the ratio of a group has changed, and what is known holds
+            if lr is not None and lr != before.lr:  # else a ratio has changed: what is known is the best there is
                 self.state = self.rule.set_lr(before, lr)
                 self._warn_of_manual_values(lr, before)
         return self.state

@@ -105,7 +105,7 @@ class GroupRate:
 
     def factor(self) -> float:
         """Return the scheduler's factor; 1 without a scheduler."""
-        if not self.is_scheduled:
+        if not self.is_scheduled or "initial_lr" not in self.group:
             return 1.0
         nominal = self.nominal_lr()
         return self.read("lr") / nominal if nominal else 1.0
@@ -114,7 +114,6 @@ class GroupRate:
         """Return the group's learning rate without a factor: its part of α, or a manual value."""
         share = lr * self.ratio
         if "initial_lr" not in self.group:
-            self.is_scheduled = False  # it may have been taken off together with a scheduler
             shown = self.read("lr")
             return share if shown == self.written_lr else shown
         if self.is_scheduled:
@@ -283,6 +282,8 @@ class LearningRates:
     def settle(self, lr: float, used: Sequence[float]) -> None:
         """End a step that ``used`` these learning rates: write α to the groups that no scheduler writes."""
         for rate, taken in zip(self._rates, used, strict=True):
+            # Without its initial_lr a scheduler has been taken off. Not before a step: resumed groups may get it still.
+            rate.is_scheduled = rate.is_scheduled and "initial_lr" in rate.group
             share, shown = lr * rate.ratio, rate.group["lr"]
             if type(shown) is float and shown == rate.written_lr == rate.last_lr == share == taken:
                 continue

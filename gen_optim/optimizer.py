@@ -293,15 +293,15 @@ class GeNOptimizer(OptimizerWrapper):
         return self._step(closure, probe, loss)
 
     def _step(self, closure: Closure | None, probe: Closure | None, loss: Loss | None) -> Loss | None:
-        self._averages.refuse_if_swapped("step()")
-        if loss is not None:
-            loss = self._check_given_loss(loss, closure, probe)
-        if closure is None and probe is None and self._context.controller.rates.all_zero(self.param_groups):
-            self._set_up_state()
-            return None
         context, is_grad_enabled = self._context, torch.is_grad_enabled()
         if context.is_stepping:
             raise RuntimeError(closure_steps(self))
+        self._averages.refuse_if_swapped("step()")
+        if loss is not None:
+            loss = self._check_given_loss(loss, closure, probe)
+        if closure is None and probe is None and context.controller.rates.all_zero(self.param_groups):
+            self._set_up_state()
+            return None
         context.unfinished.forget()
         try:
             context.is_stepping = True
@@ -440,8 +440,9 @@ class GeNOptimizer(OptimizerWrapper):
             >>> torch.save(model.state_dict(), "model.pt")  # doctest: +SKIP
         """
         if self.average:
+            if self._averages.updates and not self._averages.is_swapped:
+                self._context.start_point = None  # the jump is no step
             self._averages.write()
-            self._context.start_point = None
 
     # --- what it is, and what it does ---------------------------------------------------------------------------------
 
@@ -614,10 +615,7 @@ class GeNOptimizer(OptimizerWrapper):
 
     def _add_tensors(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a state dictionary with the start of the last step added to the state of each parameter."""
-        state = dict(state_dict["state"])
-        if any(isinstance(each, dict) and _START in each for each in state.values()):
-            return state_dict  # the base optimizer's hooks have called this before
-        starts = self._starts()
+        starts, state = self._starts(), dict(state_dict["state"])
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key, parameter in zip(saved["params"], group["params"], strict=True):
                 if parameter in starts:

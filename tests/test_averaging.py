@@ -1098,3 +1098,12 @@ def test_half_precision_is_averaged_and_saved_in_float32() -> None:
     for one, other in zip(*(each.optimizer.state.values() for each in trainings), strict=True):
         assert one["gen_average"].dtype == torch.float32
         assert torch.equal(one["gen_average"], other["gen_average"])
+
+
+def test_no_average_begins_in_a_step_that_is_not_taken() -> None:
+    """A parameter whose state would hold nothing else seems set up to the base optimizer."""
+    walk = Walk(torch.zeros(2), make="adamw")
+    walk.parameters[0].grad = torch.ones(2)
+    for _ in range(8):
+        walk.weights.update(begins=False)
+    assert not walk.optimizer.state[walk.parameters[0]]

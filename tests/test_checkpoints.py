@@ -370,16 +370,3 @@ def test_hooks_of_saving_and_loading_run_once() -> None:
     optimizer.load_state_dict(saved)
     assert calls == ["save", "load 1", "loaded"]
     assert saved["extra"] == 1
-
-
-def test_a_state_dict_clones_the_parameters_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Training.of(gen_adamw)
-    training.train(60)
-    calls = []
-    starts = GeNOptimizer._starts
-    monkeypatch.setattr(GeNOptimizer, "_starts", lambda self: calls.append(self) or starts(self))
-    for optimizer in (training.optimizer, training.optimizer.base_optim):
-        calls.clear()
-        state = optimizer.state_dict()["state"]
-        assert len(calls) == 1
-        assert all("gen_start" in each for each in state.values())

@@ -589,3 +589,23 @@ def test_a_manual_value_is_kept_if_its_warning_is_an_error() -> None:
         with pytest.raises(UserWarning, match="has been written before 3 steps"):
             training.train(1)
     assert training.optimizer._context.controller.state.lr == 0.01
+
+
+def test_a_scheduler_attached_after_a_resume_goes_on_though_initial_lr_was_missing_for_a_while() -> None:
+    """A flattened distributed checkpoint brings no key that the groups do not have yet."""
+    training = Training.of(gen_adamw)
+    scheduler = lr_scheduler.LambdaLR(training.optimizer, lambda epoch: 0.5**epoch)
+    training.train(60, None)
+    scheduler.step()
+    training.train(5)
+    state = training.optimizer.state_dict()
+    found = training.optimizer._context.controller.state.lr
+    for group in state["param_groups"]:
+        del group["initial_lr"]
+    resumed = Training.of(gen_adamw)
+    resumed.optimizer.load_state_dict(state)
+    for group in resumed.optimizer.param_groups:
+        group.setdefault("initial_lr", 1e-3)
+    lr_scheduler.LambdaLR(resumed.optimizer, lambda epoch: 0.5**epoch, last_epoch=1)
+    resumed.train(1)
+    assert resumed.optimizer._context.controller.state.lr == pytest.approx(found, rel=0.3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import re
 import sys
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from gen_optim import GeNOptimizer, ProbeStatus, RelaxedRule
+from gen_optim.integrations.micro_batches import MicroBatches
 from gen_optim.warning import PATIENCE
 from tests.training import Training, gen_adamw, gen_sgd, looking, mlp, parameters_of, same
 
@@ -138,6 +138,14 @@ def test_a_closure_that_calls_step_is_refused_and_nothing_is_left_behind(period:
     assert not training.optimizer.base_optim._optimizer_step_pre_hooks
     losses = training.train(12)
     assert losses[-1] < losses[0]
+
+
+def test_a_closure_that_calls_step_is_refused_while_a_scheduler_stands_at_zero() -> None:
+    training = Training.of(gen_sgd)
+    training.train(3)
+    torch.optim.lr_scheduler.LambdaLR(training.optimizer, lambda step: 0.0)
+    with pytest.raises(RuntimeError, match="closure must not step the optimizer"):
+        training.optimizer.step(lambda: training.optimizer.step() or training.closure())
 
 
 def test_a_closure_that_returns_nothing_says_what_else_may_have_passed_it() -> None:
@@ -311,16 +319,16 @@ def test_a_loss_given_on_another_scale_later_is_warned_of_since_all_steps_are_re
         train(60, 1e6)
 
 
-def test_a_frozen_heap_asks_for_the_modules() -> None:
-    """``gc.freeze()`` hides all objects of that time from a walk."""
-    training, named = Training.of(gen_adamw, mlp(norm=True)), mlp(norm=True)
-    gc.collect()
-    gc.freeze()
-    try:
-        with pytest.warns(UserWarning, match=r"gc\.freeze\(\) has hidden the modules.* Give modules=model"):
-            training.train(1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            Training.of(lambda p: gen_adamw(p, modules=named), named).train(2)
-    finally:
-        gc.unfreeze()
+def test_a_micro_batch_without_a_loss_is_not_remembered() -> None:
+    training = Training.of(gen_sgd)
+    batches = MicroBatches(training.optimizer, is_last=lambda: True)
+    with pytest.raises(TypeError, match="loss_of must return the loss"):
+        batches.evaluate(lambda: None)
+    losses = []
+    for _ in range(5):
+        training.optimizer.zero_grad()
+        loss = batches.evaluate(training.loss)
+        loss.backward()
+        training.optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gen_optim.tensors.dtensor import is_dtensor
-from gen_optim.warning import warn
 
 _FSDP = "torch.distributed.fsdp"
 
@@ -73,11 +72,6 @@ def owners_of(parameters: Iterable[Tensor]) -> list[nn.Module]:
         if module not in found:
             found[module] = None
             rising += parents.get(id(module), [])
-    if gc.get_freeze_count() and wanted - {id(each) for module in found for each in parameters_of(module)}:
-        warn(
-            "gc.freeze() has hidden the modules that own the parameters from GeNOptimizer. Give modules=model, so that "
-            "buffers such as running statistics do not see probes, and losses are averaged over processes."
-        )
     return list(found)
 
 

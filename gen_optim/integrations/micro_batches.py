@@ -67,8 +67,9 @@ class MicroBatches:
             self.clear()
         streams = RandomStreams(self._devices)
         loss = loss_of(*args, **kwargs)
+        kept = copied(check_loss(loss, "loss_of"))
         self._calls.append((streams, lambda: loss_of(*args, **kwargs)))
-        self._losses.append(copied(check_loss(loss, "loss_of")))
+        self._losses.append(kept)
         self._is_complete = self._is_last()
         return loss
 
