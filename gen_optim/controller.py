@@ -28,7 +28,7 @@ _ONLY_BATCH = 50
 """The number of such measurements that shows that there is no other batch. It is assumed until another one is seen."""
 
 _SURE = 5
-"""How many more of them it takes until nothing is balanced; a training begins with the first number reached."""
+"""How many more of them it takes until the balance is left out. A training begins at the number above."""
 
 _MANUAL = 3
 """The user is warned when a learning rate has been written before this many steps."""

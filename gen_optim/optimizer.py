@@ -31,7 +31,15 @@ from gen_optim.measurement import Mode, make_mode
 from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
 from gen_optim.rules import RULES, ProbeStatus, Rule, make_rule
-from gen_optim.steps import Probed, StepContext, StepResult, closure_steps, lazy_step, look_ahead_step, look_back_step
+from gen_optim.steps import (
+    Probed,
+    StepContext,
+    StepResult,
+    lazy_step,
+    look_ahead_step,
+    look_back_step,
+    message_of_nested_step,
+)
 from gen_optim.wrapper import OptimizerWrapper, take_entry
 
 P = ParamSpec("P")
@@ -295,7 +303,7 @@ class GeNOptimizer(OptimizerWrapper):
     def _step(self, closure: Closure | None, probe: Closure | None, loss: Loss | None) -> Loss | None:
         context, is_grad_enabled = self._context, torch.is_grad_enabled()
         if context.is_stepping:
-            raise RuntimeError(closure_steps(self))
+            raise RuntimeError(message_of_nested_step(self))
         self._averages.refuse_if_swapped("step()")
         if loss is not None:
             loss = self._check_given_loss(loss, closure, probe)

@@ -392,7 +392,7 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
     return StepResult(loss, record)
 
 
-def closure_steps(optimizer: Optimizer) -> str:
+def message_of_nested_step(optimizer: Optimizer) -> str:
     """What is wrong with a closure that steps the optimizer."""
     return (
         f"closure must not step the optimizer, but calls {type(optimizer).__name__}.step(): GeNOptimizer does that "
@@ -406,7 +406,7 @@ def _refusing_steps(base_optim: Optimizer, unfinished: Unfinished) -> Iterator[N
     handles: list[RemovableHandle] = []
 
     def refuse(*_: Any) -> None:
-        raise RuntimeError(closure_steps(base_optim))
+        raise RuntimeError(message_of_nested_step(base_optim))
 
     def allow() -> None:
         for handle in handles:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tests.workers import Pool
 
@@ -32,3 +34,13 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     pool = Pool(tmp_path_factory.mktemp("stores"))
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def mesh_of_one() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone, for distributed tensors without other processes."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import SGD
 
@@ -182,24 +181,19 @@ def test_a_loss_with_a_closure_or_without_a_probe_is_refused() -> None:
         training.optimizer.step(probe=training.loss, loss=1.0)
 
 
-def test_a_loss_that_is_a_distributed_tensor_may_be_given_and_checked() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        weight = nn.Parameter(DTensor.from_local(torch.linspace(-1.0, 2.0, 6), mesh, [Shard(0)]))
-        optimizer = gen_sgd([weight], mode="lookback")
+def test_a_loss_that_is_a_distributed_tensor_may_be_given_and_checked(mesh_of_one: DeviceMesh) -> None:
+    weight = nn.Parameter(DTensor.from_local(torch.linspace(-1.0, 2.0, 6), mesh_of_one, [Shard(0)]))
+    optimizer = gen_sgd([weight], mode="lookback")
 
-        def loss_of() -> Tensor:
-            return (weight**4).sum()
+    def loss_of() -> Tensor:
+        return (weight**4).sum()
 
-        assert len(set(check_closure(optimizer, loss_of))) == 1
-        losses = []
-        for _ in range(4):
-            optimizer.zero_grad()
-            loss = loss_of()
-            loss.backward()
-            assert optimizer.step(probe=loss_of, loss=loss) is loss
-            losses.append(loss.full_tensor().item())
-        assert losses[-1] < losses[0]
-    finally:
-        dist.destroy_process_group()
+    assert len(set(check_closure(optimizer, loss_of))) == 1
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        assert optimizer.step(probe=loss_of, loss=loss) is loss
+        losses.append(loss.full_tensor().item())
+    assert losses[-1] < losses[0]

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 
@@ -130,23 +129,18 @@ def test_a_checkpoint_goes_on_to_the_bit_wherever_copies_are(loads_with: bool) -
     assert same(parameters_of(parts.model), parameters_of(whole.model))
 
 
-def test_parameters_that_are_spread_over_ranks() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        found = []
-        for offload in (False, True):
-            weight = nn.Parameter(DTensor.from_local(torch.linspace(-1.0, 2.0, 6), mesh, [Shard(0)]))
-            optimizer = gen_sgd([weight], offload_copies=offload)
-            for _ in range(6):
-                optimizer.step(lambda weight=weight: (weight**4).sum())
-            assert optimizer.last_probe is not None
-            assert optimizer.last_probe.step == 6
-            found.append(weight.to_local().detach())
-        assert torch.equal(*found)
-        assert not torch.equal(found[0], torch.linspace(-1.0, 2.0, 6))
-    finally:
-        dist.destroy_process_group()
+def test_parameters_that_are_spread_over_ranks(mesh_of_one: DeviceMesh) -> None:
+    found = []
+    for offload in (False, True):
+        weight = nn.Parameter(DTensor.from_local(torch.linspace(-1.0, 2.0, 6), mesh_of_one, [Shard(0)]))
+        optimizer = gen_sgd([weight], offload_copies=offload)
+        for _ in range(6):
+            optimizer.step(lambda weight=weight: (weight**4).sum())
+        assert optimizer.last_probe is not None
+        assert optimizer.last_probe.step == 6
+        found.append(weight.to_local().detach())
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], torch.linspace(-1.0, 2.0, 6))
 
 
 # --- on a device ------------------------------------------------------------------------------------------------------
