@@ -39,7 +39,7 @@ class Loop(Training):
 
 def assert_same_run(one: Loop, other: Loop, histories: tuple[History, History]) -> None:
     assert same(parameters_of(one.model), parameters_of(other.model))
-    assert list(histories[0]) == list(histories[1])
+    assert repr(list(histories[0])) == repr(list(histories[1]))  # records with NaN are unequal from Python 3.13 on
 
 
 @pytest.mark.parametrize("give", [lambda loss: loss, lambda loss: loss.detach(), lambda loss: loss.item()])

@@ -686,7 +686,7 @@ def test_maximize_climbs_as_minimising_descends() -> None:
         assert {len(record.losses) for record in history[1:]} == {2}  # gradients are known to be the loss's
     assert runs[0][0] == runs[1][0]
     assert same(runs[0][1], runs[1][1])
-    assert runs[0][2] == runs[1][2]
+    assert repr(runs[0][2]) == repr(runs[1][2])  # records with NaN are unequal from Python 3.13 on
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
@@ -760,12 +760,12 @@ def test_copies_go_on_to_the_bit_after_every_step(make: Any) -> None:
             records = records_of(twin)
             result = (twin.train(5), records)
             reference = result if reference is None else reference
-            assert result == reference
+            assert repr(result) == repr(reference)  # records with NaN are unequal from Python 3.13 on
         original, records = copy.deepcopy(training.model), records_of(training)
         expected = training.train(1)
         assert reference is not None
         assert reference[0][:1] == expected
-        assert [record for record in reference[1] if record.step == step + 1] == records
+        assert repr([record for record in reference[1] if record.step == step + 1]) == repr(records)
         assert not same(parameters_of(original), parameters_of(training.model))
 
 

@@ -375,7 +375,6 @@ def test_wrong_arguments_are_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("named", "loss"),
     [
-        ("_cdist_", lambda p: torch.cdist(p["x"], p["x"] + 1).sum()),
         ("_ctc_loss", lambda p: functional.ctc_loss(p["x"].log_softmax(-1)[:, None], TOKENS[:1, 1:2], [3], [1])),
         ("_embedding_bag", lambda p: functional.embedding_bag(TOKENS[:, :2] % 3, p["x"]).square().sum()),
     ],

@@ -173,8 +173,14 @@ def test_unequal_lengths_are_refused_with_both_named(learning_rates: list[float]
         fit_parabola(learning_rates, losses)
 
 
-@pytest.mark.parametrize("losses", [[2.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 1.0], [0.0, 1.0, 0.5]])
-def test_straight_and_concave_parabolas_have_no_optimum(losses: list[float]) -> None:
+def test_a_straight_line_has_no_curvature() -> None:
+    parabola = fit_parabola([-1.0, 0.0, 1.0], [2.0, 1.0, 0.0])
+    assert parabola.curvature == pytest.approx(0.0, abs=1e-14)
+    assert parabola.slope == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("losses", [[0.0, 0.0, 0.0], [1.0, 2.0, 1.0], [0.0, 1.0, 0.5]])
+def test_flat_and_concave_parabolas_have_no_optimum(losses: list[float]) -> None:
     parabola = fit_parabola([-1.0, 0.0, 1.0], losses)
     assert parabola.curvature <= 0
     assert parabola.is_finite
