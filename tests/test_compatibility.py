@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 
 from gen_optim.compatibility import check_wrappable
 from tests import optimizers_of_others as others
+from tests.training import muon
 
 Make = Callable[[list[nn.Parameter]], Any]
 
@@ -152,8 +153,8 @@ TAKEN: dict[str, Make] = {
     "Adagrad": lambda p: optim.Adagrad(p, lr_decay=0.1),
     "RMSprop": lambda p: optim.RMSprop(p, momentum=0.9, centered=True),
     "SparseAdam": optim.SparseAdam,
-    "Muon": optim.Muon,
-    "Muon, as Adam": lambda p: optim.Muon(p, adjust_lr_fn="match_rms_adamw"),
+    "Muon": muon,
+    "Muon, as Adam": lambda p: muon(p, adjust_lr_fn="match_rms_adamw"),
     "home-made": Plain,
     "home-made, with options": lambda p: Plain(p, lr=0.3, flavour="plain"),
     "home-made, that needs arguments": lambda p: NeedsArguments(p, float, name="trusting"),

@@ -124,6 +124,8 @@ def test_an_exception_on_one_rank_ends_a_look_back_on_all(run: Run, kind: str, s
 
 @pytest.mark.parametrize(("kind", "size"), [("ddp", 2), ("ddp", 4), ("tp", 2)])
 def test_exact_mode(run: Run, kind: str, size: int) -> None:
+    if kind == "tp" and torch.__version__ < "2.13":
+        pytest.skip("refused before torch 2.13")
     options = {"mode": "exact", "make": "sgd"}
     alone = rank_jobs.train("plain", 100, **options)
     assert_like_one_process(run(functools.partial(rank_jobs.train, kind, 100, **options), size=size), alone)

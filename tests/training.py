@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -39,6 +39,13 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+def muon(parameters: Iterable[Tensor], **options: Any) -> torch.optim.Optimizer:
+    """Muon of the matrices among the parameters; the test is skipped if torch has none."""
+    if torch.__version__ < "2.9":
+        pytest.skip("torch before 2.9 has no Muon")
+    return torch.optim.Muon([each for each in parameters if each.dim() == 2], **options)
+
+
 @dataclass
 class Training:
     """A model, its data and an optimizer; counts what happens in its closure."""
@@ -59,7 +66,7 @@ class Training:
 
     def loss(self) -> Tensor:
         self.calls += 1
-        self.probes += getattr(self.optimizer, "is_probing", False)
+        self.probes += int(getattr(self.optimizer, "is_probing", False))
         loss = nn.functional.mse_loss(self.model(self.inputs), self.targets)
         self.before_return(self)
         return loss

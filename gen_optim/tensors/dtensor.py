@@ -57,7 +57,8 @@ def dot(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
 
     There is no communication here: the share is scaled for :meth:`Ranks.mean`, which reduces other numbers anyway, so
     that split tensors are summed and replicated ones count once. Without DTensors the share is the inner product. None
-    on the left counts as zero. Right of a DTensor is one with the same placements, or this rank's part of one.
+    on the left counts as zero. Right of a DTensor is another one, or this rank's part of one with the same placements.
+    Only a DTensor whose placements are others than those on its right is redistributed, as torch's arithmetic does.
 
     The share is in :func:`~gen_optim.tensors.scalars.summing_dtype`, on the device of the tensors.
     """
@@ -65,8 +66,9 @@ def dot(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
     device = local(right[0]).device if right else torch.device("cpu")
     total = torch.zeros((), dtype=summing_dtype(device), device=device)
     for one, other in pairs:
-        mine, theirs = local(one).detach(), local(other).detach()
-        total += parts_of(one, other) * torch.sum(mine.conj() * theirs).real.to(total)
+        matched = _matched(one, other)
+        mine, theirs = local(matched).detach(), local(other).detach()
+        total += parts_of(matched) * torch.sum(mine.conj() * theirs).real.to(total)
     return total
 
 
@@ -78,9 +80,9 @@ def gradient_dot(parameters: Sequence[Tensor], starts: Sequence[Tensor], *, keep
     """
     alike: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for parameter, start in zip(parameters, starts, strict=True):
-        gradient = parameter.grad
-        if gradient is not None and parameter.requires_grad:
-            parts = parts_of(gradient, parameter)
+        if parameter.grad is not None and parameter.requires_grad:
+            gradient = _matched(parameter.grad, parameter)
+            parts = parts_of(gradient)
             alike.setdefault(parts, []).append((local(gradient).to_dense(), local(parameter), start))
     shares = [
         parts * inner_product(*zip(*tensors, strict=True), keeps_infinities=keeps_infinities)
@@ -99,26 +101,34 @@ def step_norms(
     """
     alike: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for parameter, start, end in zip(parameters, starts, ends, strict=True):
-        alike.setdefault(parts_of(parameter, parameter), []).append((start, end))
+        alike.setdefault(parts_of(parameter), []).append((start, end))
     norms = [parts * squared_norms(*zip(*tensors, strict=True)) for parts, tensors in alike.items()]
     step, start_norm = torch.stack([each.to(norms[0].device) for each in norms] or [torch.zeros(2)]).sum(dim=0)
     return step, start_norm, sum(parts * float(end.numel()) for parts, tensors in alike.items() for _, end in tensors)
 
 
-def parts_of(left: Tensor, right: Tensor) -> int:
-    """Return the number of ranks whose parts have to be summed in the inner product of two tensors."""
-    if not is_dtensor(left):
+def parts_of(tensor: Tensor) -> int:
+    """Return the number of ranks whose parts have to be summed in an inner product of a tensor."""
+    if not is_dtensor(tensor):
         return 1
-    theirs = right.placements if is_dtensor(right) else [None] * len(left.placements)
-    axes = zip(left.device_mesh.shape, left.placements, theirs, strict=True)
-    return math.prod(size for size, mine, other in axes if _is_split(mine, other))
+    axes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in axes if _is_split(placement))
 
 
-def _is_split(left: Placement, right: Placement | None) -> bool:
-    """Return whether the parts of an inner product have to be summed along an axis of the mesh."""
-    if left.is_partial():  # a gradient that has not been reduced yet
-        if (right is None or right.is_replicate()) and getattr(left, "reduce_op", None) in ("sum", "avg"):
-            return getattr(left, "reduce_op", None) == "sum"
-    elif right is None or left == right:
-        return not left.is_replicate()
-    raise ValueError(f"tensors must have the same placements, got {left} and {right}")
+def _is_split(placement: Placement) -> bool:
+    return not placement.is_replicate() and getattr(placement, "reduce_op", "sum") == "sum"
+
+
+def _matched(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left`` with the placements of ``right`` if both are DTensors."""
+    if not (is_dtensor(left) and is_dtensor(right)):
+        return left
+    if all(map(_match, left.placements, right.placements)):
+        return left
+    return left.redistribute(placements=right.placements)
+
+
+def _match(left: Placement, right: Placement) -> bool:
+    # A gradient that has not been reduced yet: the reduction of the inner product is that of the gradient.
+    is_unreduced = left.is_partial() and getattr(left, "reduce_op", None) in ("sum", "avg")
+    return left == right or (is_unreduced and right.is_replicate())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gen_optim.functional.direction import optimizer_direction
+from tests.training import muon
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -78,11 +79,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-def muon(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.Muon([each for each in parameters if each.dim() == 2], lr=0.02)
-
-
-ALL_OPTIMIZERS = {**OPTIMIZERS, "Muon": muon}
+ALL_OPTIMIZERS = {**OPTIMIZERS, "Muon": lambda parameters: muon(parameters, lr=0.02)}
 
 
 class Problem:

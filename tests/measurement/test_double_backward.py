@@ -14,12 +14,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim import SGD, Adam, AdamW, Muon, RMSprop
+from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from gen_optim import GeNOptimizer, History, ProbeStatus
 from gen_optim.measurement.double_backward import slope_and_curvature
 from tests.oracles import dense_derivatives, derivatives_by_differences, one_layer_optimum
-from tests.training import Training, gen_adamw, gen_sgd, mlp, parameters_of, regression_data, same
+from tests.training import Training, gen_adamw, gen_sgd, mlp, muon, parameters_of, regression_data, same
 
 # --- small models of every kind, on inputs of shape (6, 4) ------------------------------------------------------------
 
@@ -88,7 +88,7 @@ BASES: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "Adam": lambda p: Adam(p, lr=0.01),
     "AdamW": lambda p: AdamW(p, lr=0.01, weight_decay=0.1),
     "RMSprop": lambda p: RMSprop(p, lr=0.01),
-    "Muon": lambda p: Muon([each for each in p if each.dim() == 2], lr=0.01),
+    "Muon": lambda p: muon(p, lr=0.01),
 }
 
 

@@ -20,7 +20,7 @@ def test_plain_tensors_pass_unchanged(tensor: torch.Tensor) -> None:
     assert local(tensor) is tensor
     assert whole(tensor) is tensor
     assert placed_like(tensor, tensor) is tensor
-    assert parts_of(tensor, tensor) == 1
+    assert parts_of(tensor) == 1
 
 
 def test_numbers_are_whole() -> None:

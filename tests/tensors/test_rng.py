@@ -14,7 +14,13 @@ from tests.training import Training, mlp, parameters_of, regression_data, same
 
 
 def draw() -> list[float]:
-    return [random.random(), float(np.random.rand()), torch.rand(()).item(), float(np.random.normal()), random.gauss()]
+    return [
+        random.random(),
+        float(np.random.rand()),
+        torch.rand(()).item(),
+        float(np.random.normal()),
+        random.gauss(0, 1),
+    ]
 
 
 def test_all_streams_repeat_after_a_restore_as_often_as_wanted() -> None:
