@@ -78,13 +78,20 @@ class OptimizerWrapper(Optimizer):
     def _check_numbers(self, state_dict: Mapping[str, Any]) -> None:
         """Check what :meth:`_load_numbers` will read; called before anything is loaded."""
 
+    def _add_to_base(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Add to a state dictionary that the base optimizer is making."""
+        self._is_added = True
+        return self._add_tensors(state_dict)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dictionary, and what the wrapper adds to it."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        # Hooks of the base optimizer do this too, unless it has none or a state_dict() of its own that calls none.
-        self._save_numbers()
-        state_dict = self._add_tensors(self.base_optim.state_dict())
+        self._is_added = False
+        state_dict = self.base_optim.state_dict()
+        if not self._is_added:  # it has no hooks, or a state_dict() of its own that calls none
+            self._save_numbers()
+            state_dict = self._add_tensors(self.base_optim.state_dict())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -178,7 +185,7 @@ class OptimizerWrapper(Optimizer):
         base = self.base_optim
         try:
             base.register_state_dict_pre_hook(_Relay(self, "_save_numbers"))
-            base.register_state_dict_post_hook(_Relay(self, "_add_tensors"))
+            base.register_state_dict_post_hook(_Relay(self, "_add_to_base"))
             base.register_load_state_dict_pre_hook(_Relay(self, "_check_loaded"))
             base.register_load_state_dict_pre_hook(_Relay(self, "_take_tensors"))
             base.register_load_state_dict_post_hook(_Relay(self, "_load_numbers"))

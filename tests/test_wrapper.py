@@ -268,6 +268,19 @@ class WithoutHooks(optim.SGD):
         return {"state": {}, "param_groups": groups}
 
 
+@pytest.mark.parametrize("base", [optim.SGD, WithoutHooks])
+def test_a_state_dict_collects_what_is_remembered_once(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = Counting(base(parameters(), lr=0.1))
+    calls: list[str] = []
+    for name in ("_save_numbers", "_add_tensors"):
+        method = getattr(Counting, name)
+        monkeypatch.setattr(
+            Counting, name, lambda *args, name=name, method=method: (calls.append(name), method(*args))[1]
+        )
+    optimizer.state_dict()
+    assert calls == ["_save_numbers", "_add_tensors"]
+
+
 def test_a_base_whose_state_dict_calls_no_hooks_has_what_is_remembered() -> None:
     optimizer = Counting(WithoutHooks(parameters(), lr=0.1))
     optimizer.step(), optimizer.step()
