@@ -64,8 +64,10 @@ def check_closure(optimizer: GeNOptimizer, closure: Callable[[], Any], *, probes
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
     caller = optimizer._context.caller  # noqa: SLF001 - what a step uses, too
-    session = Session(caller, optimizer.param_groups, closure, "closure", Ranks(), tolerance=optimizer.mode.tolerance)
-    known = set(session.modules)
+    groups, tolerance = optimizer.param_groups, optimizer.mode.tolerance
+    modules = caller.owners([each for group in groups for each in group["params"]])
+    session = Session(caller, groups, modules, closure, "closure", Ranks(), tolerance=tolerance)
+    known = set(modules)
     others = _Others([each for each in live_modules() if each not in known])
     gradients = [(each, each.grad) for each in (*session.parameters(), *others.parameters)]
     try:

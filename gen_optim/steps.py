@@ -112,13 +112,11 @@ class StepContext:
     def session(self, probed: Probed) -> Session:
         """Begin the calls of a probe step."""
         parameters: list[Tensor] = list(chain.from_iterable(group["params"] for group in self.groups))
-        ranks = ranks_of(
-            self.process_group,
-            parameters,
-            self.caller.owners(parameters),
-            warns=not self.controller.state.probes,
+        modules = self.caller.owners(parameters)
+        ranks = ranks_of(self.process_group, parameters, modules, warns=not self.controller.state.probes)
+        return Session(
+            self.caller, self.groups, modules, probed.call, probed.name, ranks, tolerance=self.mode.tolerance
         )
-        return Session(self.caller, self.groups, probed.call, probed.name, ranks, tolerance=self.mode.tolerance)
 
     def take_over(self, given: Loss | None, step_loss: StepLoss, multiple: float) -> None:
         """Take over the loss that the caller has given, if it is what the probe returns at this multiple of the step.

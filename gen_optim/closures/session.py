@@ -120,15 +120,17 @@ class ClosureCaller:
 class Session:
     """The closure calls of one probe step.
 
-    ``probed_name`` is the argument that ``probed`` comes from, for error messages. ``tolerance`` is the relative error
-    of a loss, in units of rounding. A failure on this one of the ``ranks`` is kept until the next :meth:`read`.
-    ``origin`` says what the first call has differentiated.
+    ``modules`` are those that the closures are known to call (:meth:`ClosureCaller.owners`). ``probed_name`` is the
+    argument that ``probed`` comes from, for error messages. ``tolerance`` is the relative error of a loss, in units of
+    rounding. A failure on this one of the ``ranks`` is kept until the next :meth:`read`. ``origin`` says what the first
+    call has differentiated.
     """
 
     def __init__(
         self,
         caller: ClosureCaller,
         groups: Sequence[Group],
+        modules: Sequence[nn.Module],
         probed: Closure,
         probed_name: Literal["closure", "probe"],
         ranks: Ranks,
@@ -140,7 +142,7 @@ class Session:
         self._probed, self._probed_name = probed, probed_name
         self._parameters: list[Tensor] = [each for group in groups for each in group["params"]]
         self._sign = -1.0 if groups[0].get("maximize") else 1.0
-        self.modules = caller.owners(self._parameters)
+        self.modules = modules
         self._parallel = ParallelModules(self.modules)
         # With gradients disabled, attention in evaluation mode takes another kernel (its "fast path"), whose loss
         # differs by rounding, and with a padding mask by far more.

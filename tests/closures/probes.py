@@ -30,7 +30,8 @@ def session_of(
 ) -> Session:
     """The session of a step that probes ``closure``."""
     groups = [{"params": parameters}]
-    return Session(caller or ClosureCaller(modules), groups, closure, name, Ranks(), tolerance=1.0)
+    caller = caller or ClosureCaller(modules)
+    return Session(caller, groups, caller.owners(parameters), closure, name, Ranks(), tolerance=1.0)
 
 
 @contextmanager

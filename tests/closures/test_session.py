@@ -265,7 +265,7 @@ def test_a_rank_among_others_repeats_no_probe_once_one_has_needed_no_graph(has_p
             raise RuntimeError("on purpose")
         return 1.0
 
-    session = Session(caller, [{"params": []}], closure, "probe", Two(), tolerance=1.0)
+    session = Session(caller, [{"params": []}], [], closure, "probe", Two(), tolerance=1.0)
     with session.probing():
         if has_probed:
             session.probe()
@@ -625,7 +625,7 @@ def test_loss_without_any_graph_is_refused_with_what_to_do() -> None:
 @pytest.mark.parametrize("maximize", [False, True])
 def test_losses_alone_are_negated_under_maximize(maximize: bool) -> None:
     groups = [{"params": [], "maximize": maximize}]
-    session = Session(ClosureCaller(), groups, lambda: 1.0, "closure", Ranks(), tolerance=4.0)
+    session = Session(ClosureCaller(), groups, [], lambda: 1.0, "closure", Ranks(), tolerance=4.0)
     sign = -1.0 if maximize else 1.0
     assert session.read([1.0, torch.tensor(2.0)], [3.0, torch.tensor(4.0)]) == ([sign, 2.0 * sign], [3.0, 4.0])
     assert session.rounding([1.0]) == 4.0 * torch.finfo(torch.float32).eps
