@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,13 +36,17 @@ def check_modules(modules: Any) -> tuple[nn.Module, ...]:
 
 def with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Return modules and all modules below them, each once."""
+    return _reached(modules, children_of)
+
+
+def _reached(modules: Iterable[nn.Module], next_to: Callable[[nn.Module], list[nn.Module]]) -> list[nn.Module]:
     found: dict[nn.Module, None] = {}
     waiting = list(modules)
     while waiting:
         module = waiting.pop()
         if module not in found:
             found[module] = None
-            waiting += children_of(module)
+            waiting += next_to(module)
     return list(found)
 
 
@@ -65,14 +69,8 @@ def owners_of(parameters: Iterable[Tensor]) -> list[nn.Module]:
     for module in modules:
         for child in children_of(module):
             parents.setdefault(id(child), []).append(module)
-    found: dict[nn.Module, None] = {}
-    rising = [each for each in modules if not wanted.isdisjoint(map(id, parameters_of(each)))]
-    while rising:
-        module = rising.pop()
-        if module not in found:
-            found[module] = None
-            rising += parents.get(id(module), [])
-    return list(found)
+    owners = (each for each in modules if not wanted.isdisjoint(map(id, parameters_of(each))))
+    return _reached(owners, lambda module: parents.get(id(module), []))
 
 
 def parameters_of(module: nn.Module) -> list[Tensor]:
