@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+_FACTOR = 4.0
+"""Ratio of successive learning rates."""
+
 
 @dataclass(frozen=True)
 class InitialSearch:
@@ -30,22 +33,20 @@ def search_initial_lr(
     loss: float,
     *,
     rounding: float,
-    factor: float = 4.0,
     largest: float = 1e9,
     smallest: float = 1e-16,
 ) -> InitialSearch:
     """Find the first minimum of the loss along a direction by an exponential search at any scale.
 
-    The search divides the learning rate by ``factor``, from 1 down, until the loss descends linearly: the next smaller
-    learning rate then has about a ``factor``-th of the descent. From there it multiplies by ``factor`` up to the first
-    minimum. A search that went up from 1 alone could end in a far basin that training would never reach. The minimum is
-    refined once, at half and twice its learning rate.
+    The search divides the learning rate by 4, from 1 down, until the loss descends linearly: the next smaller learning
+    rate then has about a quarter of the descent. From there it multiplies by 4 up to the first minimum. A search that
+    went up from 1 alone could end in a far basin that training would never reach. The minimum is refined once, at half
+    and twice its learning rate.
 
     Args:
         evaluate: Returns the loss at a learning rate; it may be NaN or infinite.
         loss: The loss at learning rate 0.
         rounding: The relative error of a loss; a smaller descent does not count.
-        factor: Ratio between successive learning rates.
         largest: Upper end of the search.
         smallest: Lower end of the search.
 
@@ -67,12 +68,12 @@ def search_initial_lr(
     noise = rounding * abs(loss)
     lr = 1.0
     while lr > smallest:
-        here, below = descent(lr), descent(lr / factor)
-        is_linear = here > noise and 0 < below < 1.25 * here / factor
+        here, below = descent(lr), descent(lr / _FACTOR)
+        is_linear = here > noise and 0 < below < 1.25 * here / _FACTOR
         is_silent = max(abs(here), abs(below)) <= noise
         if is_linear or is_silent:
             break
-        lr /= factor
+        lr /= _FACTOR
 
     found: float | None = None
     while lr <= largest:
@@ -85,7 +86,7 @@ def search_initial_lr(
             found = lr
         else:
             break
-        lr *= factor
+        lr *= _FACTOR
     if found is not None:
         found = max((found, found / 2.0, found * 2.0), key=descent)
     return InitialSearch(found, tuple(evaluated), tuple(evaluated.values()))
