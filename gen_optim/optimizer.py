@@ -390,9 +390,6 @@ class GeNOptimizer(OptimizerWrapper):
         for hook in list(self._probe_hooks.values()):
             hook(self, record)
 
-    def _parameters(self) -> list[Tensor]:
-        return list(chain.from_iterable(group["params"] for group in self.param_groups))
-
     def _pending_start_point(self) -> StartPoint | None:
         """Where the last step began, for a probe step that is due; None if that is not known any more."""
         start_point = self._context.start_point
@@ -506,7 +503,7 @@ class GeNOptimizer(OptimizerWrapper):
 
     @process_group.setter
     def process_group(self, value: dist.ProcessGroup | Literal["local"] | None) -> None:
-        ranks_of(value, self._parameters())
+        ranks_of(value, self._context.parameters())
         self._context.process_group = value
 
     @property
@@ -602,7 +599,7 @@ class GeNOptimizer(OptimizerWrapper):
         self.last_probe = None
         group = self.param_groups[0]
         self._averages.load(self._loaded_averages if self.average else {})
-        parameters = self._parameters()
+        parameters = self._context.parameters()
         starts = self._pop_starts() | {parameters[index]: start for index, start in self._loaded_starts.items()}
         self._loaded_starts, self._loaded_averages = {}, {}
         lr, fingerprint = float(group.get(_START_LR, 0.0)), int(group.get(_START_FINGERPRINT, 0))
@@ -670,7 +667,7 @@ class GeNOptimizer(OptimizerWrapper):
         self._has_state_keys = False
         state = self.base_optim.state
         starts: dict[Tensor, Tensor] = {}
-        for parameter in self._parameters():
+        for parameter in self._context.parameters():
             own = state.get(parameter)
             if own is not None and _START in own:
                 starts[parameter] = own.pop(_START)

@@ -93,6 +93,10 @@ class StepContext:
         """The parameter groups."""
         return self.base_optim.param_groups
 
+    def parameters(self) -> list[Tensor]:
+        """All parameters."""
+        return list(chain.from_iterable(group["params"] for group in self.groups))
+
     def unfrozen(self) -> list[list[Tensor]]:
         """The parameters of each group whose learning rate is not 0."""
         is_moving = [ratio > 0.0 for ratio in self.controller.rates.shares(1.0)]
@@ -111,7 +115,7 @@ class StepContext:
 
     def session(self, probed: Probed) -> Session:
         """Begin the calls of a probe step."""
-        parameters: list[Tensor] = list(chain.from_iterable(group["params"] for group in self.groups))
+        parameters = self.parameters()
         modules = self.caller.owners(parameters)
         ranks = ranks_of(self.process_group, parameters, modules, warns=not self.controller.state.probes)
         return Session(
