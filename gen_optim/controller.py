@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from gen_optim.closures.losses import DIFFERENT
-from gen_optim.learning_rates import Group, LearningRates, check_lr
+from gen_optim.learning_rates import LearningRates, check_lr
 from gen_optim.measurement import Measurement
 from gen_optim.rules import Decision, Rule, RuleState
 from gen_optim.rules.safeguards import ROUNDING
@@ -51,11 +51,6 @@ class Controller:
         self._manual_steps, self._last_manual_step = 0, 0
         self.load()
 
-    @property
-    def groups(self) -> list[Group]:
-        """The parameter groups."""
-        return self._base_optim.param_groups
-
     # --- before a step ------------------------------------------------------------------------------------------------
 
     def recall(self) -> RuleState:
@@ -63,7 +58,7 @@ class Controller:
 
         Called before a step, and after the closure, which may have written to the groups: manual warm-ups do that.
         """
-        groups = self.groups
+        groups = self._base_optim.param_groups
         if not self.rates.is_unchanged(groups, self.state.lr):
             before = self.state
             lr = self.rates.update(groups, before.lr, self._base_optim.defaults.get("lr"))
@@ -113,7 +108,7 @@ class Controller:
 
     def _limited(self, state: RuleState) -> RuleState:
         """The state for the step that is about to be taken, as the scheduler's factor allows."""
-        if self.rates.is_unchanged(self.groups, state.lr):
+        if self.rates.is_unchanged(self._base_optim.param_groups, state.lr):
             return state
         return self.rule.before_step(state, self.rates.factor())
 
@@ -121,8 +116,7 @@ class Controller:
 
     def step_base(self, lr: float, unfinished: Unfinished) -> list[float]:
         """Let the base optimizer take its step at α = ``lr``; return each group's learning rate in it."""
-        groups = self.groups
-        if self.rates.is_unchanged(groups, lr):
+        if self.rates.is_unchanged(self._base_optim.param_groups, lr):
             self._base_optim.step()
             return self.rates.shares(lr)
         rates = self.rates.rates_in_force(lr)
@@ -140,12 +134,12 @@ class Controller:
     def save(self) -> None:
         """Write everything that has to be remembered to the parameter groups, as plain numbers."""
         numbers = {**self.state.to_numbers(), _OWN_BATCHES: self._own_batches}
-        self.groups[0].update({_PREFIX + name: number for name, number in numbers.items()})
+        self._base_optim.param_groups[0].update({_PREFIX + name: number for name, number in numbers.items()})
         self.rates.save()
 
     def load(self) -> None:
         """Read it back; what is missing, as in a checkpoint of the base optimizer alone, begins anew."""
-        groups = self.groups
+        groups = self._base_optim.param_groups
         self._own_batches = int(groups[0].get(_PREFIX + _OWN_BATCHES, _ONLY_BATCH))
         names = self.rule.initial_state(0.0).to_numbers()
         numbers = {name: groups[0][_PREFIX + name] for name in names if _PREFIX + name in groups[0]}
