@@ -161,9 +161,9 @@ class StartPoint:
             if multiple == 1.0:
                 return
             self._swap()
-        if multiple == 0.0 and not self._starts:
-            return
         if not self._starts:
+            if multiple == 0.0:
+                return
             self._starts = self._copied()
         lerp(self._targets(), self._starts, self._copies, multiple, keeps_infinities=self.keeps_infinities)
 
