@@ -205,11 +205,7 @@ class Session:
         If there are other ranks, a failure is kept for the next :meth:`read` and the loss is NaN, unless
         ``keeps_failure`` is False.
         """
-
-        def call() -> Loss:
-            return copied(self._probe())
-
-        return self.ranks.attempt(call, instead=math.nan) if keeps_failure else call()
+        return self.ranks.attempt(self._probe, instead=math.nan) if keeps_failure else self._probe()
 
     def differentiable(self) -> Tensor:
         """Call the probed closure as if for the first time, and return its loss with a graph.
@@ -282,7 +278,7 @@ class Session:
             except Exception:  # noqa: BLE001 - the first error is raised
                 raise error from None
         caller.needs_graph = with_graph
-        return loss
+        return copied(loss)
 
     def _replay(self, *, with_graph: bool, on_backward: BackwardHandler = lambda _run, _scalars: None) -> Loss:
         """Call the probed closure in the state that the first call found."""
