@@ -224,6 +224,9 @@ class LearningRates:
 
         Return the new α if the user wrote a learning rate, else None. Groups whose lr is ``default_lr`` brought none.
         """
+        for index, group in enumerate(groups):
+            if not isinstance(group["lr"], Tensor):  # reading one waits for its device
+                check_lr(index, group["lr"])
         self._recognise(groups, lr, default_lr)
         chosen = [rate.chosen(lr) for rate in self._rates]
         if chosen == self.shares(lr):

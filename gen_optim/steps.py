@@ -207,8 +207,12 @@ def look_back_step(
     session = context.session(probed)
     start_point.keeps_infinities = context.keeps_infinities()
     is_own = probed.call is closure
+    marks = start_point.marks()
 
     def measure() -> tuple[Loss, Loss]:
+        # A closure may move the parameters for its backward pass: sharpness-aware minimization, noise on weights.
+        if start_point.marks() != marks:
+            return math.nan, math.nan
         return start_point.end_slope(), math.nan if averages is None else averages.excess_loss()
 
     try:

@@ -325,8 +325,8 @@ def test_reduce_on_plateau_writes_manual_values() -> None:
     assert training.optimizer.state_dict()["param_groups"][0]["gen_lr"] == 0.25 * lr
 
 
-@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf")])
-def test_an_impossible_learning_rate_is_refused(lr: float) -> None:
+@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf"), None, "0.1"])
+def test_an_impossible_learning_rate_is_refused(lr: Any) -> None:
     training = Training.of(gen_sgd)
     training.optimizer.param_groups[0]["lr"] = lr
     with pytest.raises(ValueError, match=r"param_groups\[0\]\['lr'\] must be a finite number of at least 0"):

@@ -666,6 +666,34 @@ def test_a_learning_rate_written_by_hand_is_where_it_goes_on() -> None:
 # --- parameters of every kind ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_in_place", [True, False])
+def test_gradients_at_a_point_to_which_the_closure_moves_are_not_those_of_the_loss(is_in_place: bool) -> None:
+    training, history = Training.of(looking), History()
+    training.optimizer.register_probe_hook(history)
+    parameters = list(training.model.parameters())
+
+    @torch.no_grad()
+    def write(values: list[Tensor]) -> None:
+        for parameter, value in zip(parameters, values, strict=True):
+            if is_in_place:
+                parameter.copy_(value)
+            else:
+                parameter.data = value
+
+    def closure() -> Tensor:
+        training.optimizer.zero_grad()
+        kept = [each.detach().clone() for each in parameters]
+        write([each + 0.1 for each in kept])
+        loss = training.loss()
+        loss.backward()
+        write(kept)
+        return loss
+
+    for _ in range(6):
+        training.optimizer.step(closure)
+    assert [record.multiples for record in history[1:]] == [(0.0, 0.5, 1.0)] * 4
+
+
 def test_maximize_climbs_as_minimising_descends() -> None:
     runs = []
     for sign in (1.0, -1.0):

@@ -79,7 +79,7 @@ class StartPoint:
         ``measures_length`` allows writes that do not lengthen the step: a clamp, or a projection onto a convex set that
         holds the start point. The step then ends where these leave the parameters.
         """
-        self._marks = self._present_marks()
+        self._marks = self.marks()
         self._length = self._present_length() if measures_length else 0.0
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
@@ -102,7 +102,7 @@ class StartPoint:
                 return False
             self._fingerprint_expected = 0
             self.arrive(measures_length=self._length > 0.0)
-        if self._marks is None or self._marks == self._present_marks():
+        if self._marks is None or self._marks == self.marks():
             return True
         return self._length > 0.0 and 0.0 < self._present_length() <= 1.001 * self._length
 
@@ -113,7 +113,7 @@ class StartPoint:
             return 0.0
         return float(squared_norms(self._copies, self._locals())[0].sqrt())
 
-    def _present_marks(self) -> list[tuple[int, int]]:
+    def marks(self) -> list[tuple[int, int]]:
         """What changes if a parameter is written, or gets other memory (``p.data = ...``)."""
         return [(each._version, each.data_ptr()) for each in self._locals()]
 

@@ -762,6 +762,36 @@ def gradients_assigned_from_autograd_grad(run: Run) -> float:
         return data.loss(model)
 
 
+@program(sgd=0.05, adamw=0.03)
+def sharpness_aware_closure(run: Run) -> float:
+    """The closure moves the weights uphill for its backward pass, and back."""
+    data, model = Data(), run.net()
+    optimizer = run.optimizer(model.parameters())
+    parameters = list(model.parameters())
+
+    for x, y in data.batches(300):
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                uphill = torch.autograd.grad(functional.mse_loss(model(x), y), parameters)
+            radius = 0.05 / torch.nn.utils.get_total_norm(uphill)
+            kept = [each.detach().clone() for each in parameters]
+            with torch.no_grad():
+                for parameter, each in zip(parameters, uphill, strict=True):
+                    parameter.add_(radius * each)
+            loss = functional.mse_loss(model(x), y)
+            loss.backward()
+            with torch.no_grad():
+                for parameter, each in zip(parameters, kept, strict=True):
+                    parameter.copy_(each)
+            return loss
+
+        optimizer.step(closure)
+    with run.averaged(optimizer):
+        return data.loss(model)
+
+
 @program(sgd=0.02, adamw=0.03)
 def gradient_penalty(run: Run) -> float:
     data, model = Data(), run.net()
