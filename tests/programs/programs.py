@@ -762,6 +762,25 @@ def gradients_assigned_from_autograd_grad(run: Run) -> float:
         return data.loss(model)
 
 
+@program(
+    sgd=0.1,
+    adamw=0.01,
+    fails="1.6 and 6 times the loss: where slopes are noise, the burn-in lowers the learning rate a hundredfold, since "
+    "its falls are larger than its growth",
+)
+def exclusive_or_among_distractors(run: Run) -> float:
+    """A target without a linear part: the loss is flat at first, and its slopes are noise."""
+    x = torch.randn(512, 8)
+    y = torch.sign(x[:, :1] * x[:, 1:2])
+    model = run.net(8, width=32)
+    optimizer = run.optimizer(model.parameters())
+    for _ in range(94):
+        for rows in torch.randperm(512).split(32):
+            optimizer.step(closure_of(optimizer, lambda rows=rows: functional.mse_loss(model(x[rows]), y[rows])))  # type: ignore[misc]
+    with run.averaged(optimizer), torch.no_grad():
+        return functional.mse_loss(model(x), y).item()
+
+
 @program(sgd=0.05, adamw=0.03)
 def sharpness_aware_closure(run: Run) -> float:
     """The closure moves the weights uphill for its backward pass, and back."""
