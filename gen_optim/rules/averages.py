@@ -17,6 +17,9 @@ _CHANGE_WEIGHT = 0.3
 _MOST_CHANGES = 2.0
 """Number of average changes as which a parabola counts at most: one step off a saddle would outweigh all others."""
 
+_ASCENDS = 2.0
+"""Number of standard errors by which steps must raise the loss in the mean for it not to be noise."""
+
 _EARLIER, _RECENT = 2.0, 8.0
 """Exponents of power-law averages of the losses, over about the last half and the last eighth of the steps."""
 
@@ -63,8 +66,9 @@ class ParabolaAverages:
 
     ``rise`` is the average of the absolute difference between the losses at both ends of a step. ``first_order`` is the
     average fraction of the first order in the change, negative for ascending directions, ``first_order_square`` that of
-    its square. ``weight`` is the sum of the weights in ``slope`` and ``curvature``, in units of the last one's. ``lr``
-    is the learning rate of the last one's step, the scheduler's factor included.
+    its square. ``descent`` is the average fraction by which a step lowers the loss, negative if it raises it, and
+    ``descent_square`` that of its square. ``weight`` is the sum of the weights in ``slope`` and ``curvature``, in units
+    of the last one's. ``lr`` is the learning rate of the last one's step, the scheduler's factor included.
     """
 
     slope: float = 0.0
@@ -73,6 +77,8 @@ class ParabolaAverages:
     rise: float = 0.0
     first_order: float = 0.0
     first_order_square: float = 0.0
+    descent: float = 0.0
+    descent_square: float = 0.0
     count: int = 0
     weight: float = 0.0
     lr: float = 0.0
@@ -87,6 +93,7 @@ class ParabolaAverages:
         change = abs(first) + abs(second)
         if not 0.0 < change < math.inf:
             return self
+        descent = (first - second / 2.0) / change
         weight = _weight_of_next(self.count, smoothing)
         # A curvature measured along a shorter step is less certain, by the square of the ratio of lengths.
         total = 1.0 + smoothing * self.weight * min(1.0, self.lr / lr) ** 2
@@ -103,6 +110,8 @@ class ParabolaAverages:
             rise=average(self.rise, rise),
             first_order=average(self.first_order, first / change),
             first_order_square=average(self.first_order_square, (first / change) ** 2),
+            descent=average(self.descent, descent),
+            descent_square=average(self.descent_square, descent**2),
             count=self.count + 1,
             weight=total,
             lr=lr,
@@ -112,14 +121,21 @@ class ParabolaAverages:
         """The fraction of signal in the slopes, in [0, 1]: 1 if they all agree, 0 if they are pure noise.
 
         It is the square of the mean first-order fraction over its mean square. The squared mean of ``n`` values of pure
-        noise is an n-th of their mean square, which is subtracted. ``n`` is the number of values with equal weights
-        whose mean varies as much as the moving average.
+        noise is an n-th of their mean square, which is subtracted.
         """
-        count = min(self.count, (1.0 + smoothing) / (1.0 - smoothing))
+        count = self._independent(smoothing)
         if count <= 1 or not self.first_order_square:
             return 0.0
         share = self.first_order**2 / self.first_order_square
         return max(0.0, (count * share - 1.0) / (count - 1.0))
+
+    def ascends(self, smoothing: float) -> bool:
+        """Whether steps raise the loss, by more than noise does."""
+        return self.descent < 0.0 and self._independent(smoothing) * self.descent**2 > _ASCENDS**2 * self.descent_square
+
+    def _independent(self, smoothing: float) -> float:
+        """The number of values with equal weights whose mean varies as much as the moving averages."""
+        return min(self.count, (1.0 + smoothing) / (1.0 - smoothing))
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,8 @@ class RelaxedRule(Rule):
       quantities do. The excess loss is the loss at the present weights minus that at their average: what noise costs.
       The gain is how much the loss falls while the number of steps grows e-fold. At a higher learning rate the excess
       loss is larger and the gain smaller. If their ratio is above ``balance``, the learning rate falls like a power of
-      the steps; if it is below, it grows. Under a scheduler the ratio may be as large as its factor, once that has
-      fallen; while it is close to 1, the rule acts nearly as without a scheduler.
+      the steps; if it is below, it grows, unless steps raise the loss. Under a scheduler the ratio may be as large as
+      its factor, once that has fallen; while it is close to 1, the rule acts nearly as without a scheduler.
     - **Hold.** If the excess loss is not known, the learning rate stays as it is under a scheduler, whose factor does
       the annealing, and falls like t^(−1/8) without one.
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step, unless the
@@ -261,6 +261,8 @@ class RelaxedRule(Rule):
         annealing = self._annealing(state.step, state.step + self.period, factor)
         correction = self._correction(state, factor)
         in_noise = lr * (annealing if correction is None else correction)
+        if parabolas.ascends(self.smoothing):  # which shows before the balance does that steps are too long
+            in_noise = min(in_noise, lr)
         if not (is_settled(parabolas.count, self.smoothing) and signal > _AGREE):
             return in_noise, status
 

@@ -140,3 +140,29 @@ def test_signal_fraction_of_pure_noise_is_small_on_average() -> None:
         fractions.append(of_parabolas(noise).signal_fraction(0.9))
     assert all(0.0 <= each <= 1.0 for each in fractions)
     assert np.mean(fractions) < 0.1
+
+
+# --- steps that raise the loss ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parabola", "ascends"),
+    [
+        (Parabola(1.0, 1.0, 1.0), False),
+        (Parabola(1.0, 1.0, 2.1), True),  # it descends at first, and ends higher
+        (Parabola(1.0, -1.0, -1.9), True),
+        (Parabola(1.0, -1.0, -2.1), False),
+    ],
+)
+def test_whether_steps_raise_the_loss_depends_on_where_they_end(parabola: Parabola, ascends: bool) -> None:
+    assert of_parabolas([parabola] * 30).ascends(0.9) is ascends
+
+
+def test_noise_seldom_counts_as_steps_that_raise_the_loss() -> None:
+    assert not ParabolaAverages().ascends(0.9)
+    assert not of_parabolas([Parabola(1.0, -1.0, 1.0)]).ascends(0.9)
+    source, found = np.random.default_rng(0), []
+    for _ in range(400):
+        noise = [Parabola(1.0, slope, 1e-3) for slope in source.normal(0.0, 1.0, 40).tolist()]
+        found.append(of_parabolas(noise).ascends(0.9))
+    assert 0.0 < np.mean(found) < 0.05

@@ -16,7 +16,7 @@ from gen_optim.rules.relaxed import RelaxedState
 from tests.rules.cases import STARTED_LONG_AGO
 
 BURNT_IN = replace(STARTED_LONG_AGO, step=0, probes=50, next_probe=1)
-NOISE = (Parabola(1.0, 1.0, 1.0), Parabola(1.0, -1.0, 1.0))  # slopes that agree on nothing
+NOISE = (Parabola(1.0, 1.0, 1e-3), Parabola(1.0, -1.0, 1e-3))  # slopes that agree on nothing
 
 
 def train(
@@ -86,6 +86,19 @@ def change(rule: RelaxedRule, *, excess: float, gain: float = 0.1) -> float:
 def test_if_the_average_is_no_better_it_grows_like_the_steps(excess: float, gain: float) -> None:
     """Of a gain that noise hides, as on a plateau, too."""
     assert change(RelaxedRule(), excess=excess, gain=gain) == pytest.approx(51, rel=0.1)
+
+
+def test_it_does_not_grow_while_steps_raise_the_loss() -> None:
+    """Seven steps of eight do, which is more than noise."""
+    rule, state = RelaxedRule(), train(RelaxedRule(), BURNT_IN, steps=1000, excess=lambda _: 0.0)
+    changes = []
+    for step in range(1000):
+        found, loss = Parabola(1.0, -1.0 if step % 8 else 1.0, 1e-3), 10.0 - 0.1 * math.log(state.step + 1)
+        before = state
+        state = rule.decide(state, found, loss_start=loss - 1e-3, loss_end=loss, excess_loss=0.0).state
+        changes.append(state.lr / before.lr)
+    assert max(changes[:5]) > 1.0
+    assert max(changes[40:]) <= 1.0
 
 
 @pytest.mark.parametrize("gain", [0.0, -0.1])
