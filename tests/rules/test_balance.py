@@ -16,7 +16,8 @@ from gen_optim.rules.relaxed import RelaxedState
 from tests.rules.cases import STARTED_LONG_AGO
 
 BURNT_IN = replace(STARTED_LONG_AGO, step=0, probes=50, next_probe=1)
-NOISE = (Parabola(1.0, 1.0, 1e-3), Parabola(1.0, -1.0, 1e-3))  # slopes that agree on nothing
+# Slopes that agree on nothing, of steps that do not raise the loss.
+NOISE = (Parabola(1.0, 1.0, 1e-3), Parabola(1.0, -1.0, 1e-3))
 
 
 def train(
