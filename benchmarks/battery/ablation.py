@@ -59,7 +59,7 @@ MECHANISMS = {
         Mechanism(
             "growth of the balance", "at most t^(1/2) instead of t", constants={(_RELAXED, "_STEEPEST_GROWTH"): 0.5}
         ),
-        Mechanism("rising loss", "it grows while steps raise the loss", constants={(_AVERAGES, "_ASCENDS"): _NEVER}),
+        Mechanism("rising loss", "no fall while steps raise the loss", constants={(_AVERAGES, "_ASCENDS"): _NEVER}),
         Mechanism("one batch", "is balanced too", constants={(_CONTROLLER, "_SURE"): _NEVER}),
         Mechanism("annealing", "none: on one batch it is held", {"annealing": 0.0}),
         Mechanism("agreement", "after the burn-in parabolas are never followed", constants={(_RELAXED, "_AGREE"): 1.0}),

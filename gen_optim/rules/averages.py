@@ -17,8 +17,9 @@ _CHANGE_WEIGHT = 0.3
 _MOST_CHANGES = 2.0
 """Number of average changes as which a parabola counts at most: one step off a saddle would outweigh all others."""
 
-_ASCENDS = 2.0
-"""Number of standard errors by which steps must raise the loss in the mean for it not to be noise."""
+_ASCENDS = 3.0
+"""Number of standard errors by which steps must raise the loss in the mean for it not to be noise. With two, a run that
+stands still for long would lose its learning rate."""
 
 _EARLIER, _RECENT = 2.0, 8.0
 """Exponents of power-law averages of the losses, over about the last half and the last eighth of the steps."""

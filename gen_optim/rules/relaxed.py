@@ -36,7 +36,8 @@ _AGREE = 0.5
 """Signal fraction from which on slopes agree."""
 
 _NEAR = 0.5
-"""Fraction of the learning rate at which training was unstable, from which on growth is careful."""
+"""Fraction of the learning rate at which training was unstable, from which on growth is careful; in the burn-in, whose
+averages are young, there is none."""
 
 _CERTAIN = 0.9
 """Signal fraction from which on growth is careful but happens at every step: only the time in which instability shows
@@ -102,13 +103,15 @@ class RelaxedRule(Rule):
     - **Burn-in.** The first ``burn_in`` steps are all probe steps. The learning rate follows κ · mean slope / mean
       curvature, by at most 10 % up and 20 % down at each. κ = 2 − the signal fraction, the part of the slopes that is
       not noise. Without noise, κ = 1 gives the minimum of the parabola. In pure noise, κ = 2 gives the learning rate at
-      which steps no longer descend: what noise adds to the curvature averages out over a run.
+      which steps no longer descend: what noise adds to the curvature averages out over a run. Once training was
+      unstable, it grows to half the learning rate of then at most.
     - **Balance.** While slopes are mostly noise, they do not tell whether the learning rate is too high. Two other
       quantities do. The excess loss is the loss at the present weights minus that at their average: what noise costs.
       The gain is how much the loss falls while the number of steps grows e-fold. At a higher learning rate the excess
       loss is larger and the gain smaller. If their ratio is above ``balance``, the learning rate falls like a power of
-      the steps; if it is below, it grows, unless steps raise the loss. Under a scheduler the ratio may be as large as
-      its factor, once that has fallen; while it is close to 1, the rule acts nearly as without a scheduler.
+      the steps; if it is below, it grows. Under a scheduler the ratio may be as large as its factor, once that has
+      fallen; while it is close to 1, the rule acts nearly as without a scheduler. While steps raise the loss on
+      average, the learning rate falls by 5 % at every step.
     - **Hold.** If the excess loss is not known, the learning rate stays as it is under a scheduler, whose factor does
       the annealing, and falls like t^(−1/8) without one.
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step, unless the
@@ -257,16 +260,17 @@ class RelaxedRule(Rule):
         target = _target(2.0 - signal, parabolas.slope, parabolas.curvature)
         status = _STATUSES.get(target, ProbeStatus.FITTED)
         if state.probes < self.burn_in:
-            return lr * min(max(target / taken, _FALL), _GROWTH), status
+            highest = max(lr, _NEAR * state.lr_unstable) if state.lr_unstable else math.inf
+            return min(lr * min(max(target / taken, _FALL), _GROWTH), highest), status
         annealing = self._annealing(state.step, state.step + self.period, factor)
         correction = self._correction(state, factor)
         in_noise = lr * (annealing if correction is None else correction)
-        if parabolas.ascends(self.smoothing):  # which shows before the balance does that steps are too long
-            in_noise = min(in_noise, lr)
+        is_certain = signal > _CERTAIN
+        if not is_certain and parabolas.ascends(self.smoothing):  # which shows before the balance does
+            return min(in_noise, lr * _LATER_FALL), ProbeStatus.UNSTABLE
         if not (is_settled(parabolas.count, self.smoothing) and signal > _AGREE):
             return in_noise, status
 
-        is_certain = signal > _CERTAIN
         is_near_unstable = 0.0 < _NEAR * state.lr_unstable < lr
         own = _target(self.relaxation, last.slope, last.curvature)
         if is_contradicted(target, own, taken, is_near_unstable=is_near_unstable):

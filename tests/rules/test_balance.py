@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gen_optim.rules import Parabola, RelaxedRule, relaxed
+from gen_optim.rules import Parabola, ProbeStatus, RelaxedRule, relaxed
 from gen_optim.rules.averages import BalanceAverages
 from gen_optim.rules.relaxed import RelaxedState
 from tests.rules.cases import STARTED_LONG_AGO
@@ -89,17 +89,20 @@ def test_if_the_average_is_no_better_it_grows_like_the_steps(excess: float, gain
     assert change(RelaxedRule(), excess=excess, gain=gain) == pytest.approx(51, rel=0.1)
 
 
-def test_it_does_not_grow_while_steps_raise_the_loss() -> None:
-    """Seven steps of eight do, which is more than noise."""
+def test_it_falls_and_probes_at_every_step_while_steps_raise_the_loss() -> None:
+    """Fifteen steps of sixteen do, which is more than noise, though the average is no better."""
     rule, state = RelaxedRule(), train(RelaxedRule(), BURNT_IN, steps=1000, excess=lambda _: 0.0)
-    changes = []
-    for step in range(1000):
-        found, loss = Parabola(1.0, -1.0 if step % 8 else 1.0, 1e-3), 10.0 - 0.1 * math.log(state.step + 1)
-        before = state
-        state = rule.decide(state, found, loss_start=loss - 1e-3, loss_end=loss, excess_loss=0.0).state
-        changes.append(state.lr / before.lr)
-    assert max(changes[:5]) > 1.0
-    assert max(changes[40:]) <= 1.0
+    decisions, learning_rates = [], [state.lr]
+    for step in range(200):
+        found, loss = Parabola(1.0, -1.0 if step % 16 else 1.0, 1e-3), 10.0 - 0.1 * math.log(state.step + 1)
+        decisions.append(rule.decide(state, found, loss_start=loss - 1e-3, loss_end=loss, excess_loss=0.0))
+        state = decisions[-1].state
+        learning_rates.append(state.lr)
+    assert learning_rates[5] > learning_rates[0]
+    for decision, before, after in list(zip(decisions, learning_rates, learning_rates[1:], strict=False))[40:]:
+        assert decision.status is ProbeStatus.UNSTABLE
+        assert after == pytest.approx(relaxed._LATER_FALL * before)
+        assert rule.is_probe_due(decision.state)
 
 
 @pytest.mark.parametrize("gain", [0.0, -0.1])
