@@ -114,6 +114,10 @@ class AveragedWeights:
         if updates % _REPAIR_PERIOD == 0:
             _repair(*pairs)
 
+    def forget(self) -> None:
+        """Begin anew, when the optimizer has lost its state."""
+        self._optimizer.param_groups[0][_STEPS] = 0
+
     @torch.no_grad()
     def begin(self) -> None:
         """Allocate averages that do not exist yet, with the present values.

@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
@@ -27,6 +27,7 @@ from gen_optim.compatibility import check_groups, check_wrappable
 from gen_optim.controller import Controller
 from gen_optim.diagnostics import Diagnostics
 from gen_optim.distributed import ranks_of
+from gen_optim.initial_point import InitialPoint
 from gen_optim.measurement import Mode, make_mode
 from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
@@ -243,6 +244,7 @@ class GeNOptimizer(OptimizerWrapper):
         self.closure = self.probe = self.last_probe = None
         self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
         self._diagnostics = Diagnostics()
+        self._initial_point: InitialPoint | None = None
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -311,18 +313,23 @@ class GeNOptimizer(OptimizerWrapper):
             self._set_up_state()
             return None
         context.unfinished.forget()
+        self._keep_initial_point()
         try:
             context.is_stepping = True
             result = self._take_step(closure, probe, loss)
+            result = self._restarted(result)
             context.is_stepping = False
         except BaseException:
             context.is_stepping = False
             torch.set_grad_enabled(is_grad_enabled)
             context.unfinished.finish()
             raise
-        if self.average:
-            is_reverted = result.record is not None and result.record.status is ProbeStatus.REVERTED
-            self._averages.update(begins=not is_reverted)
+        finally:
+            if self._initial_point is not None:
+                self._initial_point.arrive()
+        status = None if result.record is None else result.record.status
+        if self.average and status is not ProbeStatus.RESTARTED:
+            self._averages.update(begins=status is not ProbeStatus.REVERTED)
         if result.record is not None:
             self._report(result.record)
         return result.loss if loss is None else loss
@@ -368,6 +375,38 @@ class GeNOptimizer(OptimizerWrapper):
             averages = self._averages if needs_average else None
             return look_back_step(self._context, closure, probed, start_point, averages)
         return lazy_step(self._context, closure)
+
+    def _keep_initial_point(self) -> None:
+        """Keep where training begins, for as long as it may begin anew and nothing else writes to the parameters."""
+        context, point = self._context, self._initial_point
+        if not self.rule.may_restart(context.controller.state):
+            self._initial_point = None
+            return
+        moving = list(chain(*context.moving()))
+        if point is not None and not point.is_of(moving):
+            self._initial_point = None
+        elif point is None and context.controller.state.step == 0 and InitialPoint.is_at(self.base_optim):
+            modules = context.caller.owners(context.parameters())
+            self._initial_point = InitialPoint(self.base_optim, moving, modules)
+
+    def _restarted(self, result: StepResult) -> StepResult:
+        """Begin training anew where it began, if the rule calls for that after a probe step; return what then holds."""
+        context, controller, point = self._context, self._context.controller, self._initial_point
+        if result.record is None or (state := self.rule.restart(controller.state)) is None:
+            return result
+        # The rule says the same on all ranks, but something may have written to the parameters on one of them alone.
+        if context.ranks().mean([float(point is not None)]) != [1.0] or point is None:
+            return result
+
+        def restart() -> None:
+            point.restore()
+            self._averages.forget()
+            context.start_point = None
+            controller.remember(state, controller.rates.rates_in_force(state.lr))
+
+        context.unfinished.do(restart)
+        self._initial_point = None
+        return StepResult(result.loss, replace(result.record, status=ProbeStatus.RESTARTED))
 
     def _set_up_state(self) -> None:
         """Have the base optimizer set up its state, and add the keys that a checkpoint holds.
@@ -423,16 +462,21 @@ class GeNOptimizer(OptimizerWrapper):
         if not self.average:
             yield
             return
-        start_point = self._context.start_point
+        start_point, initial_point = self._context.start_point, self._initial_point
         if start_point is not None and not start_point.is_intact():
             start_point = None
+        if initial_point is not None and not initial_point.is_intact():
+            initial_point = None
         try:
             with self._averages.swapped():
                 yield
         finally:
-            if start_point is not None and not self._averages.is_swapped:
+            if not self._averages.is_swapped:
                 # The parameters are what they were, though they have been written to.
-                start_point.arrive(measures_length=self._context.allows_writes)
+                if start_point is not None:
+                    start_point.arrive(measures_length=self._context.allows_writes)
+                if initial_point is not None:
+                    initial_point.arrive()
 
     def write_averaged(self) -> None:
         """Write the averaged weights into the parameters for good; without an average it changes nothing.
@@ -607,6 +651,7 @@ class GeNOptimizer(OptimizerWrapper):
         is_alone = not (dist.is_available() and dist.is_initialized())
         loss = float(group.get(_START_LOSS, math.inf)) if is_alone else math.inf
         self._context.controller.load()
+        self._initial_point = None
         self._context.start_point, self._context.looked_through = None, []
         self._context.allows_writes = bool(group.get(_ALLOWS_WRITES, False))
         if lr > 0.0 and starts and self._context.mode.looks_back:
@@ -678,7 +723,7 @@ class GeNOptimizer(OptimizerWrapper):
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles keep: not the closures, hooks and records, nor a process group."""
         kept = super().__getstate__()
-        for name in ("closure", "probe", "last_probe", "_context", "_probe_hooks", "_diagnostics"):
+        for name in ("closure", "probe", "last_probe", "_context", "_probe_hooks", "_diagnostics", "_initial_point"):
             del kept[name]
         context = self._context
         kept["_kept"] = {

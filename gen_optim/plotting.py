@@ -35,6 +35,7 @@ _MARKS: dict[ProbeStatus, tuple[str, str]] = {
     ProbeStatus.NON_FINITE_PROBE: ("v", "probe not finite: cut"),
     ProbeStatus.REVERTED: ("<", "reverted: cut"),
     ProbeStatus.EXPLODED: ("P", "exploded: cut"),
+    ProbeStatus.RESTARTED: ("o", "restarted"),
 }
 """Marker and label of every status but the usual one, a fitted parabola."""
 

@@ -27,7 +27,7 @@ from gen_optim.closures.interception import postponed_step_hooks
 from gen_optim.closures.losses import DIFFERENT, Closure, Loss, agree, copied
 from gen_optim.closures.session import ClosureCaller, Session
 from gen_optim.controller import Controller
-from gen_optim.distributed import ranks_of
+from gen_optim.distributed import Ranks, ranks_of
 from gen_optim.measurement import Mode, StepLoss
 from gen_optim.measurement.interpolation import Interpolation
 from gen_optim.measurement.lookahead import measure_initial_search, searched_lr
@@ -115,12 +115,15 @@ class StepContext:
 
     def session(self, probed: Probed) -> Session:
         """Begin the calls of a probe step."""
-        parameters = self.parameters()
-        modules = self.caller.owners(parameters)
-        ranks = ranks_of(self.process_group, parameters, modules, warns=not self.controller.state.probes)
+        modules, ranks = self.caller.owners(self.parameters()), self.ranks(warns=not self.controller.state.probes)
         return Session(
             self.caller, self.groups, modules, probed.call, probed.name, ranks, tolerance=self.mode.tolerance
         )
+
+    def ranks(self, *, warns: bool = False) -> Ranks:
+        """The processes that train these parameters together."""
+        parameters = self.parameters()
+        return ranks_of(self.process_group, parameters, self.caller.owners(parameters), warns=warns)
 
     def take_over(self, given: Loss | None, step_loss: StepLoss, multiple: float) -> None:
         """Take over the loss that the caller has given, if it is what the probe returns at this multiple of the step.

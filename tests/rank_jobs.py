@@ -204,6 +204,31 @@ def look_back_astray(kind: str, bad: float) -> dict[str, Any]:
     return {"is_back": is_back, **run.result()}
 
 
+def begin_anew(kind: str, writes: bool) -> dict[str, Any]:
+    """A burn-in in which the loss of the last rank rose far; with ``writes``, that rank also writes to a parameter."""
+    run = Run(kind, mode="lookback")
+    first = numbers_of(run.model)
+    run.train(6)
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+
+    def spoil() -> Tensor | None:
+        is_it = is_last and not run.optimizer.is_probing
+        return torch.tensor(1e9, dtype=torch.float64, device=device()) if is_it else None
+
+    run.before_return = spoil
+    run.train(1)
+    run.before_return = lambda: None
+    if writes and is_last:
+        with torch.no_grad():
+            next(run.model.parameters()).mul_(1.0)
+    while run.optimizer._context.controller.state.probes < 10:
+        run.train(1)
+    burn_in = run.result()
+    is_back, has_state = numbers_of(run.model) == first, bool(run.optimizer.base_optim.state)
+    run.train(20)
+    return {"burn_in": burn_in, "is_back": is_back, "has_state": has_state, **run.result()}
+
+
 def look_back_with_numbers(kind: str) -> dict[str, Any]:
     """One rank returns plain numbers; another zeroes its gradients in place for a while: all need the middle then."""
     run = Run(kind, mode="lookback")

@@ -103,6 +103,19 @@ def test_a_step_that_led_one_rank_astray_is_taken_back_on_all(run: Run, bad: flo
     assert ranks[0]["is_back"]
 
 
+@pytest.mark.parametrize(("kind", "size"), [("ddp", 2), ("fsdp", 2), ("hsdp", 4), ("tp", 2)])
+@pytest.mark.parametrize("writes", [False, True])
+def test_all_ranks_begin_anew_or_none(run: Run, kind: str, size: int, writes: bool) -> None:
+    ranks = run(rank_jobs.begin_anew, kind, writes, size=size)
+    assert_alike(ranks)
+    statuses, losses = ranks[0]["burn_in"]["statuses"], ranks[0]["losses"]
+    assert "REVERTED" in statuses
+    assert (statuses[-1] == "RESTARTED") is not writes
+    assert ranks[0]["is_back"] is not writes
+    assert ranks[0]["has_state"] is writes
+    assert losses[-1][0] < losses[0][0]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_what_one_rank_does_not_know_of_its_gradients_all_look_up_half_way(run: Run, kind: str) -> None:
     ranks = run(rank_jobs.look_back_with_numbers, kind)

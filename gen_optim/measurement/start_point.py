@@ -53,7 +53,7 @@ class StartPoint:
         # Chunks of parameters, with the copies that hold the end of the step while the parameters are at its start.
         self._swapped: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._starts: list[Tensor] = []
-        self._marks: list[tuple[int, int]] | None = None
+        self._marks: list[tuple[int, int, int]] | None = None
         self._length = 0.0
         self._fingerprint_expected = 0
 
@@ -113,9 +113,13 @@ class StartPoint:
             return 0.0
         return float(squared_norms(self._copies, self._locals())[0].sqrt())
 
-    def marks(self) -> list[tuple[int, int]]:
-        """What changes if a parameter is written, or gets other memory (``p.data = ...``)."""
-        return [(each._version, each.data_ptr()) for each in self._locals()]
+    def marks(self) -> list[tuple[int, int, int]]:
+        """What changes if a parameter is written, or gets other memory (``p.data = ...``).
+
+        A write to a DTensor counts there, and one to this rank's part of it counts in the part alone.
+        """
+        pairs = zip(self._parameters, self._locals(), strict=True)
+        return [(whole._version, part._version, part.data_ptr()) for whole, part in pairs]
 
     @torch.no_grad()
     def fingerprint(self) -> int:

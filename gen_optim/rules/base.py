@@ -116,6 +116,17 @@ class Rule(ABC):
         """Whether the next :meth:`decide` makes use of ``excess_loss``. It may cost a forward pass."""
         return False
 
+    def may_restart(self, state: Any) -> bool:
+        """Whether training may have to begin anew where it began, so that this has to be kept; never by default."""
+        return False
+
+    def restart(self, state: Any) -> RuleState | None:
+        """The state with which training begins anew after the step that led to ``state``; None if it goes on.
+
+        It is asked for only where the parameters before the first step are known.
+        """
+        return None
+
     def before_step(self, state: Any, factor: float) -> RuleState:
         """The state for a step under the scheduler's ``factor``, 1 without a scheduler.
 

@@ -75,8 +75,9 @@ class RelaxedState(RuleState):
     ``loss`` averages the losses at the start of probe steps, ``loss_initial`` is that where training began, and
     ``descent_initial`` is how far the initial search saw it fall.
     ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
-    largest learning rate, with its factor, of a measured step that was not unstable. ``factor`` is the scheduler's at
-    the last parabola, ``factor_last`` in the last step.
+    largest learning rate, with its factor, of a measured step that was not unstable. ``has_diverged`` is whether a
+    loss has risen unusually far, ``has_failed`` whether one that a step led to was not finite. ``factor`` is the
+    scheduler's at the last parabola, ``factor_last`` in the last step.
     """
 
     started: bool = False
@@ -87,6 +88,8 @@ class RelaxedState(RuleState):
     lr_unstable: float = 0.0
     lr_initial: float = 0.0
     lr_borne: float = 0.0
+    has_diverged: bool = False
+    has_failed: bool = False
     factor: float = 1.0
     factor_last: float = 1.0
     balance: BalanceAverages = field(default_factory=BalanceAverages)
@@ -105,6 +108,10 @@ class RelaxedRule(Rule):
       not noise. Without noise, κ = 1 gives the minimum of the parabola. In pure noise, κ = 2 gives the learning rate at
       which steps no longer descend: what noise adds to the curvature averages out over a run. Once training was
       unstable, it grows to half the learning rate of then at most.
+    - **Restart.** What too hot a beginning does to a network may stay, dead units for example. So if a loss rose
+      unusually far in the burn-in, training begins anew when that is over, at the learning rate found: the parameters
+      return to their first values, the base optimizer to no state. It does not if a loss was not finite: such a step is
+      taken back at once, and the first steps might lead there again.
     - **Balance.** While slopes are mostly noise, they do not tell whether the learning rate is too high. Two other
       quantities do. The excess loss is the loss at the present weights minus that at their average: what noise costs.
       The gain is how much the loss falls while the number of steps grows e-fold. At a higher learning rate the excess
@@ -117,7 +124,7 @@ class RelaxedRule(Rule):
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step, unless the
       ratio is too high; without a scheduler, what they call for is annealed too. If the averages call for more, but the
       last step was too long by its own parabola, it falls by up to 5 %: a direction has become unstable that the
-      averages do not show yet. Near there slopes let it grow by 2 %.
+      averages do not show yet. Near there it grows by 2 % at most.
     - **No noise.** If there is next to no noise, it grows by 2 % at every step, to what slopes call for in spite of a
       scheduler, falls by up to 20 % where it is unstable, and by up to 5 % if a step is longer than ``relaxation``
       times the lowest point.
@@ -178,6 +185,16 @@ class RelaxedRule(Rule):
         """Whether the next decision makes use of the excess loss: when the first steps are over."""
         return state.started and state.step + 1 >= self._transient
 
+    def may_restart(self, state: RelaxedState) -> bool:
+        """Whether training may have to begin anew: until the burn-in is over."""
+        return state.probes < self.burn_in
+
+    def restart(self, state: RelaxedState) -> RelaxedState | None:
+        """The state after a burn-in in which training was unstable, with the learning rate found; else None."""
+        if state.probes != self.burn_in or not state.has_diverged or state.has_failed:
+            return None
+        return replace(state, loss=LossAverages(), balance=BalanceAverages())
+
     def before_step(self, state: RelaxedState, factor: float) -> RelaxedState:
         """The state for a step under the scheduler's ``factor``.
 
@@ -205,6 +222,8 @@ class RelaxedRule(Rule):
             lr_unstable=0.0,
             lr_initial=lr,
             lr_borne=0.0,
+            has_diverged=False,
+            has_failed=False,
             balance=BalanceAverages(),
         )
 
@@ -232,11 +251,11 @@ class RelaxedRule(Rule):
         if loss_end is not None and is_diverging(
             state.parabola, loss_start, loss_end, loss_initial=initial, descent_initial=state.descent_initial
         ):
-            return self._cut(state, loss_start, ProbeStatus.REVERTED)
+            return self._cut(state, loss_start, ProbeStatus.REVERTED, is_finite=math.isfinite(loss_end))
         if is_settled(state.loss.count, self.smoothing) and has_exploded(state.loss, loss_start, loss_initial=initial):
-            return self._cut(state, loss_start, ProbeStatus.EXPLODED)
+            return self._cut(state, loss_start, ProbeStatus.EXPLODED, is_finite=True)
         if not found.is_finite:
-            return self._cut(state, loss_start, ProbeStatus.NON_FINITE_PROBE)
+            return self._cut(state, loss_start, ProbeStatus.NON_FINITE_PROBE, is_finite=False)
         if is_below_noise(found):
             return self._below_noise(state, found, loss_start, measured, is_taken=loss_end is not None)
 
@@ -264,14 +283,16 @@ class RelaxedRule(Rule):
             return min(lr * min(max(target / taken, _FALL), _GROWTH), highest), status
         annealing = self._annealing(state.step, state.step + self.period, factor)
         correction = self._correction(state, factor)
+        is_near_unstable = 0.0 < _NEAR * state.lr_unstable < lr
         in_noise = lr * (annealing if correction is None else correction)
+        if is_near_unstable:
+            in_noise = min(in_noise, lr * _CAREFUL_GROWTH)
         is_certain = signal > _CERTAIN
         if not is_certain and parabolas.ascends(self.smoothing):  # which shows before the balance does
             return min(in_noise, lr * _LATER_FALL), ProbeStatus.UNSTABLE
         if not (is_settled(parabolas.count, self.smoothing) and signal > _AGREE):
             return in_noise, status
 
-        is_near_unstable = 0.0 < _NEAR * state.lr_unstable < lr
         own = _target(self.relaxation, last.slope, last.curvature)
         if is_contradicted(target, own, taken, is_near_unstable=is_near_unstable):
             return lr * max(_FALL if is_certain else _LATER_FALL, own / taken), ProbeStatus.UNSTABLE
@@ -358,8 +379,11 @@ class RelaxedRule(Rule):
             change = _LATER_FALL
         return self._decided(state, state.lr * change, loss, ProbeStatus.BELOW_NOISE)
 
-    def _cut(self, state: RelaxedState, loss: float, status: ProbeStatus) -> Decision:
-        """Cut the learning rate, and the mean slope so that the averages do not call for the old one at once."""
+    def _cut(self, state: RelaxedState, loss: float, status: ProbeStatus, *, is_finite: bool) -> Decision:
+        """Cut the learning rate, since a loss has risen unusually far, to a finite value or not.
+
+        The mean slope is cut too, so that the averages do not call for the old learning rate at once.
+        """
         lr = state.lr / self.max_change
         slope = max(state.parabola.curvature, 0.0) * lr / self.relaxation
         state = replace(
@@ -367,6 +391,8 @@ class RelaxedRule(Rule):
             parabola=replace(state.parabola, slope=min(state.parabola.slope, slope)),
             lr_unstable=state.lr,
             lr_borne=min(state.lr_borne, lr * state.factor_last),
+            has_diverged=state.has_diverged or is_finite,
+            has_failed=state.has_failed or not is_finite,
         )
         return self._decided(state, lr, loss, status)
 

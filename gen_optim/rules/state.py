@@ -39,6 +39,8 @@ class ProbeStatus(Enum):
             and the learning rate is cut.
         EXPLODED: The loss rose far above its average and above the loss at the beginning of training. The learning
             rate is cut, and the parabola is not used.
+        RESTARTED: Training was unstable in the burn-in, which is over. The parameters return to where training began,
+            the base optimizer to no state, and training goes on at the learning rate found.
     """
 
     STARTED = "started"
@@ -53,6 +55,7 @@ class ProbeStatus(Enum):
     NON_FINITE_PROBE = "non_finite_probe"
     REVERTED = "reverted"
     EXPLODED = "exploded"
+    RESTARTED = "restarted"
 
 
 @dataclass(frozen=True)
