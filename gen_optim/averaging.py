@@ -115,7 +115,7 @@ class AveragedWeights:
             _repair(*pairs)
 
     def forget(self) -> None:
-        """Begin anew, when the optimizer has lost its state."""
+        """Begin a new average at the next :meth:`update`, when training restarts."""
         self._optimizer.param_groups[0][_STEPS] = 0
 
     @torch.no_grad()

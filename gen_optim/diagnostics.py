@@ -93,9 +93,10 @@ class Diagnostics:
     def miss(self, state: RuleState) -> None:
         """Count a probe step that was due and could not look back, and warn if that happens often.
 
-        After a step that was reverted there is none to look back at, which says nothing.
+        After a step that was reverted, or a restart, there is none to look back at, which says nothing.
         """
-        if self._last is not None and self._last.step == state.step and self._last.status is ProbeStatus.REVERTED:
+        last = self._last
+        if last and last.step == state.step and last.status in (ProbeStatus.REVERTED, ProbeStatus.RESTARTED):
             return
         self.misses += _HITS_PER_MISS
         if self.misses >= _HITS_PER_MISS * PATIENCE and not self._has_warned_of_misses:

@@ -244,7 +244,6 @@ class GeNOptimizer(OptimizerWrapper):
         self.closure = self.probe = self.last_probe = None
         self._probe_hooks: OrderedDict[int, ProbeHook] = OrderedDict()
         self._diagnostics = Diagnostics()
-        self._initial_point: InitialPoint | None = None
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -313,20 +312,15 @@ class GeNOptimizer(OptimizerWrapper):
             self._set_up_state()
             return None
         context.unfinished.forget()
-        self._keep_initial_point()
         try:
             context.is_stepping = True
-            result = self._take_step(closure, probe, loss)
-            result = self._restarted(result)
+            result = self._restarted(self._take_step(closure, probe, loss))
             context.is_stepping = False
         except BaseException:
             context.is_stepping = False
             torch.set_grad_enabled(is_grad_enabled)
             context.unfinished.finish()
             raise
-        finally:
-            if self._initial_point is not None:
-                self._initial_point.arrive()
         status = None if result.record is None else result.record.status
         if self.average and status is not ProbeStatus.RESTARTED:
             self._averages.update(begins=status is not ProbeStatus.REVERTED)
@@ -376,22 +370,9 @@ class GeNOptimizer(OptimizerWrapper):
             return look_back_step(self._context, closure, probed, start_point, averages)
         return lazy_step(self._context, closure)
 
-    def _keep_initial_point(self) -> None:
-        """Keep where training begins, for as long as it may begin anew and nothing else writes to the parameters."""
-        context, point = self._context, self._initial_point
-        if not self.rule.may_restart(context.controller.state):
-            self._initial_point = None
-            return
-        moving = list(chain(*context.moving()))
-        if point is not None and not point.is_of(moving):
-            self._initial_point = None
-        elif point is None and context.controller.state.step == 0 and InitialPoint.is_at(self.base_optim):
-            modules = context.caller.owners(context.parameters())
-            self._initial_point = InitialPoint(self.base_optim, moving, modules)
-
     def _restarted(self, result: StepResult) -> StepResult:
-        """Begin training anew where it began, if the rule calls for that after a probe step; return what then holds."""
-        context, controller, point = self._context, self._context.controller, self._initial_point
+        """Restart training where it began, if the rule calls for that after a probe step; return what then holds."""
+        context, controller, point = self._context, self._context.controller, self._context.initial_point
         if result.record is None or (state := self.rule.restart(controller.state)) is None:
             return result
         # The rule says the same on all ranks, but something may have written to the parameters on one of them alone.
@@ -401,12 +382,11 @@ class GeNOptimizer(OptimizerWrapper):
         def restart() -> None:
             point.restore()
             self._averages.forget()
-            context.start_point = None
+            context.start_point, context.initial_point, context.is_restarted = None, None, True
             controller.remember(state, controller.rates.rates_in_force(state.lr))
 
         context.unfinished.do(restart)
-        self._initial_point = None
-        return StepResult(result.loss, replace(result.record, status=ProbeStatus.RESTARTED))
+        return StepResult(result.loss, replace(result.record, status=ProbeStatus.RESTARTED, lr_after=state.lr))
 
     def _set_up_state(self) -> None:
         """Have the base optimizer set up its state, and add the keys that a checkpoint holds.
@@ -462,7 +442,7 @@ class GeNOptimizer(OptimizerWrapper):
         if not self.average:
             yield
             return
-        start_point, initial_point = self._context.start_point, self._initial_point
+        start_point, initial_point = self._context.start_point, self._context.initial_point
         if start_point is not None and not start_point.is_intact():
             start_point = None
         if initial_point is not None and not initial_point.is_intact():
@@ -651,8 +631,7 @@ class GeNOptimizer(OptimizerWrapper):
         is_alone = not (dist.is_available() and dist.is_initialized())
         loss = float(group.get(_START_LOSS, math.inf)) if is_alone else math.inf
         self._context.controller.load()
-        self._initial_point = None
-        self._context.start_point, self._context.looked_through = None, []
+        self._context.start_point, self._context.initial_point, self._context.looked_through = None, None, []
         self._context.allows_writes = bool(group.get(_ALLOWS_WRITES, False))
         if lr > 0.0 and starts and self._context.mode.looks_back:
             # A parameter without a gradient has no state: it has not moved.
@@ -678,13 +657,13 @@ class GeNOptimizer(OptimizerWrapper):
         state_dict, self._loaded_starts = take_entry(state_dict, _START)
         return state_dict
 
-    def _set_aside(self) -> StartPoint | None:
-        return self._context.start_point
+    def _set_aside(self) -> tuple[StartPoint | None, InitialPoint | None]:
+        return self._context.start_point, self._context.initial_point
 
-    def _put_back(self, kept: StartPoint | None) -> None:
+    def _put_back(self, kept: tuple[StartPoint | None, InitialPoint | None]) -> None:
         self._loaded_starts, self._loaded_averages = {}, {}
         self._load_numbers()
-        self._context.start_point = kept
+        self._context.start_point, self._context.initial_point = kept
 
     def _starts(self) -> dict[Tensor, Tensor]:
         """What a checkpoint holds per parameter: the start of the last step, or the parameter itself.
@@ -698,8 +677,9 @@ class GeNOptimizer(OptimizerWrapper):
         starts = {} if start_point is None else start_point.tensors()
         state = self.base_optim.state
         # Many optimizers take an empty state for one that has to be set up. If all are empty after a step, this one
-        # does not.
-        is_stateless = not any(state.values()) and (self._has_state_keys or self._context.controller.state.step > 0)
+        # does not, unless training has restarted.
+        has_stepped = self._context.controller.state.step > 0 and not self._context.is_restarted
+        is_stateless = not any(state.values()) and (self._has_state_keys or has_stepped)
         return {
             # A copy, since distributed checkpoints are loaded into what this returns.
             each: starts[each] if each in starts else each.detach().clone()
@@ -723,7 +703,7 @@ class GeNOptimizer(OptimizerWrapper):
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles keep: not the closures, hooks and records, nor a process group."""
         kept = super().__getstate__()
-        for name in ("closure", "probe", "last_probe", "_context", "_probe_hooks", "_diagnostics", "_initial_point"):
+        for name in ("closure", "probe", "last_probe", "_context", "_probe_hooks", "_diagnostics"):
             del kept[name]
         context = self._context
         kept["_kept"] = {

@@ -28,6 +28,7 @@ from gen_optim.closures.losses import DIFFERENT, Closure, Loss, agree, copied
 from gen_optim.closures.session import ClosureCaller, Session
 from gen_optim.controller import Controller
 from gen_optim.distributed import Ranks, ranks_of
+from gen_optim.initial_point import InitialPoint
 from gen_optim.measurement import Mode, StepLoss
 from gen_optim.measurement.interpolation import Interpolation
 from gen_optim.measurement.lookahead import measure_initial_search, searched_lr
@@ -72,6 +73,10 @@ class StepContext:
     """Whether a step is being taken: its closure must not take another one."""
     start_point: StartPoint | None = None
     """Where the last step began, if the next one is going to look back at it."""
+    initial_point: InitialPoint | None = None
+    """Where training began, for as long as it may have to restart there."""
+    is_restarted: bool = False
+    """Whether training has restarted in the last step, so that the base optimizer's state is yet to be set up."""
     trusts_losses: bool | None = None
     """Whether a loss that the caller gave was the one that the probe returned; None until the two are compared."""
     allows_writes: bool = False
@@ -184,6 +189,23 @@ class StepContext:
         copies = None if last is None else last.present_copies(parameters, on_host=on_host)
         own_loss = math.inf if loss is None else copied(loss)
         return StartPoint(parameters, taken, loss=own_loss, copies=copies, on_host=on_host)
+
+    def keep_initial_point(self) -> None:
+        """Keep where training begins; called when the closure has returned, before the parameters move.
+
+        The point is let go once training will not restart, or something else, the closure included, has written to the
+        parameters.
+        """
+        self.is_restarted = False
+        point, state = self.initial_point, self.controller.state
+        if not self.controller.rule.may_restart(state):
+            self.initial_point = None
+            return
+        moving = list(chain(*self.moving()))
+        if point is not None and not point.is_of(moving):
+            self.initial_point = None
+        elif point is None and not state.step and InitialPoint.can_be_kept(self.base_optim):
+            self.initial_point = InitialPoint(self.base_optim, moving)
 
 
 def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: bool = True) -> StepResult:
@@ -304,6 +326,7 @@ def _revert_failed_step(
 
 def _revert(context: StepContext, session: Session, start_point: StartPoint, state: RuleState) -> None:
     """Put the parameters back to where the last step began, for good, and keep the state after the step."""
+    context.keep_initial_point()
 
     def revert() -> None:
         start_point.stay()
@@ -345,6 +368,7 @@ def look_ahead_step(context: StepContext, closure: Closure | None, probed: Probe
                 loss_start = again
         factor = controller.rates.factor()
         factors = list(compress(controller.rates.factors(), controller.rates.shares(state.lr)))
+        context.keep_initial_point()
         step = Interpolation(
             context.moving(), on_host=context.offload_copies, keeps_infinities=context.keeps_infinities()
         )
@@ -452,7 +476,14 @@ def _step_base(
     *,
     keeps_start: bool = True,
 ) -> None:
-    """Let the base optimizer step at the state's learning rate; keep where it began if the next step looks back."""
+    """Let the base optimizer step at the state's learning rate; keep where it began if the next step looks back.
+
+    With ``keeps_start=False`` nothing is kept: steps without a closure are never measured.
+    """
+    if keeps_start:
+        context.keep_initial_point()
+    else:
+        context.initial_point, context.is_restarted = None, False
     looks_back = keeps_start and context.mode.looks_back and context.controller.rule.is_probe_due(state)
     start_point = context.keep_start_point(state.lr, loss, last) if looks_back else None
     rates = context.controller.step_base(state.lr, context.unfinished)
@@ -468,5 +499,7 @@ def _remember(context: StepContext, state: RuleState, used: list[float]) -> None
     def remember() -> None:
         mark_used(context.groups)
         context.controller.remember(state, used)
+        if context.initial_point is not None:
+            context.initial_point.arrive()
 
     context.unfinished.do(remember)

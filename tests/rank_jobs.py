@@ -204,7 +204,7 @@ def look_back_astray(kind: str, bad: float) -> dict[str, Any]:
     return {"is_back": is_back, **run.result()}
 
 
-def begin_anew(kind: str, writes: bool) -> dict[str, Any]:
+def restart(kind: str, writes: bool) -> dict[str, Any]:
     """A burn-in in which the loss of the last rank rose far; with ``writes``, that rank also writes to a parameter."""
     run = Run(kind, mode="lookback")
     first = numbers_of(run.model)

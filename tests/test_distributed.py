@@ -105,8 +105,8 @@ def test_a_step_that_led_one_rank_astray_is_taken_back_on_all(run: Run, bad: flo
 
 @pytest.mark.parametrize(("kind", "size"), [("ddp", 2), ("fsdp", 2), ("hsdp", 4), ("tp", 2)])
 @pytest.mark.parametrize("writes", [False, True])
-def test_all_ranks_begin_anew_or_none(run: Run, kind: str, size: int, writes: bool) -> None:
-    ranks = run(rank_jobs.begin_anew, kind, writes, size=size)
+def test_all_ranks_restart_or_none(run: Run, kind: str, size: int, writes: bool) -> None:
+    ranks = run(rank_jobs.restart, kind, writes, size=size)
     assert_alike(ranks)
     statuses, losses = ranks[0]["burn_in"]["statuses"], ranks[0]["losses"]
     assert "REVERTED" in statuses

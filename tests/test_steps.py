@@ -326,7 +326,7 @@ def test_a_step_that_has_led_astray_is_taken_back(bad: float) -> None:
     for mine, theirs in zip(training.optimizer.state.values(), state, strict=True):
         assert all(torch.equal(torch.as_tensor(mine[name]), torch.as_tensor(theirs[name])) for name in theirs)
     assert training.optimizer.param_groups[0]["lr"] == lr / 2
-    losses = training.train(100)  # it begins anew when the burn-in is over
+    losses = training.train(100)  # it restarts when the burn-in is over
     assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0]
     assert training.optimizer.last_probe.status is not ProbeStatus.REVERTED

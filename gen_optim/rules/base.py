@@ -117,13 +117,13 @@ class Rule(ABC):
         return False
 
     def may_restart(self, state: Any) -> bool:
-        """Whether training may have to begin anew where it began, so that this has to be kept; never by default."""
+        """Whether training may have to restart, so that the point where it began must be kept; never by default."""
         return False
 
     def restart(self, state: Any) -> RuleState | None:
-        """The state with which training begins anew after the step that led to ``state``; None if it goes on.
+        """The state with which training restarts after the probe step that led to ``state``; None if it goes on.
 
-        It is asked for only where the parameters before the first step are known.
+        If the point where training began is not known any more, it goes on all the same.
         """
         return None
 

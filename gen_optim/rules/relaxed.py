@@ -76,7 +76,7 @@ class RelaxedState(RuleState):
     ``descent_initial`` is how far the initial search saw it fall.
     ``lr_unstable`` is the learning rate at which training was last unstable; 0 if it never was. ``lr_borne`` is the
     largest learning rate, with its factor, of a measured step that was not unstable. ``has_diverged`` is whether a
-    loss has risen unusually far, ``has_failed`` whether one that a step led to was not finite. ``factor`` is the
+    loss has risen unusually far, ``has_failed`` whether a probed loss was not finite. ``factor`` is the
     scheduler's at the last parabola, ``factor_last`` in the last step.
     """
 
@@ -108,10 +108,10 @@ class RelaxedRule(Rule):
       not noise. Without noise, κ = 1 gives the minimum of the parabola. In pure noise, κ = 2 gives the learning rate at
       which steps no longer descend: what noise adds to the curvature averages out over a run. Once training was
       unstable, it grows to half the learning rate of then at most.
-    - **Restart.** What too hot a beginning does to a network may stay, dead units for example. So if a loss rose
-      unusually far in the burn-in, training begins anew when that is over, at the learning rate found: the parameters
-      return to their first values, the base optimizer to no state. It does not if a loss was not finite: such a step is
-      taken back at once, and the first steps might lead there again.
+    - **Restart.** What too high a learning rate does to a network may stay, dead units for example. So if a loss rose
+      unusually far in the burn-in, training restarts when that is over, at the learning rate found: the parameters
+      return to their first values, and the base optimizer's state is cleared. It does not restart if a probed loss was
+      not finite: the first steps might lead there again.
     - **Balance.** While slopes are mostly noise, they do not tell whether the learning rate is too high. Two other
       quantities do. The excess loss is the loss at the present weights minus that at their average: what noise costs.
       The gain is how much the loss falls while the number of steps grows e-fold. At a higher learning rate the excess
@@ -124,7 +124,7 @@ class RelaxedRule(Rule):
     - **Agreement.** If slopes agree and call for more, the learning rate grows by up to 5 % per probe step, unless the
       ratio is too high; without a scheduler, what they call for is annealed too. If the averages call for more, but the
       last step was too long by its own parabola, it falls by up to 5 %: a direction has become unstable that the
-      averages do not show yet. Near there it grows by 2 % at most.
+      averages do not show yet. Near there slopes and balance let it grow by 2 %.
     - **No noise.** If there is next to no noise, it grows by 2 % at every step, to what slopes call for in spite of a
       scheduler, falls by up to 20 % where it is unstable, and by up to 5 % if a step is longer than ``relaxation``
       times the lowest point.
@@ -186,11 +186,11 @@ class RelaxedRule(Rule):
         return state.started and state.step + 1 >= self._transient
 
     def may_restart(self, state: RelaxedState) -> bool:
-        """Whether training may have to begin anew: until the burn-in is over."""
-        return state.probes < self.burn_in
+        """Whether training may have to restart: until the burn-in is over or a probed loss was not finite."""
+        return state.probes < self.burn_in and not state.has_failed
 
     def restart(self, state: RelaxedState) -> RelaxedState | None:
-        """The state after a burn-in in which training was unstable, with the learning rate found; else None."""
+        """The state to restart with at the end of a burn-in in which a loss has risen unusually far; else None."""
         if state.probes != self.burn_in or not state.has_diverged or state.has_failed:
             return None
         return replace(state, loss=LossAverages(), balance=BalanceAverages())
@@ -380,7 +380,7 @@ class RelaxedRule(Rule):
         return self._decided(state, state.lr * change, loss, ProbeStatus.BELOW_NOISE)
 
     def _cut(self, state: RelaxedState, loss: float, status: ProbeStatus, *, is_finite: bool) -> Decision:
-        """Cut the learning rate, since a loss has risen unusually far, to a finite value or not.
+        """Cut the learning rate, since a loss has risen unusually far or, with ``is_finite=False``, was not finite.
 
         The mean slope is cut too, so that the averages do not call for the old learning rate at once.
         """

@@ -39,8 +39,8 @@ class ProbeStatus(Enum):
             and the learning rate is cut.
         EXPLODED: The loss rose far above its average and above the loss at the beginning of training. The learning
             rate is cut, and the parabola is not used.
-        RESTARTED: Training was unstable in the burn-in, which is over. The parameters return to where training began,
-            the base optimizer to no state, and training goes on at the learning rate found.
+        RESTARTED: A loss has risen unusually far in the burn-in, which is over. The parameters return to where training
+            began, the base optimizer's state is cleared, and training goes on at the learning rate found.
     """
 
     STARTED = "started"
