@@ -89,6 +89,16 @@ def test_if_the_average_is_no_better_it_grows_like_the_steps(excess: float, gain
     assert change(RelaxedRule(), excess=excess, gain=gain) == pytest.approx(51, rel=0.1)
 
 
+@pytest.mark.parametrize(("excess", "free", "near"), [(0.0, 1.05, relaxed._CAREFUL_GROWTH), (10.0, 0.97, 0.97)])
+def test_near_where_it_was_unstable_it_grows_carefully(excess: float, free: float, near: float) -> None:
+    before = train(RelaxedRule(), BURNT_IN, steps=150, excess=lambda _: excess)
+    for lr_unstable, change in ((0.0, free), (10.0 * before.lr, free), (1.5 * before.lr, near)):
+        state = replace(before, lr_unstable=lr_unstable)
+        probed = train(RelaxedRule(), state, steps=state.next_probe - state.step, excess=lambda _: excess)
+        assert probed.probes == state.probes + 1
+        assert probed.lr / state.lr == pytest.approx(change, abs=0.01 if change == free else 1e-9)
+
+
 def test_it_falls_and_probes_at_every_step_while_steps_raise_the_loss() -> None:
     """Fifteen steps of sixteen do, which is more than noise, though the average is no better."""
     rule, state = RelaxedRule(), train(RelaxedRule(), BURNT_IN, steps=1000, excess=lambda _: 0.0)
