@@ -112,6 +112,13 @@ def test_parameters_return_to_their_first_values_and_the_base_has_no_state(make:
     assert averaged == pytest.approx(losses[-1], rel=0.5)
 
 
+def test_that_there_is_no_step_to_look_back_at_then_is_no_miss() -> None:
+    training = unstable(period=1)
+    assert end_burn_in(training) is ProbeStatus.RESTARTED
+    training.train(1)  # would probe
+    assert training.optimizer._diagnostics.misses == 0
+
+
 def test_a_training_that_was_stable_goes_on() -> None:
     training = Training.of(lambda parameters: gen_adamw(parameters, burn_in=BURN_IN))
     assert end_burn_in(training) is not ProbeStatus.RESTARTED
