@@ -376,13 +376,15 @@ class GeNOptimizer(OptimizerWrapper):
         if result.record is None or (state := self.rule.restart(controller.state)) is None:
             return result
         # The rule says the same on all ranks, but something may have written to the parameters on one of them alone.
-        if context.ranks().mean([float(point is not None)]) != [1.0] or point is None:
+        parameters = context.parameters()
+        ranks = ranks_of(context.process_group, parameters, context.caller.owners(parameters))
+        if ranks.mean([float(point is not None)]) != [1.0] or point is None:
             return result
 
         def restart() -> None:
             point.restore()
             self._averages.forget()
-            context.start_point, context.initial_point, context.is_restarted = None, None, True
+            context.start_point = context.initial_point = None
             controller.remember(state, controller.rates.rates_in_force(state.lr))
 
         context.unfinished.do(restart)
@@ -678,7 +680,9 @@ class GeNOptimizer(OptimizerWrapper):
         state = self.base_optim.state
         # Many optimizers take an empty state for one that has to be set up. If all are empty after a step, this one
         # does not, unless training has restarted.
-        has_stepped = self._context.controller.state.step > 0 and not self._context.is_restarted
+        step, last = self._context.controller.state.step, self.last_probe
+        is_restarted = last is not None and last.step == step and last.status is ProbeStatus.RESTARTED
+        has_stepped = step > 0 and not is_restarted
         is_stateless = not any(state.values()) and (self._has_state_keys or has_stepped)
         return {
             # A copy, since distributed checkpoints are loaded into what this returns.

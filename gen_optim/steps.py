@@ -27,7 +27,7 @@ from gen_optim.closures.interception import postponed_step_hooks
 from gen_optim.closures.losses import DIFFERENT, Closure, Loss, agree, copied
 from gen_optim.closures.session import ClosureCaller, Session
 from gen_optim.controller import Controller
-from gen_optim.distributed import Ranks, ranks_of
+from gen_optim.distributed import ranks_of
 from gen_optim.initial_point import InitialPoint
 from gen_optim.measurement import Mode, StepLoss
 from gen_optim.measurement.interpolation import Interpolation
@@ -75,8 +75,6 @@ class StepContext:
     """Where the last step began, if the next one is going to look back at it."""
     initial_point: InitialPoint | None = None
     """Where training began, for as long as it may have to restart there."""
-    is_restarted: bool = False
-    """Whether training has restarted in the last step, so that the base optimizer's state is yet to be set up."""
     trusts_losses: bool | None = None
     """Whether a loss that the caller gave was the one that the probe returned; None until the two are compared."""
     allows_writes: bool = False
@@ -120,15 +118,12 @@ class StepContext:
 
     def session(self, probed: Probed) -> Session:
         """Begin the calls of a probe step."""
-        modules, ranks = self.caller.owners(self.parameters()), self.ranks(warns=not self.controller.state.probes)
+        parameters = self.parameters()
+        modules = self.caller.owners(parameters)
+        ranks = ranks_of(self.process_group, parameters, modules, warns=not self.controller.state.probes)
         return Session(
             self.caller, self.groups, modules, probed.call, probed.name, ranks, tolerance=self.mode.tolerance
         )
-
-    def ranks(self, *, warns: bool = False) -> Ranks:
-        """The processes that train these parameters together."""
-        parameters = self.parameters()
-        return ranks_of(self.process_group, parameters, self.caller.owners(parameters), warns=warns)
 
     def take_over(self, given: Loss | None, step_loss: StepLoss, multiple: float) -> None:
         """Take over the loss that the caller has given, if it is what the probe returns at this multiple of the step.
@@ -196,7 +191,6 @@ class StepContext:
         The point is let go once training will not restart, or something else, the closure included, has written to the
         parameters.
         """
-        self.is_restarted = False
         point, state = self.initial_point, self.controller.state
         if not self.controller.rule.may_restart(state):
             self.initial_point = None
@@ -483,7 +477,7 @@ def _step_base(
     if keeps_start:
         context.keep_initial_point()
     else:
-        context.initial_point, context.is_restarted = None, False
+        context.initial_point = None
     looks_back = keeps_start and context.mode.looks_back and context.controller.rule.is_probe_due(state)
     start_point = context.keep_start_point(state.lr, loss, last) if looks_back else None
     rates = context.controller.step_base(state.lr, context.unfinished)
