@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import Any
 
 from benchmarks.battery.config import SEEDS, Cell, Config
@@ -21,6 +21,10 @@ _SCHEDULES = ("linear", "constant")
 _NEVER = math.inf
 
 
+def _holds_never(*_: object, **__: object) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Mechanism:
     """Something that the default rule does, and how to do without it.
@@ -29,16 +33,17 @@ class Mechanism:
         name: The name in results.
         change: What is done instead, for the report.
         options: Options of the rule.
-        constants: Values of constants, by module of ``gen_optim`` and name.
+        constants: Values of constants and methods, by module of ``gen_optim``, or ``module:class``, and name.
     """
 
     name: str
     change: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    constants: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    constants: Mapping[tuple[str, str], Any] = field(default_factory=dict)
 
 
-_RELAXED, _AVERAGES, _SAFEGUARDS, _CONTROLLER = "rules.relaxed", "rules.averages", "rules.safeguards", "controller"
+_RELAXED, _AVERAGES = "rules.relaxed", "rules.averages"
+_RULE, _CONTROLLER = "rules.relaxed:RelaxedRule", "controller:Controller"
 
 MECHANISMS = {
     each.name: each
@@ -50,7 +55,8 @@ MECHANISMS = {
         Mechanism("burn-in, shorter", "25 steps instead of 50", {"burn_in": 25}),
         Mechanism("burn-in, longer", "100 steps instead of 50", {"burn_in": 100}),
         Mechanism("smoothing", "0.8 instead of 0.9", {"smoothing": 0.8}),
-        Mechanism("balance", "none: annealing by t^(−1/8)", constants={(_RELAXED, "_SHARE"): _NEVER}),
+        Mechanism("restart", "none", constants={(_RULE, "may_restart"): _holds_never}),
+        Mechanism("balance", "none: annealing by t^(−1/8)", constants={(_CONTROLLER, "has_one_batch"): True}),
         Mechanism("balance, smaller", "0.15 instead of 0.3", {"balance": 0.15}),
         Mechanism("balance, larger", "0.6 instead of 0.3", {"balance": 0.6}),
         Mechanism(
@@ -60,14 +66,19 @@ MECHANISMS = {
             "growth of the balance", "at most t^(1/2) instead of t", constants={(_RELAXED, "_STEEPEST_GROWTH"): 0.5}
         ),
         Mechanism("rising loss", "no fall while steps raise the loss", constants={(_AVERAGES, "_ASCENDS"): _NEVER}),
-        Mechanism("one batch", "is balanced too", constants={(_CONTROLLER, "_SURE"): _NEVER}),
+        Mechanism("one batch", "is balanced too", constants={(_CONTROLLER, "has_one_batch"): False}),
         Mechanism("annealing", "none: on one batch it is held", {"annealing": 0.0}),
         Mechanism("agreement", "after the burn-in parabolas are never followed", constants={(_RELAXED, "_AGREE"): 1.0}),
         Mechanism("certainty", "no growth at every step, smaller falls", constants={(_RELAXED, "_CERTAIN"): 1.0}),
-        Mechanism("contradiction", "none", constants={(_SAFEGUARDS, "_CONTRADICTED"): _NEVER}),
-        Mechanism("care near instability", "none", constants={(_RELAXED, "_NEAR"): _NEVER}),
-        Mechanism("divergence", "no step is reverted", constants={(_SAFEGUARDS, "_DIVERGING"): _NEVER}),
-        Mechanism("explosion", "no cut after an exploded loss", constants={(_SAFEGUARDS, "_EXPLOSION"): _NEVER}),
+        Mechanism("growth later", "10 % instead of 5 %", constants={(_RELAXED, "_LATER_CHANGE"): 0.1}),
+        Mechanism("careful growth", "5 % instead of 2 %", constants={(_RELAXED, "_CAREFUL_GROWTH"): 1.05}),
+        Mechanism("contradiction", "none", constants={(_RELAXED, "is_contradicted"): _holds_never}),
+        Mechanism("divergence", "no step is reverted", constants={(_RELAXED, "is_diverging"): _holds_never}),
+        Mechanism(
+            "explosion",
+            "no cut after an exploded loss",
+            constants={(_RELAXED, "has_exploded"): _holds_never},
+        ),
         Mechanism("size of the cuts", "by 4 instead of 2", {"max_change": 4.0}),
         Mechanism("cap of a parabola", "none", constants={(_AVERAGES, "_MOST_CHANGES"): _NEVER}),
         Mechanism("faster average of changes", "none", constants={(_AVERAGES, "_CHANGE_WEIGHT"): 0.0}),
@@ -80,7 +91,7 @@ MECHANISMS = {
 def without(name: str | None) -> Iterator[None]:
     """Changes the constants of a mechanism inside of the block; None changes nothing."""
     constants = {} if name is None else MECHANISMS[name].constants
-    modules = {place: importlib.import_module(f"gen_optim.{place[0]}") for place in constants}
+    modules = {place: resolve_name(f"gen_optim.{place[0]}") for place in constants}
     before = {place: getattr(module, place[1]) for place, module in modules.items()}
     try:
         for place, value in constants.items():

@@ -21,7 +21,7 @@ _ASCENDS = 3.0
 """Number of standard errors by which steps must raise the loss in the mean for it not to be noise. With two, a run that
 stands still for long would lose its learning rate."""
 
-_EARLIER, _RECENT = 2.0, 8.0
+_EARLIER, RECENT = 2.0, 8.0
 """Exponents of power-law averages of the losses, over about the last half and the last eighth of the steps."""
 
 
@@ -163,12 +163,12 @@ class BalanceAverages:
         averages = replace(
             self,
             earlier=self._average(self.earlier, loss, self.step, step, _EARLIER),
-            recent=self._average(self.recent, loss, self.step, step, _RECENT),
+            recent=self._average(self.recent, loss, self.step, step, RECENT),
             step=step,
         )
         if excess_loss is None or not math.isfinite(excess_loss):
             return averages
-        excess = self._average(self.excess, excess_loss, self.excess_step, step, _RECENT)
+        excess = self._average(self.excess, excess_loss, self.excess_step, step, RECENT)
         return replace(averages, excess=excess, excess_step=step)
 
     def _average(self, mean: float, value: float, last: int, step: int, exponent: float) -> float:
@@ -185,7 +185,7 @@ class BalanceAverages:
         """How much the loss falls while the number of steps, ``began`` included, grows e-fold; NaN before the first."""
         if not self.count:
             return math.nan
-        recent, earlier = (self.began + self.count * math.exp(-1.0 / each) for each in (_RECENT, _EARLIER))
+        recent, earlier = (self.began + self.count * math.exp(-1.0 / each) for each in (RECENT, _EARLIER))
         return (self.earlier - self.recent) / math.log(recent / earlier)
 
     @property

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from gen_optim.rules.averages import BalanceAverages, LossAverages, ParabolaAverages, is_settled
+from gen_optim.rules.averages import RECENT, BalanceAverages, LossAverages, ParabolaAverages, is_settled
 from gen_optim.rules.base import Rule
 from gen_optim.rules.initial_search import InitialSearch
 from gen_optim.rules.parabola import Parabola
@@ -27,24 +27,18 @@ _GROWTH, _FALL = 1.1, 0.8
 """Largest changes of the learning rate in a probe step of the burn-in: training must show what the last one did. The
 balance does not let it grow faster either."""
 
-_LATER_GROWTH, _LATER_FALL, _CAREFUL_GROWTH = 1.05, 0.95, 1.02
-"""Largest changes that slopes call for after the burn-in, and the largest growth near where training was unstable. With
-momentum 0.9, a learning rate 10 % above the edge of stability multiplies what is unstable by a hundred within eight
-steps, one 5 % above by 23, one 2 % above by six: that is seen in time."""
+_LATER_CHANGE, _CAREFUL_GROWTH = 0.05, 1.02
+"""Largest relative change that slopes call for after the burn-in, and the largest growth near where training was
+unstable: from the learning rate on that a cut left. With momentum 0.9, a learning rate 10 % above the edge of stability
+multiplies what is unstable by a hundred within eight steps, one 5 % above by 23, one 2 % above by six: that is seen in
+time."""
 
 _AGREE = 0.5
 """Signal fraction from which on slopes agree."""
 
-_NEAR = 0.5
-"""Fraction of the learning rate at which training was unstable, from which on growth is careful; in the burn-in, whose
-averages are young, there is none."""
-
 _CERTAIN = 0.9
 """Signal fraction from which on growth is careful but happens at every step: only the time in which instability shows
 limits it. A single parabola is certain too: if it contradicts the averages, the fall is that of the burn-in."""
-
-_SHARE = 0.125
-"""Share of all steps over which losses must be averaged for a gain."""
 
 _STEEPEST_FALL, _STEEPEST_GROWTH = 0.5, 1.0
 """Largest exponents p of the corrections by the balance, t^(−p) and t^p."""
@@ -278,42 +272,46 @@ class RelaxedRule(Rule):
         taken, signal = lr * factor, parabolas.signal_fraction(self.smoothing)
         target = _target(2.0 - signal, parabolas.slope, parabolas.curvature)
         status = _STATUSES.get(target, ProbeStatus.FITTED)
+        lr_cut = state.lr_unstable / self.max_change
         if state.probes < self.burn_in:
-            highest = max(lr, _NEAR * state.lr_unstable) if state.lr_unstable else math.inf
+            highest = max(lr, lr_cut) if lr_cut else math.inf
             return min(lr * min(max(target / taken, _FALL), _GROWTH), highest), status
-        annealing = self._annealing(state.step, state.step + self.period, factor)
+        is_near_unstable = 0.0 < lr_cut < lr
+        is_certain = signal > _CERTAIN
         correction = self._correction(state, factor)
-        is_near_unstable = 0.0 < _NEAR * state.lr_unstable < lr
-        in_noise = lr * (annealing if correction is None else correction)
+        in_noise = lr * (self._annealing_to_next(state, factor) if correction is None else correction)
         if is_near_unstable:
             in_noise = min(in_noise, lr * _CAREFUL_GROWTH)
-        is_certain = signal > _CERTAIN
         if not is_certain and parabolas.ascends(self.smoothing):  # which shows before the balance does
-            return min(in_noise, lr * _LATER_FALL), ProbeStatus.UNSTABLE
+            return min(in_noise, lr * (1.0 - _LATER_CHANGE)), ProbeStatus.UNSTABLE
         if not (is_settled(parabolas.count, self.smoothing) and signal > _AGREE):
             return in_noise, status
 
         own = _target(self.relaxation, last.slope, last.curvature)
-        if is_contradicted(target, own, taken, is_near_unstable=is_near_unstable):
-            return lr * max(_FALL if is_certain else _LATER_FALL, own / taken), ProbeStatus.UNSTABLE
-        if not is_certain and correction is not None and correction < 1.0:
-            return in_noise, status
+        if is_contradicted(target, own, taken):
+            return lr * max(_FALL if is_certain else 1.0 - _LATER_CHANGE, own / taken), ProbeStatus.UNSTABLE
         target *= self._annealing(self.burn_in, state.step, factor)
-        # What the scheduler takes off is made up for without noise only: in noise smaller steps call for larger ones.
-        compared = taken if is_certain else lr
-        if target > compared:
-            growth = _LATER_GROWTH
-            if is_near_unstable:
-                growth = _CAREFUL_GROWTH
-            elif is_certain:
-                growth, status = _CAREFUL_GROWTH, ProbeStatus.GROWING
-            if is_certain:  # the limit is that of the step, α · factor
-                growth *= max(1.0, state.factor / factor)
-            return lr * min(growth, target / compared), status
-        if not is_certain:
+        if is_certain:
+            return self._next_lr_without_noise(state, target, factor, status, is_near_unstable=is_near_unstable)
+        # In noise smaller steps call for larger ones, so what the scheduler takes off is not made up for.
+        if target <= lr or (correction is not None and correction < 1.0):
             return in_noise, status
-        longest = _target(self.relaxation, parabolas.slope, parabolas.curvature)
-        return lr * min(max(_LATER_FALL, longest / taken), annealing), status
+        return lr * min(_CAREFUL_GROWTH if is_near_unstable else 1.0 + _LATER_CHANGE, target / lr), status
+
+    def _next_lr_without_noise(
+        self, state: RelaxedState, target: float, factor: float, status: ProbeStatus, *, is_near_unstable: bool
+    ) -> tuple[float, ProbeStatus]:
+        """The learning rate if slopes are certain: α · factor, the length of the step, approaches the target."""
+        taken = state.lr * factor
+        if target > taken:
+            growth = _CAREFUL_GROWTH * max(1.0, state.factor / factor)
+            return state.lr * min(growth, target / taken), status if is_near_unstable else ProbeStatus.GROWING
+        longest = _target(self.relaxation, state.parabola.slope, state.parabola.curvature)
+        change = min(max(1.0 - _LATER_CHANGE, longest / taken), self._annealing_to_next(state, factor))
+        return state.lr * change, status
+
+    def _annealing_to_next(self, state: RelaxedState, factor: float) -> float:
+        return self._annealing(state.step, state.step + self.period, factor)
 
     def _annealing(self, begin: int, end: int, factor: float) -> float:
         """The fall of the learning rate from one step to another: t^(−p), none if a scheduler takes something off."""
@@ -328,7 +326,7 @@ class RelaxedRule(Rule):
         the excess loss at this step is not known.
         """
         averages = state.balance
-        is_short = averages.count < max(2 * self._transient, _SHARE * state.step)
+        is_short = averages.count < max(2 * self._transient, state.step / RECENT)
         if is_short or math.isnan(averages.ratio):
             return None
         # The fall of a schedule takes the noise out: once it is under way, noise may cost as much as training gains.
@@ -374,9 +372,9 @@ class RelaxedRule(Rule):
         end_slope = parabola.slope - parabola.curvature * state.lr * factor
         change = 1.0
         if is_taken and end_slope > 0.0:
-            change = _GROWTH if state.probes < self.burn_in else _LATER_GROWTH
+            change = _GROWTH if state.probes < self.burn_in else 1.0 + _LATER_CHANGE
         elif is_taken and end_slope < 0.0 and state.probes >= self.burn_in:
-            change = _LATER_FALL
+            change = 1.0 - _LATER_CHANGE
         return self._decided(state, state.lr * change, loss, ProbeStatus.BELOW_NOISE)
 
     def _cut(self, state: RelaxedState, loss: float, status: ProbeStatus, *, is_finite: bool) -> Decision:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import math
+from pkgutil import resolve_name
 
 import pytest
 
@@ -22,7 +22,7 @@ CELLS = cells(CHEAP, DATA, steps=60)
 def test_a_mechanism_changes_something_of_the_rule_and_all_is_as_before_afterwards(name: str) -> None:
     mechanism = ablation.MECHANISMS[name]
     assert make_rule("relaxed", **mechanism.options) != make_rule("relaxed") or mechanism.constants
-    modules = {place: importlib.import_module(f"gen_optim.{place[0]}") for place in mechanism.constants}
+    modules = {place: resolve_name(f"gen_optim.{place[0]}") for place in mechanism.constants}
     before = {place: getattr(module, place[1]) for place, module in modules.items()}
     with ablation.without(name):
         for place, value in mechanism.constants.items():

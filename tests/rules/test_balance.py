@@ -111,7 +111,7 @@ def test_it_falls_and_probes_at_every_step_while_steps_raise_the_loss() -> None:
     assert learning_rates[5] > learning_rates[0]
     for decision, before, after in list(zip(decisions, learning_rates, learning_rates[1:], strict=False))[40:]:
         assert decision.status is ProbeStatus.UNSTABLE
-        assert after == pytest.approx(relaxed._LATER_FALL * before)
+        assert after == pytest.approx(before * (1.0 - relaxed._LATER_CHANGE))
         assert rule.is_probe_due(decision.state)
 
 

@@ -513,7 +513,7 @@ def test_how_far_up_is_relative_to_what_steps_usually_change() -> None:
     assert not rule.decide(state, CONVEX, loss_start=1.0, loss_end=1.0 + 0.9 * usual).is_reverted
     assert rule.decide(state, CONVEX, loss_start=1.0, loss_end=1.0 + 1.1 * usual).is_reverted
     assert not rule.decide(replace(state, loss_initial=50.0), CONVEX, loss_start=1.0, loss_end=49.0).is_reverted
-    young = calm(rule, count=safeguards._FEWEST - 1)
+    young = calm(rule, count=0)
     assert not rule.decide(young, CONVEX, loss_start=1.0, loss_end=100.0).is_reverted
     assert rule.decide(young, CONVEX, loss_start=1.0, loss_end=math.nan).is_reverted
 
@@ -526,7 +526,7 @@ def test_only_steps_that_have_been_taken_are_reverted() -> None:
 def test_a_rise_that_rounding_explains_is_not_reverted() -> None:
     rule = RelaxedRule()
     state = replace(STARTED_LONG_AGO, loss_initial=0.0)
-    for _ in range(10):
+    for _ in range(20):
         state = rule.decide(state, CONVEX, loss_start=1.0, loss_end=1.0).state
     assert state.parabola.rise == 0.0
     assert not rule.decide(state, CONVEX, loss_start=1.0, loss_end=1.0 + 2.0**-22).is_reverted
@@ -588,7 +588,7 @@ def test_the_less_a_single_parabola_tells_the_less_its_contradiction_lowers(sign
     ("state", "parabola"),
     [
         (agreeing(100.0, signal=0.4), LONG),  # one parabola tells nothing in noise
-        (agreeing(1.2), LONG),  # the averages do not call for much more
+        (agreeing(0.95), LONG),  # the averages do not call for more
         (agreeing(100.0), Parabola(1.0, slope=1.2, curvature=2.0)),  # κ times its lowest point lies ahead
         (agreeing(100.0), Parabola(1.0, slope=-1.0, curvature=2.0)),  # momentum carries uphill
         (agreeing(100.0, probes=0), LONG),  # in the burn-in
@@ -598,12 +598,6 @@ def test_other_parabolas_do_not_contradict_the_averages(state: RelaxedState, par
     lr, status = RelaxedRule()._next_lr(state, parabola, 1.0)
     assert status is not ProbeStatus.UNSTABLE
     assert lr >= relaxed._FALL
-
-
-def test_near_where_it_was_unstable_any_contradiction_counts() -> None:
-    lr, status = RelaxedRule()._next_lr(agreeing(1.2, lr_unstable=1.9), LONG, 1.0)
-    assert status is ProbeStatus.UNSTABLE
-    assert lr == pytest.approx(0.9)
 
 
 def test_what_is_unstable_is_lowered_under_a_scheduler_too_though_the_loss_gets_lower_than_ever() -> None:
@@ -620,10 +614,10 @@ def test_near_where_it_was_unstable_the_learning_rate_grows_carefully() -> None:
     near, _ = rule._next_lr(replace(steep, lr_unstable=1.5), CONVEX, 1.0)
     far, _ = rule._next_lr(replace(steep, lr_unstable=100.0), CONVEX, 1.0)
     assert near == pytest.approx(relaxed._CAREFUL_GROWTH)
-    assert free == far == pytest.approx(relaxed._LATER_GROWTH)
+    assert free == far == pytest.approx(1.0 + relaxed._LATER_CHANGE)
 
 
-@pytest.mark.parametrize(("signal", "fall"), [(0.8, 1.0), (0.95, relaxed._LATER_FALL)])
+@pytest.mark.parametrize(("signal", "fall"), [(0.8, 1.0), (0.95, 1.0 - relaxed._LATER_CHANGE)])
 def test_a_step_that_no_longer_descends_lowers_the_learning_rate_unless_that_may_be_noise(
     signal: float, fall: float
 ) -> None:
