@@ -25,8 +25,8 @@ _OWN_BATCHES = "own_batches"
 _NOT_NEGATIVE = frozenset({"lr", "step", "probes", "next_probe", _OWN_BATCHES})
 
 _ONLY_BATCH = 50
-"""The number of such measurements that shows that there is no other batch. It is assumed until another one is seen.
-The balance is left out then."""
+"""The number of such measurements after which one more shows that there is no other batch, so that there is no noise to
+balance. A training begins with it."""
 
 _MANUAL = 3
 """The user is warned when a learning rate has been written before this many steps."""
@@ -86,7 +86,7 @@ class Controller:
     @property
     def has_one_batch(self) -> bool:
         """Whether all steps are on the same batch, so that there is no noise."""
-        return self._own_batches >= _ONLY_BATCH
+        return self._own_batches > _ONLY_BATCH
 
     def note_batch(self, loss_start: float, own_loss: float) -> bool:
         """Note on which batch a step was measured; return whether it is the step's own, and not the only one.

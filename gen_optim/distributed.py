@@ -152,9 +152,9 @@ def ranks_of(
                 f"process_group must hold all ranks that parameters are spread over, but lacks {missing}: they hold "
                 "parts of the same model. Leave it at None, which takes the parameters' own mesh."
             )
-    if warns and process_group is None and not groups and _processes() > 1:
+    if warns and process_group is None and not groups and processes() > 1:
         warn(
-            f"GeNOptimizer runs in {_processes()} processes and has found neither a DistributedDataParallel module nor "
+            f"GeNOptimizer runs in {processes()} processes and has found neither a DistributedDataParallel module nor "
             "DTensors: each process chooses a learning rate of its own. If they train one model together, give it "
             "process_group=torch.distributed.group.WORLD; if each trains a model of its own, process_group='local'."
         )
@@ -172,5 +172,6 @@ def _without_subsets(groups: Sequence[dist.ProcessGroup]) -> list[dist.ProcessGr
     return kept
 
 
-def _processes() -> int:
+def processes() -> int:
+    """The number of processes that train; 1 without ``torch.distributed``."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -26,8 +26,7 @@ from gen_optim.closures.session import ClosureCaller
 from gen_optim.compatibility import check_groups, check_wrappable
 from gen_optim.controller import Controller
 from gen_optim.diagnostics import Diagnostics
-from gen_optim.distributed import ranks_of
-from gen_optim.initial_point import InitialPoint
+from gen_optim.distributed import processes, ranks_of
 from gen_optim.measurement import Mode, make_mode
 from gen_optim.measurement.start_point import StartPoint
 from gen_optim.records import ProbeRecord
@@ -41,6 +40,7 @@ from gen_optim.steps import (
     look_back_step,
     message_of_nested_step,
 )
+from gen_optim.tensors.interrupts import despite_interrupts
 from gen_optim.wrapper import OptimizerWrapper, take_entry
 
 P = ParamSpec("P")
@@ -382,7 +382,7 @@ class GeNOptimizer(OptimizerWrapper):
             return result
 
         def restart() -> None:
-            point.restore()
+            despite_interrupts(point.stay, self.base_optim.state.clear)
             self._averages.forget()
             context.start_point = context.initial_point = None
             controller.remember(state, controller.rates.rates_in_force(state.lr))
@@ -444,21 +444,17 @@ class GeNOptimizer(OptimizerWrapper):
         if not self.average:
             yield
             return
-        start_point, initial_point = self._context.start_point, self._context.initial_point
-        if start_point is not None and not start_point.is_intact():
-            start_point = None
-        if initial_point is not None and not initial_point.is_intact():
-            initial_point = None
+        context = self._context
+        points = context.start_point, context.initial_point
+        intact = [each for each in points if each is not None and each.is_intact()]
         try:
             with self._averages.swapped():
                 yield
         finally:
             if not self._averages.is_swapped:
                 # The parameters are what they were, though they have been written to.
-                if start_point is not None:
-                    start_point.arrive(measures_length=self._context.allows_writes)
-                if initial_point is not None:
-                    initial_point.arrive()
+                for point in intact:
+                    point.arrive(measures_length=context.allows_writes and point is context.start_point)
 
     def write_averaged(self) -> None:
         """Write the averaged weights into the parameters for good; without an average it changes nothing.
@@ -593,10 +589,13 @@ class GeNOptimizer(OptimizerWrapper):
             >>> optimizer.get_last_lr()
             [0.1, 0.2]
         """
+        group = {**self.defaults, **param_group}
+        if isinstance(group.get("params"), Iterator):  # it is looked through before torch does that
+            group["params"] = param_group["params"] = list(group["params"])
         brings_lr = "lr" in param_group
         controller = self._context.controller
         controller.recall()
-        check_groups([*self.param_groups, {**self.defaults, **param_group}])
+        check_groups([*self.param_groups, group])
         self.base_optim.add_param_group(param_group)
         controller.rates.join(self.param_groups[-1], controller.state.lr, brings_lr=brings_lr)
 
@@ -630,7 +629,7 @@ class GeNOptimizer(OptimizerWrapper):
         self._loaded_starts, self._loaded_averages = {}, {}
         lr, fingerprint = float(group.get(_START_LR, 0.0)), int(group.get(_START_FINGERPRINT, 0))
         # A checkpoint has the loss of one process: where others train too, the loss is not known.
-        is_alone = not (dist.is_available() and dist.is_initialized())
+        is_alone = processes() == 1 or self._context.process_group == "local"
         loss = float(group.get(_START_LOSS, math.inf)) if is_alone else math.inf
         self._context.controller.load()
         self._context.start_point, self._context.initial_point, self._context.looked_through = None, None, []
@@ -659,13 +658,13 @@ class GeNOptimizer(OptimizerWrapper):
         state_dict, self._loaded_starts = take_entry(state_dict, _START)
         return state_dict
 
-    def _set_aside(self) -> tuple[StartPoint | None, InitialPoint | None]:
-        return self._context.start_point, self._context.initial_point
+    def _set_aside(self) -> tuple[StartPoint | None, StartPoint | None, ProbeRecord | None]:
+        return self._context.start_point, self._context.initial_point, self.last_probe
 
-    def _put_back(self, kept: tuple[StartPoint | None, InitialPoint | None]) -> None:
+    def _put_back(self, kept: tuple[StartPoint | None, StartPoint | None, ProbeRecord | None]) -> None:
         self._loaded_starts, self._loaded_averages = {}, {}
         self._load_numbers()
-        self._context.start_point, self._context.initial_point = kept
+        self._context.start_point, self._context.initial_point, self.last_probe = kept
 
     def _starts(self) -> dict[Tensor, Tensor]:
         """What a checkpoint holds per parameter: the start of the last step, or the parameter itself.

@@ -28,7 +28,6 @@ from gen_optim.closures.losses import DIFFERENT, Closure, Loss, agree, copied
 from gen_optim.closures.session import ClosureCaller, Session
 from gen_optim.controller import Controller
 from gen_optim.distributed import ranks_of
-from gen_optim.initial_point import InitialPoint
 from gen_optim.measurement import Mode, StepLoss
 from gen_optim.measurement.interpolation import Interpolation
 from gen_optim.measurement.lookahead import measure_initial_search, searched_lr
@@ -73,7 +72,7 @@ class StepContext:
     """Whether a step is being taken: its closure must not take another one."""
     start_point: StartPoint | None = None
     """Where the last step began, if the next one is going to look back at it."""
-    initial_point: InitialPoint | None = None
+    initial_point: StartPoint | None = None
     """Where training began, for as long as it may have to restart there."""
     trusts_losses: bool | None = None
     """Whether a loss that the caller gave was the one that the probe returned; None until the two are compared."""
@@ -181,25 +180,33 @@ class StepContext:
         if not taken > 0.0:
             return None
         parameters, on_host = list(chain(*self.moving())), self.offload_copies
-        copies = None if last is None else last.present_copies(parameters, on_host=on_host)
+        copies = None if last is None else last.present_copies(parameters)
         own_loss = math.inf if loss is None else copied(loss)
         return StartPoint(parameters, taken, loss=own_loss, copies=copies, on_host=on_host)
 
     def keep_initial_point(self) -> None:
-        """Keep where training begins; called when the closure has returned, before the parameters move.
+        """Keep where training begins, in the host's memory; called when the closure has returned, before a step.
 
-        The point is let go once training will not restart, or something else, the closure included, has written to the
-        parameters.
+        Only optimizers of torch are known to keep all of their state in ``state``, which a restart clears. The point is
+        let go once training will not restart. A restart would undo what something else than the optimizer, the closure
+        included, has written to the parameters, and parameters that did not move at first were not kept.
         """
         point, state = self.initial_point, self.controller.state
         if not self.controller.rule.may_restart(state):
             self.initial_point = None
             return
         moving = list(chain(*self.moving()))
-        if point is not None and not point.is_of(moving):
-            self.initial_point = None
-        elif point is None and not state.step and InitialPoint.can_be_kept(self.base_optim):
-            self.initial_point = InitialPoint(self.base_optim, moving)
+        if point is not None:
+            if not (point.is_of(moving) and len(point.tensors()) == len(moving)):
+                self.initial_point = None
+        elif not state.step and _begins_without_state(self.base_optim):
+            copies = [local(each).detach().to("cpu", copy=True) for each in moving]  # not pinned: hardly ever read
+            self.initial_point = StartPoint(moving, 0.0, copies=copies, on_host=True)
+
+
+def _begins_without_state(optimizer: Optimizer) -> bool:
+    is_of_torch = f"{type(optimizer).__module__}.".startswith("torch.optim.")
+    return is_of_torch and not any(optimizer.state.values())
 
 
 def lazy_step(context: StepContext, closure: Closure | None, *, keeps_start: bool = True) -> StepResult:
@@ -299,7 +306,7 @@ def _revert_failed_step(
     context.unfinished.add(start_point.leave)
     try:
         with session.probing(), _refusing_steps(context.base_optim, context.unfinished):
-            step_loss = StepLoss(start_point, start_point.lr, session, {}, valid=0.0)
+            step_loss = StepLoss(start_point, start_point.lr, session, {})
             loss = step_loss.evaluate(0.0)
             measurement = context.mode.measure(step_loss)
         factor = controller.rates.factor()

@@ -352,11 +352,12 @@ def test_what_is_remembered_is_plain_numbers_from_construction_on() -> None:
 def test_a_checkpoint_that_does_not_match_is_refused_and_changes_nothing() -> None:
     training = Training.of(gen_adamw)
     training.train(3)
-    before = str(training.optimizer.state_dict())
+    before, last_probe = str(training.optimizer.state_dict()), training.optimizer.last_probe
     other = torch.optim.AdamW([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}]).state_dict()
     with pytest.raises(ValueError, match="different number of parameter groups"):
         training.optimizer.load_state_dict(other)
     assert str(training.optimizer.state_dict()) == before
+    assert training.optimizer.last_probe is last_probe is not None
 
 
 def test_hooks_of_saving_and_loading_run_once() -> None:

@@ -845,6 +845,15 @@ def test_a_group_that_cannot_be_trained_is_not_added(options: dict[str, Any], me
     training.train(3)
 
 
+def test_parameters_of_an_added_group_may_come_one_by_one() -> None:
+    training = Training.of(lambda parameters: gen_sgd(parameters[:2]))
+    with pytest.raises(ValueError, match="meta device"):
+        training.optimizer.add_param_group({"params": iter([torch.zeros(1, device="meta", requires_grad=True)])})
+    training.optimizer.add_param_group({"params": (each for each in training.model[4].parameters())})
+    assert len(training.optimizer.param_groups[1]["params"]) == 2
+    training.train(3)
+
+
 def test_a_group_added_to_the_base_with_a_learning_rate_below_zero_is_noticed_at_the_next_step() -> None:
     training = Training.of(lambda parameters: gen_sgd(parameters[:2]))
     training.optimizer.base_optim.add_param_group({"params": [training.model[4].weight], "lr": -1.0})

@@ -160,9 +160,18 @@ def test_own_batches_are_told_from_others(losses: list[tuple[float, float]], exp
 
 
 @pytest.mark.parametrize(
-    ("losses", "expected"), [([OWN] * 4, False), ([OWN] * 5, True), ([OTHER, *[OWN] * 54], False), ([NEAR] * 9, False)]
+    ("losses", "expected"),
+    [
+        ([], False),
+        ([OWN], True),
+        ([OWN, OTHER], False),
+        ([OTHER, *[OWN] * 50], False),
+        ([OTHER, *[OWN] * 51], True),
+        ([NEAR] * 9, False),
+        ([UNKNOWN] * 99, False),
+    ],
 )
-def test_there_is_one_batch_if_a_few_measurements_show_no_other(losses: list[Any], expected: bool) -> None:
+def test_there_is_one_batch_if_measurements_show_no_other(losses: list[Any], expected: bool) -> None:
     controller = Controller(SGD([nn.Parameter(torch.ones(2))], lr=0.1), RelaxedRule())
     for pair in losses:
         controller.note_batch(*pair)

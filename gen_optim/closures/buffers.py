@@ -79,9 +79,7 @@ def _is_same(left: dict[str, Tensor | None], right: dict[str, Tensor | None]) ->
 
 def _equal(buffer: Tensor, copy: Tensor) -> bool:
     """Whether a buffer has the contents of its copy; NaN equals itself."""
-    if buffer.shape != copy.shape:
-        return False
-    return bool(torch.isclose(buffer, copy, rtol=0.0, atol=0.0, equal_nan=True).all())
+    return buffer.shape == copy.shape and torch.allclose(buffer, copy, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _can_be_written(buffer: Tensor) -> bool:

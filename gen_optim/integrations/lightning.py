@@ -205,8 +205,9 @@ def _preserving_metrics(module: nn.Module) -> Iterator[None]:
         kept.append((attributes, {name: attributes[name] for name in (*metric._defaults, *_OF_A_METRIC)}))
         for name in metric._defaults:
             state = attributes[name]
-            copied = copies.setdefault(id(state), state.clone() if isinstance(state, Tensor) else list(state))
-            attributes[name] = copied
+            if id(state) not in copies:
+                copies[id(state)] = state.clone() if isinstance(state, Tensor) else list(state)
+            attributes[name] = copies[id(state)]
     try:
         yield
     finally:

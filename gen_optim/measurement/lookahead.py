@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from gen_optim.measurement.interpolation import Interpolation
 from gen_optim.measurement.measurement import Measurement, Mode, StepLoss
 from gen_optim.rules import InitialSearch, fit_parabola, search_initial_lr
+from gen_optim.rules.initial_search import LARGEST
 
 
 class LookAhead(Mode):
@@ -60,10 +61,7 @@ class LookAhead(Mode):
         return Measurement(learning_rates, losses, parabola, losses[self.multiples.index(0.0)])
 
 
-_REACH = 1024.0
-"""Up to which multiple of a step an initial learning rate is searched along it."""
-
-_LONGEST = _REACH**10
+_LONGEST = LARGEST**10
 """The learning rate of the longest step along which one is searched."""
 
 _SIZE = 0.1
@@ -79,17 +77,15 @@ def measure_initial_search(loss: StepLoss) -> Measurement:
         lambda multiple: loss.read([loss.evaluate(multiple)])[0][0],
         start,
         rounding=rounding,
-        largest=_REACH,
-        smallest=1e-36,
     )
     learning_rates = tuple(multiple * loss.lr for multiple in found.learning_rates)
     lr, is_bounded = None if found.lr is None else found.lr * loss.lr, True
-    if found.lr is not None and found.lr >= _REACH:
+    if found.lr is not None and found.lr >= LARGEST:
         assert isinstance(loss.path, Interpolation), "a search looks ahead"
         # The norms are those of all ranks, which have found the same and are all here.
         _, [step, start, count] = loss.read([], loss.path.norms())
         size = math.sqrt(step / max(start, _SIZE**2 * count, sys.float_info.min))
-        if size * _REACH > 1.0:
+        if size * LARGEST > 1.0:
             # The loss still falls at a step longer than the parameters: it has no minimum that a search could find.
             # Training begins with a short step, and grows as the loss allows.
             lr, is_bounded = loss.lr / size, False
@@ -105,4 +101,4 @@ def searched_lr(failures: int) -> float:
     It is large because the direction is a difference of parameters, whose rounding would drown that of a small step. It
     is larger after each search that found nothing, in case the gradients are very small, in a cycle of eleven.
     """
-    return _REACH ** (failures % 11)
+    return LARGEST ** (failures % 11)

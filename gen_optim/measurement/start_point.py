@@ -57,10 +57,10 @@ class StartPoint:
         self._length = 0.0
         self._fingerprint_expected = 0
 
-    def present_copies(self, parameters: Sequence[Tensor], *, on_host: bool) -> list[Tensor] | None:
+    def present_copies(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         """The copies, if the parameters are the same and have just been put back to the values that the copies hold."""
         is_same = len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
-        return self._copies if self._was_left and is_same and on_host == self._on_host else None
+        return self._copies if self._was_left and is_same else None
 
     def _copied(self) -> list[Tensor]:
         return [clone(each, on_host=self._on_host) for each in self._locals()]

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 _FACTOR = 4.0
 """Ratio of successive learning rates."""
 
+_SMALLEST, LARGEST = 1e-36, 1024.0
+"""Ends of the search."""
+
 
 @dataclass(frozen=True)
 class InitialSearch:
@@ -28,14 +31,7 @@ class InitialSearch:
     is_bounded: bool = True
 
 
-def search_initial_lr(
-    evaluate: Callable[[float], float],
-    loss: float,
-    *,
-    rounding: float,
-    largest: float = 1e9,
-    smallest: float = 1e-16,
-) -> InitialSearch:
+def search_initial_lr(evaluate: Callable[[float], float], loss: float, *, rounding: float) -> InitialSearch:
     """Find the first minimum of the loss along a direction by an exponential search at any scale.
 
     The search divides the learning rate by 4, from 1 down, until the loss descends linearly: the next smaller learning
@@ -47,11 +43,9 @@ def search_initial_lr(
         evaluate: Returns the loss at a learning rate; it may be NaN or infinite.
         loss: The loss at learning rate 0.
         rounding: The relative error of a loss; a smaller descent does not count.
-        largest: Upper end of the search.
-        smallest: Lower end of the search.
 
     Returns:
-        The learning rate found, and all evaluations, at most 44 by default.
+        The learning rate found, and all evaluations.
 
     Example:
         >>> search_initial_lr(lambda lr: (lr - 0.01) ** 2, 1e-4, rounding=1e-12).lr
@@ -67,7 +61,7 @@ def search_initial_lr(
 
     noise = rounding * abs(loss)
     lr = 1.0
-    while lr > smallest:
+    while lr > _SMALLEST:
         here, below = descent(lr), descent(lr / _FACTOR)
         is_linear = here > noise and 0 < below < 1.25 * here / _FACTOR
         is_silent = max(abs(here), abs(below)) <= noise
@@ -76,7 +70,7 @@ def search_initial_lr(
         lr /= _FACTOR
 
     found: float | None = None
-    while lr <= largest:
+    while lr <= LARGEST:
         if found is None:
             if descent(lr) > noise:
                 found = lr

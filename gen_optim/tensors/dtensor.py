@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gen_optim.tensors.foreach import inner_product, squared_norms
+from gen_optim.tensors.foreach import flat, inner_product, squared_norms
 from gen_optim.tensors.scalars import summing_dtype
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def dot(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
     for one, other in pairs:
         matched = _matched(one, other)
         mine, theirs = local(matched).detach(), local(other).detach()
-        total += parts_of(matched) * torch.sum(mine.conj() * theirs).real.to(total)
+        total += parts_of(matched) * torch.sum(flat([mine]) * flat([theirs])).to(total)
     return total
 
 

@@ -96,7 +96,7 @@ def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def has_infinities(tensors: Sequence[Tensor]) -> bool:
     """Return whether an element of the tensors is infinite."""
     found = [torch.isinf(each).any() for (batch,) in chunks(tensors) for each in batch]
-    return any(to_floats([each.float() for each in found]))
+    return any(to_floats(found))
 
 
 def lerp(
@@ -137,11 +137,11 @@ def inner_product(
     """
     shares: list[Tensor] = []
     for gradient, end, start in chunks(gradients, ends, starts):
-        here, there = _flat(near(start, end[0].device)), _flat(end)
+        here, there = flat(near(start, end[0].device)), flat(end)
         step = there - here
         if keeps_infinities:
             step = torch.where(here == there, 0.0, step)
-        slope = _flat(gradient)
+        slope = flat(gradient)
         shares.append(torch.dot(slope, step.to(slope.dtype)))
     if not shares:
         return torch.zeros((), dtype=torch.float64)
@@ -157,7 +157,7 @@ def squared_norms(starts: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:
     """
     shares: list[Tensor] = []
     for end, start in chunks(ends, starts):
-        here, there = _flat(near(start, end[0].device)), _flat(end)
+        here, there = flat(near(start, end[0].device)), flat(end)
         rows = torch.stack([there - here, here]).to(summing_dtype(here.device))
         shares.append(rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).square_().sum(dim=1))
     if not shares:
@@ -165,10 +165,10 @@ def squared_norms(starts: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:
     return torch.stack([each.to(shares[0].device) for each in shares]).sum(dim=0)
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
+def flat(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate tensors to one vector of real numbers, in float32 or float64."""
-    flat = torch.cat([each.reshape(-1) for each in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
-    if flat.dtype in (torch.float32, torch.float64):
-        return flat
-    real = torch.view_as_real(flat.resolve_conj()).reshape(-1) if flat.is_complex() else flat
+    vector = torch.cat([each.reshape(-1) for each in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
+    if vector.dtype in (torch.float32, torch.float64):
+        return vector
+    real = torch.view_as_real(vector.resolve_conj()).reshape(-1) if vector.is_complex() else vector
     return real.to(torch.promote_types(real.dtype, torch.float32))

@@ -137,14 +137,6 @@ def test_any_point_between_both_ends_can_be_visited_in_any_order() -> None:
     assert same(parameters, ends)
 
 
-@pytest.mark.parametrize("on_host", [False, True])
-def test_copies_that_are_elsewhere_do_not_serve_again(on_host: bool) -> None:
-    parameters, _, _, start_point = points()
-    start_point.write(0.0)
-    start_point.leave()
-    assert (start_point.present_copies(parameters, on_host=on_host) is start_point._copies) is not on_host
-
-
 def test_it_is_of_parameters_that_have_not_been_written_since() -> None:
     parameters, _, _, start_point = points()
     assert start_point.is_of(parameters)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from gen_optim.rules.initial_search import search_initial_lr
 
-SCALES = [10.0**exponent for exponent in range(-9, 7)]
-MOST_EVALUATIONS = 44
-"""The powers of 4 from 4^−27, the last one above 1e-16 divided by 4, to 4^14, the last one below 1e9; and two more."""
+SCALES = [10.0**exponent for exponent in range(-12, 4)]
+MOST_EVALUATIONS = 68
+"""The powers of 4 from 4^−60, the first one below 1e-36, to 4^5, the largest; and two more."""
 
 
 class Counted:
@@ -40,7 +40,7 @@ def test_start_finds_the_lowest_point_of_a_quadratic_at_any_scale(optimum: float
     assert_finds(optimum, lambda lr: height * (lr / optimum - 1) ** 2)
 
 
-@given(st.floats(-9.0, 6.0).map(lambda exponent: 10.0**exponent), st.floats(0.0, 100.0))
+@given(st.floats(-12.0, 3.0).map(lambda exponent: 10.0**exponent), st.floats(0.0, 100.0))
 def test_start_finds_the_lowest_point_above_any_floor(optimum: float, floor: float) -> None:
     assert_finds(optimum, lambda lr: floor + (lr / optimum - 1) ** 2)
 
@@ -123,10 +123,10 @@ def test_start_walks_over_a_loss_that_rises_at_first() -> None:
 def test_start_on_a_loss_that_falls_for_ever_ends_at_the_largest_learning_rates() -> None:
     search = search_initial_lr(lambda lr: -lr, 0.0, rounding=1e-6)
     assert search.lr is not None
-    assert 1e8 < search.lr <= 2e9
+    assert search.lr >= 1024.0
 
 
-@given(st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=50, max_size=50), st.floats(-1e3, 1e3))
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=100, max_size=100), st.floats(-1e3, 1e3))
 def test_start_ends_after_few_evaluations_whatever_the_losses(losses: list[float], loss: float) -> None:
     values = iter(losses)
     counted = Counted(lambda lr: next(values))

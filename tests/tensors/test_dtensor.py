@@ -35,6 +35,11 @@ def test_inner_product_of_plain_tensors() -> None:
     assert dot([], []) == 0.0
 
 
+def test_inner_product_in_half_precision_is_summed_in_single() -> None:
+    ones = torch.full((4096,), 16.0, dtype=torch.float16)
+    assert dot([ones], [ones]) == 16.0**2 * 4096
+
+
 def test_norms_of_a_step_of_plain_tensors() -> None:
     starts, ends = [torch.tensor([3.0, 4.0]), torch.tensor(0.0)], [torch.tensor([3.0, 5.0]), torch.tensor(2.0)]
     assert step_norms(ends, starts, ends) == (5.0, 25.0, 3.0)
