@@ -128,15 +128,17 @@ class StepContext:
         """Take over the loss that the caller has given, if it is what the probe returns at this multiple of the step.
 
         The first one is compared with what the probe returns. They differ with dropout, since the caller's forward pass
-        used other masks, and if the loss is scaled or that of another batch.
+        used other masks, and if the loss is scaled or that of another batch. Several ranks compare together, so that
+        they evaluate equally often; if one was given no loss, those of the others are not used, then or later.
         """
         session = step_loss.session
-        # Several ranks compare together, so that they evaluate equally often, whether this one was given a loss or not.
         if self.trusts_losses is None and (given is not None or not step_loss.is_alone):
             probed = step_loss.evaluate(multiple)
             numbers = [math.nan if given is None else copied(given), probed, session.rounding([probed])]
-            _, (loss, expected, rounding) = session.read([], numbers)
-            if math.isfinite(loss) and math.isfinite(expected):
+            _, (loss, expected, rounding, missing) = session.read([], [*numbers, float(given is None)])
+            if missing:
+                self.trusts_losses = False
+            elif math.isfinite(loss) and math.isfinite(expected):
                 self.trusts_losses = agree(loss, expected, rounding)
                 if not self.trusts_losses:
                     warn(

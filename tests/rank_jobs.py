@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -174,15 +175,16 @@ def train_by(style: str, kind: str, steps: int, **options: Any) -> dict[str, Any
         run.optimizer.zero_grad(set_to_none=False)
         return run.loss()
 
-    for _ in range(steps):
-        if style == "only_loss":
-            run.optimizer.step(only_loss)
-        else:
-            run.optimizer.zero_grad()
-            loss = run.loss()
-            loss.backward()
-            run.optimizer.step(probe=run.loss, loss=loss if style == "probe_and_loss" else None)
-    return run.result()
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        for _ in range(steps):
+            if style == "only_loss":
+                run.optimizer.step(only_loss)
+            else:
+                run.optimizer.zero_grad()
+                loss = run.loss()
+                loss.backward()
+                run.optimizer.step(probe=run.loss, loss=loss if style == "probe_and_loss" else None)
+    return {"reductions": all_reduce.call_count, **run.result()}
 
 
 def look_back_astray(kind: str, bad: float) -> dict[str, Any]:

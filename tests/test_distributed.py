@@ -92,6 +92,14 @@ def test_looking_back_by_other_closures(run: Run, style: str, kind: str) -> None
     assert_like_one_process(ranks, rank_jobs.train_by(style, "plain", 20, mode="lookback"))
 
 
+def test_ranks_that_were_given_no_loss_say_so_once(run: Run) -> None:
+    without, given = (
+        run(functools.partial(rank_jobs.train_by, style, "ddp", 20, mode="lookback"))[0]
+        for style in ("probe", "probe_and_loss")
+    )
+    assert without["reductions"] == given["reductions"] > 0
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
 def test_a_step_that_led_one_rank_astray_is_taken_back_on_all(run: Run, bad: float, kind: str) -> None:
