@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-from gen_optim.closures.buffers import Buffers
+from gen_optim.closures.buffers import BufferSnapshot
 from gen_optim.closures.losses import Loss
 from gen_optim.closures.modules import owners_of, release
 from gen_optim.tensors.dtensor import gradient_dot, is_dtensor, local
@@ -415,7 +415,7 @@ def refreshed_batch_norm(
         >>> with optimizer.averaged(), refreshed_batch_norm(model, loader):  # doctest: +SKIP
         ...     accuracy = evaluate(model)
     """
-    buffers = Buffers(model.modules())
+    buffers = BufferSnapshot(model.modules())
     attributes = [
         (module, name, getattr(module, name))
         for module in model.modules()
@@ -430,4 +430,4 @@ def refreshed_batch_norm(
                 setattr(module, name, value)
         yield
     finally:
-        buffers.rewind()
+        buffers.restore()

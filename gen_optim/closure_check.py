@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gen_optim.closures.buffers import Buffers
+from gen_optim.closures.buffers import BufferSnapshot
 from gen_optim.closures.losses import check_callable, check_loss, copied
 from gen_optim.closures.modules import children_of, live_modules, parameters_of, with_children
 from gen_optim.closures.session import Session
@@ -99,24 +99,24 @@ class _Others:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
-        self._buffers = Buffers(modules)
+        self._before = self._after = BufferSnapshot(modules)
         self.parameters = [parameter for module in modules for parameter in parameters_of(module)]
 
     def end_first_call(self) -> None:
         """Take their present state as that after the first call."""
-        self._buffers.end_first_call()
+        self._after = self._before.later()
         self._gradients = {id(each): (each.grad, _version(each.grad)) for each in self.parameters}
 
     def changed(self) -> list[nn.Module]:
         """Return the outermost of those whose buffers or gradients have changed since."""
-        changed = set(self._buffers.changed())
+        changed = set(self._after.changed())
         changed.update(module for module in self._modules if any(map(self._has_changed, parameters_of(module))))
         below = {child for module in self._modules for child in children_of(module)}
         return [each for each in self._modules if each not in below and changed.intersection(with_children([each]))]
 
     def rewind(self) -> None:
         """Put their buffers back to where the first call found them."""
-        self._buffers.rewind()
+        self._before.restore()
 
     def _has_changed(self, parameter: Tensor) -> bool:
         gradient, version = self._gradients.get(id(parameter), (parameter.grad, _version(parameter.grad)))

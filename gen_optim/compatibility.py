@@ -62,7 +62,10 @@ def check_wrappable(base_optim: Any) -> None:
     """
     name = type(base_optim).__name__
     if not isinstance(base_optim, Optimizer):
-        raise TypeError(f"base_optim must be a torch.optim.Optimizer, such as AdamW(model.parameters()), got {name}")
+        got = f"the class {base_optim.__name__}" if isinstance(base_optim, type) else name
+        raise TypeError(
+            f"base_optim must be a torch.optim.Optimizer, such as torch.optim.AdamW(model.parameters()), got {got}"
+        )
     closure = inspect.signature(base_optim.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise _closure_required(name)

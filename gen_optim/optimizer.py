@@ -58,19 +58,12 @@ _ALLOWS_WRITES = "gen_allows_writes"
 
 
 def _refusing_options_of_others(init: Callable[P, None]) -> Callable[P, None]:
-    """Say where an option belongs that GeNOptimizer does not have, and what to wrap."""
+    """Say where an option belongs that GeNOptimizer does not have."""
     known = signature(init).parameters
 
     @wraps(init)
     def checked(*args: P.args, **options: P.kwargs) -> None:
-        base = args[1] if len(args) > 1 else options.get("base_optim")
         unknown = [name for name in options if name not in known]
-        if base is not None and not isinstance(base, Optimizer):
-            got = f"the class {base.__name__}" if isinstance(base, type) else type(base).__name__
-            raise TypeError(
-                f"base_optim must be a torch.optim.Optimizer, got {got}. GeNOptimizer wraps an "
-                "optimizer, and does not take parameters: GeNOptimizer(torch.optim.AdamW(model.parameters()))"
-            )
         if unknown:
             [name, *_] = unknown
             of_rules = [rule.__name__ for rule in RULES.values() if name in signature(rule).parameters]

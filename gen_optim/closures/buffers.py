@@ -11,45 +11,23 @@ from torch.nn.parameter import is_lazy
 from gen_optim.closures.modules import buffers_of, put_buffers, with_children
 
 
-class Buffers:
-    """The buffers of modules before and after the first call of a step's closure.
+class BufferSnapshot:
+    """The buffers of modules at a time, to be put back later.
 
-    Contents are copied, and the tensors under their names remembered, since a module may register buffers or assign
-    other tensors to them. Modules below the given ones are included from the end of the first call on.
+    Contents are copied, those of the tensors in ``others`` too, and the tensors under their names remembered, since a
+    module may register buffers or assign other tensors to them.
     """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = list(modules)
-        self._before = _Snapshot(self._modules)
-        self._after = self._before
-
-    def end_first_call(self) -> None:
-        """Take what the modules hold now as the state after the first call."""
-        # The tensors from before too: they may be held elsewhere. Modules may have got new ones below them.
-        self._after = _Snapshot(with_children(self._modules), self._before.contents)
-
-    def rewind(self) -> None:
-        """Restore the state before the first call."""
-        self._before.restore()
-
-    def restore(self) -> None:
-        """Restore the state after the first call."""
-        self._after.restore()
-
-    def changed(self) -> list[nn.Module]:
-        """Return the modules whose buffers differ from the state after the first call."""
-        return self._after.changed()
-
-
-class _Snapshot:
-    """The buffers of modules, and copies of their contents and of those of ``others``."""
 
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[Tensor] = ()) -> None:
         self._buffers = {module: buffers_of(module) for module in modules}
         held = (each for buffers in self._buffers.values() for each in buffers.values() if each is not None)
-        self.contents = {
+        self._contents = {
             each: each.detach().clone() for each in dict.fromkeys([*held, *others]) if _can_be_written(each)
         }
+
+    def later(self) -> BufferSnapshot:
+        """Take another one of the same modules, of those that are below them now, and of the same tensors."""
+        return BufferSnapshot(with_children(self._buffers), self._contents)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -57,14 +35,14 @@ class _Snapshot:
         for module, buffers in self._buffers.items():
             if not _is_same(buffers_of(module), buffers):
                 put_buffers(module, buffers)
-        for buffer, copy in self.contents.items():
+        for buffer, copy in self._contents.items():
             if buffer.shape != copy.shape:
                 buffer.resize_(copy.shape)
             buffer.copy_(copy)
 
     def changed(self) -> list[nn.Module]:
         """Return the modules that hold other tensors or contents."""
-        changed = {each for each, copy in self.contents.items() if not _equal(each, copy)}
+        changed = {each for each, copy in self._contents.items() if not _equal(each, copy)}
         return [
             module
             for module, buffers in self._buffers.items()

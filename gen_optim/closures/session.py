@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gen_optim.closures.buffers import Buffers
+from gen_optim.closures.buffers import BufferSnapshot
 from gen_optim.closures.gradients import GradientOrigin, GradientWatch, Measure, Source
 from gen_optim.closures.interception import BackwardHandler, Interception, WeightCaches, repair
 from gen_optim.closures.losses import Closure, Loss, check_loss, copied, rounding_of
@@ -147,7 +147,7 @@ class Session:
         # With gradients disabled, attention in evaluation mode takes another kernel (its "fast path"), whose loss
         # differs by rounding, and with a padding mask by far more.
         self._has_fast_attention = any(isinstance(each, _ATTENTION) and not each.training for each in self.modules)
-        self._buffers = Buffers(self.modules)
+        self._buffers_before = self._buffers_after = BufferSnapshot(self.modules)
         self._devices = random_devices(self._parameters)
         self._device_types = {each.device.type for each in self._parameters} - {"meta"}
         self._random_before = RandomStreams(self._devices)
@@ -181,7 +181,7 @@ class Session:
     @contextmanager
     def probing(self) -> Iterator[None]:
         """Take gradients away, and put them, buffers and random streams back at the end."""
-        self._buffers.end_first_call()
+        self._buffers_after = self._buffers_before.later()
         # Of this moment: the base optimizer may have drawn random numbers since the first call.
         random_after = RandomStreams(self._devices)
         self._gradients = [(each, each.grad) for each in self.parameters()]
@@ -192,7 +192,7 @@ class Session:
             for parameter, gradient in self._gradients:
                 parameter.grad = gradient
             random_after.restore()
-            self._buffers.restore()
+            self._buffers_after.restore()
             self._weight_caches.restore()
 
         with self._caller.unfinished.ending_with(undo):
@@ -244,7 +244,7 @@ class Session:
 
     def revert_buffers(self) -> None:
         """Put buffers back to where the first call found them, for a step that is reverted."""
-        self._buffers.rewind()
+        self._buffers_before.restore()
 
     def rewind(self) -> None:
         """Put buffers and random streams back to where the first call found them."""

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.optim import SGD
 
 from gen_optim import GeNOptimizer
-from gen_optim.closures.buffers import Buffers
+from gen_optim.closures.buffers import BufferSnapshot
 from gen_optim.closures.session import ClosureCaller
 from gen_optim.tensors.scalars import to_floats
 from tests.closures.probes import (
@@ -331,12 +331,12 @@ def test_a_module_that_only_a_probe_calls_ends_as_before_it() -> None:
 
 def test_names_are_put_back_in_their_order() -> None:
     module = Rebinding()
-    buffers = Buffers([module])
+    before = BufferSnapshot([module])
     module(torch.ones(2, 4))
-    buffers.end_first_call()
-    buffers.rewind()
+    after = before.later()
+    before.restore()
     assert list(module._buffers) == ["count"]
-    buffers.restore()
+    after.restore()
     assert list(module._buffers) == ["count", "latest"]
     assert module.count.item() == 1.0
 
@@ -369,15 +369,13 @@ def test_changes_since_the_first_call_are_told() -> None:
     norm, counting, other = nn.BatchNorm1d(4), Counting(), nn.BatchNorm1d(4)
     with torch.no_grad():
         norm.running_mean.fill_(torch.nan)
-    buffers = Buffers([norm, counting, other])
-    norm(torch.ones(2, 4))
-    buffers.end_first_call()
-    assert buffers.changed() == []
+    after = BufferSnapshot([norm, counting, other])
+    assert after.changed() == []
     norm(torch.ones(2, 4))
     counting.calls = torch.zeros(())
-    assert set(buffers.changed()) == {norm, counting}
-    buffers.restore()
-    assert buffers.changed() == []
+    assert set(after.changed()) == {norm, counting}
+    after.restore()
+    assert after.changed() == []
 
 
 class NoisySGD(SGD):
