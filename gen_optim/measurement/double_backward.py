@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
@@ -87,8 +86,9 @@ def slope_and_curvature(loss: Tensor, parameters: Sequence[Tensor], step: Sequen
         products = torch.autograd.grad(of, parameters, grad_outputs=along, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
         raise RuntimeError(
-            f"mode='exact' needs the second derivative of the loss along the step, and {_lacking(error)} has none. "
-            "Use mode='approximate', which only evaluates the loss. torch says: " + str(error)
+            "mode='exact' needs the second derivative of the loss along the step, which some operations and models "
+            "compiled by torch.compile do not have. Use mode='approximate', which only evaluates the loss. torch says: "
+            f"{error}"
         ) from error
     return slope, dot(products, step)
 
@@ -109,15 +109,3 @@ def _refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
             fresh = [each for each, _ in node.next_functions if each not in seen]
             seen.update(fresh)
             nodes += fresh
-
-
-def _lacking(error: BaseException) -> str:
-    """The operation that torch names in its error."""
-    message = str(error)
-    named = re.search(r"derivative for '?(?:aten::)?(\w+)'? is not implemented", message)
-    if named is not None:
-        return f"the operation {named[1].removesuffix('_backward').strip('_')}"
-    if "once_differentiable" in message:
-        return "a function marked with @once_differentiable"
-    is_compiled = "aot_autograd" in message or "compiled" in message
-    return "a function compiled by torch.compile" if is_compiled else "an operation in it"

@@ -431,7 +431,7 @@ def test_an_operation_without_second_derivative_is_named_and_the_step_is_lazy(na
 
     model, step = training(lambda base: GeNOptimizer(base, mode="exact", rule="published"))
     bare, bare_step = training(lambda base: base)
-    with pytest.raises(RuntimeError, match=rf"the operation {name} has none\. Use mode='approximate'"):
+    with pytest.raises(RuntimeError, match=rf"mode='exact' needs .* Use mode='approximate'.* torch says: .*{name}"):
         step()
     bare_step()
     assert same(parameters_of(model), parameters_of(bare))
@@ -447,7 +447,7 @@ def test_a_function_that_is_differentiable_once_is_refused(at: str) -> None:
             return Once.apply(nn.functional.mse_loss(model(inputs), targets))
         return nn.functional.mse_loss(Once.apply(model(inputs)), targets)
 
-    with pytest.raises(RuntimeError, match=r"a function marked with @once_differentiable has none"):
+    with pytest.raises(RuntimeError, match=r"torch says: .*once_differentiable"):
         optimizer.step(closure)
 
 
@@ -462,7 +462,7 @@ def test_a_loss_without_graph_is_a_type_error() -> None:
 def test_a_compiled_model_is_refused_and_the_reason_given() -> None:
     model = torch.compile(mlp(), backend="aot_eager")
     training = Training.of(lambda p: GeNOptimizer(SGD(p, lr=0.1), mode="exact", rule="published"), model)
-    with pytest.raises(RuntimeError, match=r"a function compiled by torch\.compile has none"):
+    with pytest.raises(RuntimeError, match=r"models compiled by torch\.compile .*torch says: .* was compiled"):
         training.train(1)
 
 
