@@ -132,7 +132,7 @@ class StepContext:
         they evaluate equally often; if one was given no loss, those of the others are not used, then or later.
         """
         session = step_loss.session
-        if self.trusts_losses is None and (given is not None or not step_loss.is_alone):
+        if self.trusts_losses is None and (given is not None or len(session.ranks) > 1):
             probed = step_loss.evaluate(multiple)
             numbers = [math.nan if given is None else copied(given), probed, session.rounding([probed])]
             _, (loss, expected, rounding, missing) = session.read([], [*numbers, float(given is None)])

@@ -183,7 +183,7 @@ def _used_gradient(groups: Sequence[dict[str, Any]]) -> Tensor | None:
 
 
 def _first_with_gradient(groups: Sequence[dict[str, Any]]) -> tuple[Tensor | None, Tensor | None]:
-    """Return the first trained parameter that has a gradient, and that gradient. Called twice per lazy step."""
+    """Return the first trained parameter that has a gradient, and that gradient. Each lazy step calls it often."""
     for group in groups:
         for parameter in group["params"]:
             if parameter.requires_grad and (gradient := parameter.grad) is not None:

@@ -78,11 +78,6 @@ class StepLoss:
         self._valid = valid
         self._is_validated = False
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether this process trains the model alone."""
-        return len(self.session.ranks) == 1
-
     def evaluate(self, multiple: float) -> Loss:
         """The loss at a multiple of the step, one forward pass unless it is known already.
 

@@ -130,7 +130,8 @@ class Rule(ABC):
     def before_step(self, state: Any, factor: float) -> RuleState:
         """The state for a step under the scheduler's ``factor``, 1 without a scheduler.
 
-        Called once before each step, unless there is no scheduler and the learning rate has not changed.
+        Called before each step, maybe more than once, unless there is no scheduler and the learning rate has not
+        changed. It must not remember anything but in the state that it returns.
         """
         unchanged: RuleState = state
         return unchanged
