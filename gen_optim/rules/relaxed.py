@@ -67,8 +67,8 @@ class RelaxedState(RuleState):
     """What the relaxed rule remembers.
 
     ``loss`` averages the losses at the start of probe steps, ``loss_initial`` is that where training began, and
-    ``descent_initial`` is how far the initial search saw it fall. ``lr_unstable`` is the learning rate at which training
-    was last unstable; 0 if it never was. ``lr_initial`` is where training began, or the last value that was written.
+    ``descent_initial`` is how far the initial search saw it fall. ``lr_unstable`` is where training was last unstable,
+    0 if it never was, ``lr_initial`` where it began, or the last value that was written.
     ``lr_borne`` is the largest learning rate, with its factor, of a measured step that was not unstable.
     ``has_diverged`` is whether a loss has risen unusually far, ``has_failed`` whether a probed loss was not finite.
     ``factor`` is the scheduler's at the last parabola, ``factor_last`` in the last step.
