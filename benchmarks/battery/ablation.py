@@ -73,6 +73,7 @@ MECHANISMS = {
         Mechanism("growth later", "10 % instead of 5 %", constants={(_RELAXED, "_LATER_CHANGE"): 0.1}),
         Mechanism("careful growth", "5 % instead of 2 %", constants={(_RELAXED, "_CAREFUL_GROWTH"): 1.05}),
         Mechanism("contradiction", "none", constants={(_RELAXED, "is_contradicted"): _holds_never}),
+        Mechanism("unusual rise", "no fall", constants={(_RELAXED, "rises_unusually"): _holds_never}),
         Mechanism("divergence", "no step is reverted", constants={(_RELAXED, "is_diverging"): _holds_never}),
         Mechanism(
             "explosion",

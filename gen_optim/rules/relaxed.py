@@ -20,7 +20,7 @@ from gen_optim.rules.averages import RECENT, BalanceAverages, LossAverages, Para
 from gen_optim.rules.base import Rule
 from gen_optim.rules.initial_search import InitialSearch
 from gen_optim.rules.parabola import Parabola
-from gen_optim.rules.safeguards import has_exploded, is_below_noise, is_contradicted, is_diverging
+from gen_optim.rules.safeguards import has_exploded, is_below_noise, is_contradicted, is_diverging, rises_unusually
 from gen_optim.rules.state import Decision, ProbeStatus, RuleState
 
 _GROWTH, _FALL = 1.1, 0.8
@@ -122,9 +122,10 @@ class RelaxedRule(Rule):
     - **No noise.** If there is next to no noise, it grows by 2 % at every step, to what slopes call for in spite of a
       scheduler, falls by up to 20 % where it is unstable, and by up to 5 % if a step is longer than ``relaxation``
       times the lowest point.
-    - **Safeguards** (:mod:`gen_optim.rules.safeguards`). A step that raised the loss far above its start, on the same
-      batch, is reverted. After that, after a loss that exploded, and after a probe that is not finite, the learning
-      rate is cut by ``max_change``. A parabola that is no more than rounding changes nothing.
+    - **Safeguards** (:mod:`gen_optim.rules.safeguards`). After a step that raised the loss unusually far, on the same
+      batch, the learning rate falls by up to 20 %, and the next step is a probe step. If the loss is above the first
+      one then, the step is reverted. After that, after a loss that exploded, and after a probe that is not finite, the
+      learning rate is cut by ``max_change``. A parabola that is no more than rounding changes nothing.
 
     Args:
         period: Mean number of steps from one probe step to the next, after the burn-in.
@@ -241,9 +242,9 @@ class RelaxedRule(Rule):
         factor = min(factor, measured)
 
         # The first safeguard that fires, by the averages of earlier probe steps.
-        initial = state.loss_initial
+        initial, descent = state.loss_initial, state.descent_initial
         if loss_end is not None and is_diverging(
-            state.parabola, loss_start, loss_end, loss_initial=initial, descent_initial=state.descent_initial
+            state.parabola, loss_start, loss_end, loss_initial=initial, descent_initial=descent
         ):
             return self._cut(state, loss_start, ProbeStatus.REVERTED, is_finite=math.isfinite(loss_end))
         if is_settled(state.loss.count, self.smoothing) and has_exploded(state.loss, loss_start, loss_initial=initial):
@@ -253,19 +254,25 @@ class RelaxedRule(Rule):
         if is_below_noise(found):
             return self._below_noise(state, found, loss_start, measured, is_taken=loss_end is not None)
 
+        rises = loss_end is not None and rises_unusually(state.parabola, loss_start, loss_end, descent_initial=descent)
         state = self._with_losses(state, loss_start, loss_end, excess_loss)
         rise = 0.0 if loss_end is None else abs(loss_end - loss_start)
         taken = state.lr * measured
         state = replace(state, parabola=state.parabola.with_parabola(found, taken, rise, self.smoothing))
-        lr, status = self._next_lr(state, found, factor)
+        lr, status = self._next_lr(state, found, factor, rises=rises)
         if status is ProbeStatus.UNSTABLE:
             state = replace(state, lr_unstable=state.lr, lr_borne=min(state.lr_borne, lr * factor))
         else:
             state = replace(state, lr_borne=max(state.lr_borne, taken))
         return self._decided(replace(state, factor=factor), lr, loss_start, status)
 
-    def _next_lr(self, state: RelaxedState, last: Parabola, factor: float) -> tuple[float, ProbeStatus]:
-        """The learning rate that the averages and the last parabola in them call for, and why."""
+    def _next_lr(
+        self, state: RelaxedState, last: Parabola, factor: float, *, rises: bool = False
+    ) -> tuple[float, ProbeStatus]:
+        """The learning rate that the averages and the last parabola in them call for, and why.
+
+        ``rises`` is whether the last step has raised the loss unusually far.
+        """
         if factor == 0.0:  # no step, and nothing to compare with
             return state.lr, ProbeStatus.FITTED
         lr, parabolas = state.lr, state.parabola
@@ -276,6 +283,9 @@ class RelaxedRule(Rule):
         if state.probes < self.burn_in:
             highest = max(lr, lr_cut) if lr_cut else math.inf
             return min(lr * min(max(target / taken, _FALL), _GROWTH), highest), status
+        own = _target(self.relaxation, last.slope, last.curvature)
+        if rises:
+            return lr * max(_FALL, own / taken), ProbeStatus.UNSTABLE
         is_near_unstable = 0.0 < lr_cut < lr
         is_certain = signal > _CERTAIN
         correction = self._correction(state, factor)
@@ -287,7 +297,6 @@ class RelaxedRule(Rule):
         if not (is_settled(parabolas.count, self.smoothing) and signal > _AGREE):
             return in_noise, status
 
-        own = _target(self.relaxation, last.slope, last.curvature)
         if is_contradicted(target, own, taken):
             return lr * max(_FALL if is_certain else 1.0 - _LATER_CHANGE, own / taken), ProbeStatus.UNSTABLE
         target *= self._annealing(self.burn_in, state.step, factor)

@@ -7,8 +7,8 @@ import math
 from gen_optim.rules.averages import LossAverages, ParabolaAverages
 from gen_optim.rules.parabola import Parabola
 
-_DIVERGING = 8.0
-"""A step diverges if the loss rises by this many times what it usually changes."""
+_UNUSUAL = 8.0
+"""A step raises the loss unusually far if that rises by this many times what it usually changes."""
 
 _EXPLOSION = 10.0
 """A loss has exploded if it is this many mean absolute deviations above the mean loss. From 9 on, one that stays at a
@@ -18,19 +18,23 @@ ROUNDING = 2.0**-20
 """Fraction by which a loss may change because it is rounded in single precision."""
 
 
-def is_diverging(
-    parabolas: ParabolaAverages, loss_start: float, loss_end: float, *, loss_initial: float, descent_initial: float
-) -> bool:
-    """Whether a step must be reverted: its end loss is not finite, or above the initial one and risen unusually far.
+def rises_unusually(parabolas: ParabolaAverages, loss_start: float, loss_end: float, *, descent_initial: float) -> bool:
+    """Whether a step has raised the loss unusually far: on the same batch, noise does not.
 
     Before the first parabola ``descent_initial``, the descent that the initial search found, is the only known change
     of the loss; 0 if it is not known.
     """
+    usual = parabolas.rise if parabolas.count else descent_initial or math.inf
+    return loss_end - loss_start > max(_UNUSUAL * usual, ROUNDING * abs(loss_start))
+
+
+def is_diverging(
+    parabolas: ParabolaAverages, loss_start: float, loss_end: float, *, loss_initial: float, descent_initial: float
+) -> bool:
+    """Whether a step must be reverted: its end loss is not finite, or above the initial one and risen unusually far."""
     if not math.isfinite(loss_end):
         return True
-    usual = parabolas.rise if parabolas.count else descent_initial or math.inf
-    rise = max(_DIVERGING * usual, ROUNDING * abs(loss_start))
-    return loss_end > loss_initial and loss_end - loss_start > rise
+    return loss_end > loss_initial and rises_unusually(parabolas, loss_start, loss_end, descent_initial=descent_initial)
 
 
 def has_exploded(losses: LossAverages, loss: float, *, loss_initial: float) -> bool:

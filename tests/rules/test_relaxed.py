@@ -508,7 +508,7 @@ def test_a_step_that_led_far_up_is_reverted_and_the_learning_rate_cut(loss_end: 
 def test_how_far_up_is_relative_to_what_steps_usually_change() -> None:
     rule = RelaxedRule()
     state = calm(rule)
-    usual = safeguards._DIVERGING * state.parabola.rise
+    usual = safeguards._UNUSUAL * state.parabola.rise
     assert state.parabola.rise == pytest.approx(0.1)
     assert not rule.decide(state, CONVEX, loss_start=1.0, loss_end=1.0 + 0.9 * usual).is_reverted
     assert rule.decide(state, CONVEX, loss_start=1.0, loss_end=1.0 + 1.1 * usual).is_reverted
@@ -605,6 +605,39 @@ def test_what_is_unstable_is_lowered_under_a_scheduler_too_though_the_loss_gets_
     lr, status = RelaxedRule()._next_lr(state, Parabola(1.0, slope=0.5, curvature=2.0), 0.5)
     assert status is ProbeStatus.UNSTABLE
     assert lr < 1.0
+
+
+@pytest.mark.parametrize("signal", [0.2, 0.8, 0.95])
+@pytest.mark.parametrize(
+    ("parabola", "fall"),
+    [
+        (Parabola(1.0, slope=1.0, curvature=2.0), 0.9),  # to κ times the lowest point of its own parabola
+        (Parabola(1.0, slope=0.1, curvature=2.0), relaxed._FALL),
+        (ASCENDING, relaxed._FALL),
+    ],
+)
+def test_after_a_step_that_raised_the_loss_unusually_far_the_learning_rate_falls_and_the_next_step_probes(
+    parabola: Parabola, fall: float, signal: float
+) -> None:
+    rule = RelaxedRule()
+    state = agreeing(0.95, signal=signal, parabola_rise=0.1)
+    usual, unusual = (
+        rule.decide(state, parabola, loss_start=1.0, loss_end=1.0 + each * safeguards._UNUSUAL * 0.1)
+        for each in (0.9, 1.1)
+    )
+    assert usual.status is not ProbeStatus.UNSTABLE
+    assert unusual.status is ProbeStatus.UNSTABLE
+    assert unusual.state.lr == pytest.approx(fall)
+    assert unusual.state.lr_unstable == 1.0
+    assert rule.is_probe_due(unusual.state)
+
+
+def test_in_the_burn_in_an_unusual_rise_below_the_first_loss_changes_nothing() -> None:
+    rule = RelaxedRule()
+    state = agreeing(0.95, probes=5, parabola_rise=0.1)
+    calm, rising = (rule.decide(state, CONVEX, loss_start=1.0, loss_end=each) for each in (1.1, 9.0))
+    assert rising.status is calm.status is ProbeStatus.FITTED
+    assert rising.state.lr == calm.state.lr
 
 
 def test_near_where_it_was_unstable_the_learning_rate_grows_carefully() -> None:

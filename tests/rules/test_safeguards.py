@@ -11,7 +11,7 @@ import pytest
 from gen_optim.rules import Parabola, ProbeStatus, safeguards
 from gen_optim.rules.averages import LossAverages, ParabolaAverages
 from gen_optim.rules.relaxed import RelaxedRule, RelaxedState
-from gen_optim.rules.safeguards import has_exploded, is_below_noise, is_contradicted, is_diverging
+from gen_optim.rules.safeguards import has_exploded, is_below_noise, is_contradicted, is_diverging, rises_unusually
 from tests.rules.cases import CONVEX, NOT_FINITE
 
 USUAL = ParabolaAverages(rise=0.1, count=100)
@@ -28,19 +28,20 @@ def test_a_step_to_a_loss_that_is_not_finite_diverges(loss_end: float) -> None:
 
 
 def test_a_step_diverges_that_raises_the_loss_by_far_more_than_usual() -> None:
-    usual = safeguards._DIVERGING * USUAL.rise
+    usual = safeguards._UNUSUAL * USUAL.rise
     assert not is_diverging(USUAL, 1.0, 1.0 + 0.99 * usual, loss_initial=1.0, descent_initial=0.0)
     assert is_diverging(USUAL, 1.0, 1.0 + 1.01 * usual, loss_initial=1.0, descent_initial=0.0)
 
 
-def test_a_step_to_below_where_training_began_does_not_diverge() -> None:
+def test_a_step_to_below_where_training_began_does_not_diverge_however_far_the_loss_rises() -> None:
     assert not is_diverging(USUAL, 1.0, 49.0, loss_initial=50.0, descent_initial=0.0)
+    assert rises_unusually(USUAL, 1.0, 49.0, descent_initial=0.0)
     assert is_diverging(USUAL, 1.0, 51.0, loss_initial=50.0, descent_initial=0.0)
 
 
 def test_before_the_first_parabola_the_descent_that_the_search_has_found_is_the_usual_change() -> None:
     descent = 2.0
-    usual = safeguards._DIVERGING * descent
+    usual = safeguards._UNUSUAL * descent
     first = ParabolaAverages()
     assert not is_diverging(first, 1.0, 1.0 + 0.99 * usual, loss_initial=1.0, descent_initial=descent)
     assert is_diverging(first, 1.0, 1.0 + 1.01 * usual, loss_initial=1.0, descent_initial=descent)
