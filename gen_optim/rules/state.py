@@ -24,8 +24,9 @@ class ProbeStatus(Enum):
         CONCAVE: The loss descends with a negative or unmeasurable curvature, so the minimum lies further out. The
             learning rate grows, under the same conditions.
         GROWING: The slopes agree and the minimum lies far out. The learning rate grows, and the next step probes.
-        UNSTABLE: The averages call for a larger learning rate, but the last step was too long by its own parabola, or
-            steps raise the loss on average. The learning rate falls, and the next step probes.
+        UNSTABLE: The averages call for a larger learning rate, but the last step was too long by its own parabola; or
+            it raised the loss unusually far; or steps raise the loss on average. The learning rate falls, and the next
+            step probes.
         NO_MINIMUM: The parabola has no minimum ahead. The default rule lowers the learning rate in its burn-in, and
             later does what it does in noise. The published rule keeps it.
         BELOW_NOISE: The losses differ by no more than their rounding. Looking back, the default rule goes by the
