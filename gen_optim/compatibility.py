@@ -64,7 +64,8 @@ def check_wrappable(base_optim: Any) -> None:
     if not isinstance(base_optim, Optimizer):
         got = f"the class {base_optim.__name__}" if isinstance(base_optim, type) else name
         raise TypeError(
-            f"base_optim must be a torch.optim.Optimizer, such as torch.optim.AdamW(model.parameters()), got {got}"
+            f"base_optim must be a torch.optim.Optimizer, got {got}. Parameters and options belong to that: "
+            "GeNOptimizer(torch.optim.AdamW(model.parameters()))"
         )
     closure = inspect.signature(base_optim.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:

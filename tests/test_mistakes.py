@@ -27,9 +27,10 @@ from tests.training import Training, gen_adamw, gen_sgd, looking, mlp, parameter
     [
         (
             {"base_optim": iter(())},
-            r"must be a torch.optim.Optimizer, got .*iterator\. GeNOptimizer wraps an optimizer",
+            r"must be a torch.optim.Optimizer, got .*iterator\. .*GeNOptimizer\(torch.optim.AdamW",
         ),
-        ({"base_optim": [nn.Parameter(torch.ones(1))], "lr": 1e-3}, r"got list\. .*GeNOptimizer\(torch.optim.AdamW"),
+        ({"base_optim": [nn.Parameter(torch.ones(1))]}, r"got list\. .*GeNOptimizer\(torch.optim.AdamW"),
+        ({"base_optim": [nn.Parameter(torch.ones(1))], "lr": 1e-3}, r"no option 'lr'\. .*AdamW\(.*, lr=0.001\)\)"),
         ({"base_optim": SGD}, r"got the class SGD\. .*GeNOptimizer\(torch.optim.AdamW"),
         ({"peroid": 4}, r"no option 'peroid'\. Did you mean 'period'\?"),
         ({"lr": 1e-3}, r"no option 'lr'\. .*AdamW\(model.parameters\(\), lr=0.001\)\)"),
