@@ -199,7 +199,7 @@ class StepContext:
             return
         moving = list(chain(*self.moving()))
         if point is not None:
-            if not (point.is_of(moving) and len(point.tensors()) == len(moving)):
+            if not (point.is_of_exactly(moving) and point.is_intact()):
                 self.initial_point = None
         elif not state.step and _begins_without_state(self.base_optim):
             copies = [local(each).detach().to("cpu", copy=True) for each in moving]  # not pinned: hardly ever read

@@ -59,8 +59,7 @@ class StartPoint:
 
     def present_copies(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         """The copies, if the parameters are the same and have just been put back to the values that the copies hold."""
-        is_same = len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
-        return self._copies if self._was_left and is_same else None
+        return self._copies if self._was_left and self.is_of_exactly(parameters) else None
 
     def _copied(self) -> list[Tensor]:
         return [clone(each, on_host=self._on_host) for each in self._locals()]
@@ -90,6 +89,10 @@ class StartPoint:
         move now or not, because it has the same value at both ends of the step.
         """
         return set(map(id, parameters)).issuperset(map(id, self._parameters)) and self.is_intact()
+
+    def is_of_exactly(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these parameters and no others made the step, in the same order."""
+        return len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
 
     def is_intact(self) -> bool:
         """Whether nothing has written to the parameters since their step."""
